@@ -1,0 +1,58 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check format clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(STAMP) ## make a virtual environment in .venv with every dependency and detectron2
+
+# The stamp is written last: an interrupted set-up is taken up again, a finished one costs nothing.
+$(STAMP): pyproject.toml constraints.txt extract/oscar_extract/install_detectron2.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is not Python 3.10 or newer; name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "==> setup 1/3: virtual environment in $(VENV)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "==> setup 2/3: this project and its dependencies (PyTorch is large; a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "==> setup 3/3: detectron2"
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m oscar_extract.install_detectron2
+	@touch $@
+	@echo "setup is done: the commands are $(BIN)/oscar-extract and $(BIN)/oscar-train"
+
+demo: setup ## real photos -> regions -> shards -> a small pre-trained Oscar -> runs/demo/report.html
+	@echo "==> demo 1/4: photos and captions from installed packages into $(DEMO)"
+	@$(BIN)/python tools/demo_photos.py $(DEMO)
+	@echo "==> demo 2/4: detect objects, extract region features, write shards"
+	$(BIN)/oscar-extract --pipeline demo
+	@echo "==> demo 3/4: pre-train a small Oscar on the shards"
+	$(BIN)/oscar-train --pipeline demo
+	@echo "==> demo 4/4: report"
+	@$(BIN)/python tools/demo_report.py $(DEMO)
+	@echo "done: open $(DEMO)/report.html in a browser"
+
+test: setup ## run the tests, except the slow ones
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: setup ## run the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: setup ## ruff (format and lint) and mypy (strict)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: setup ## let ruff format the code and mend what it can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## remove caches and build artefacts; .venv and runs stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info */*.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

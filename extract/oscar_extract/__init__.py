@@ -1,0 +1,1 @@
+"""Stage 1: from images and texts to shards of detected regions."""

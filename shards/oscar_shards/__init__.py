@@ -1,0 +1,1 @@
+"""The format between the two stages: webdataset tars with a Parquet index."""

@@ -1,0 +1,1 @@
+"""Stage 2: from shards to a pre-trained Oscar."""
