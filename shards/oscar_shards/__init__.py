@@ -1,1 +1,1 @@
-"""The format between the two stages: webdataset tars with a Parquet index."""
+"""The format between the stages: tar shards with a Parquet index beside each, and one manifest a folder."""

@@ -1,0 +1,100 @@
+"""pipelines.yaml to frozen dataclasses: typed, and every mistake named with its place."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from oscar_common.errors import UsageError, nearest
+from oscar_common.settings import Catalog
+
+FILE = "pipelines.yaml"
+S = TypeVar("S")
+
+
+def load_catalog(path: Path | None = None) -> Catalog:
+    """Read `path`, else ./pipelines.yaml, else the copy that ships with the package.
+
+    Raises:
+        UsageError: no such file, no YAML, an unknown key, a value of the wrong type or out of range.
+    """
+    place = path or Path(FILE)
+    try:
+        text = place.read_text() if path or place.is_file() else resources.files("oscar_common").joinpath(FILE).read_text()
+        content = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise UsageError(f"{place}: {error.strerror}; give an existing file with --pipelines") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from None
+    return parse(Catalog, content, str(place))
+
+
+def parse(schema: type[S], content: Any, place: str) -> S:
+    """Make a dataclass from a mapping; `place` (`pipelines.yaml: pipelines.demo.train`) begins every message."""
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{place}: {content!r} is no mapping of {schema.__name__.lower()} settings")
+    hints = typing.get_type_hints(schema)
+    fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    for key in content:
+        if key not in fields:
+            raise UsageError(f"{place}: unknown key {key!r}{nearest(str(key), fields)}")
+    required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    for name in required:
+        if name not in content:
+            raise UsageError(f"{place}: key {name!r} is missing")
+    return schema(**{name: value(hints[name], given, f"{place}: {name}", fields[name]) for name, given in content.items()})
+
+
+def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") -> Any:
+    """Check one value against its type and its field's range, and undo what YAML does to it (5e-5 is a string there)."""
+    if typing.get_origin(hint) is types.UnionType:  # X | None
+        if given is None:
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+    if typing.get_origin(hint) is dict:
+        return _entries(typing.get_args(hint)[1], given, place)
+    if dataclasses.is_dataclass(hint):
+        return parse(typing.cast("type[Any]", hint), given, place)
+    typed = _scalar(hint, given, place)
+    check_range(typed, place, field)
+    return typed
+
+
+def check_range(given: Any, place: str, field: "dataclasses.Field[Any]") -> None:
+    """Raise a UsageError if `given` is not among the field's choices or outside its range."""
+    choices, low, high = (field.metadata.get(k) for k in ("choices", "low", "high"))
+    if choices and given not in choices:
+        raise UsageError(f"{place}: {given!r} is not allowed{nearest(str(given), choices)}")
+    if (low is not None and not given >= low) or (high is not None and not given <= high):
+        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UsageError(f"{place}: {given!r} is out of range; it must be {allowed}")
+
+
+def _entries(hint: Any, given: Any, place: str) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise UsageError(f"{place}: {given!r} is no mapping of names to entries")
+    if dataclasses.is_dataclass(hint):
+        return {str(k): parse(typing.cast("type[Any]", hint), v, f"{place}.{k}") for k, v in given.items()}
+    return dict(given)
+
+
+def _scalar(hint: type, given: Any, place: str) -> Any:
+    if hint is float and isinstance(given, str | int) and not isinstance(given, bool):
+        try:
+            return float(given)
+        except ValueError:
+            pass
+    if isinstance(given, hint) and (hint is bool or not isinstance(given, bool)):
+        return given
+    quote = "; put it in quotes" if hint is str else ""
+    raise UsageError(f"{place}: {given!r} is no {_NAMES.get(hint, hint.__name__)}{quote}")
+
+
+_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}

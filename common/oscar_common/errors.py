@@ -1,0 +1,26 @@
+"""The two ways a command can fail: bad input (exit 2) and trouble while working (exit 1)."""
+
+import difflib
+from collections.abc import Iterable
+
+import click
+
+
+class UsageError(click.ClickException):
+    """Bad input. The message names the value, what is allowed, and the flag or key to change; exit code 2."""
+
+    exit_code = 2
+
+
+class OperationError(click.ClickException):
+    """Good input, but the work failed (disk full, too many rejects, NaN loss); exit code 1."""
+
+    exit_code = 1
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """Return `" (did you mean 'x'? known: x, y)"`, the tail of a message about an unknown name."""
+    known = sorted(known)
+    close = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return f" ({guess}known: {', '.join(known) or 'none'})"

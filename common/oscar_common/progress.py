@@ -1,0 +1,62 @@
+"""Progress for people: a bar with rate, ETA and rejects on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+LINE_SECONDS = 10.0
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """Counts what is done. `done` may start above 0 on a resumed run; the rate counts this run's work alone."""
+
+    unit: str
+    total: int
+    done: int = 0
+    rejects: int = 0
+    began: float = field(default_factory=time.monotonic)
+    _at_start: int = 0
+    _printed: float = field(default_factory=time.monotonic)
+    _bar: Progress | None = None
+    _task: TaskID = TaskID(0)
+
+    def advance(self, done: int = 0, rejects: int = 0) -> None:
+        """Count `done` more, of which `rejects` were refused, and show it."""
+        self.done += done
+        self.rejects += rejects
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, text=self.text())
+        elif time.monotonic() - self._printed >= LINE_SECONDS:
+            self._printed = time.monotonic()
+            print(f"{self.done:,}/{self.total:,} {self.unit}  {self.text()}", file=sys.stderr, flush=True)
+
+    @property
+    def rate(self) -> float:
+        """Units a second in this run."""
+        return (self.done - self._at_start) / max(time.monotonic() - self.began, 1e-9)
+
+    def text(self) -> str:
+        """Return rate, ETA and rejects as one short phrase."""
+        left = str(timedelta(seconds=round((self.total - self.done) / self.rate))) if self.rate else "?"
+        return f"{self.rate:.1f} {self.unit}/s  ETA {left}  {self.rejects} rejected"
+
+
+@contextmanager
+def meter(unit: str, total: int, done: int = 0) -> Iterator[Meter]:
+    """Show progress towards `total` on stderr while the block runs."""
+    shown = Meter(unit=unit, total=total, done=done, _at_start=done)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield shown
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=console) as shown._bar:
+        shown._task = shown._bar.add_task(unit, total=total, completed=done, text="")
+        yield shown

@@ -1,0 +1,79 @@
+"""manifest.json: which detector, settings and plan made a folder of shards."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oscar_common.config import parse
+from oscar_common.errors import UsageError
+from oscar_common.files import replacing
+
+FILE = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorRecord:
+    """What decides the numbers in a shard: the model, its weights, and the numerics preset."""
+
+    name: str
+    preset: str
+    config: str  # the detectron2 config, as YAML
+    weights: str  # file name
+    weights_sha256: str
+    classes: list[str]
+    attributes: list[str] = field(default_factory=list)
+    feature_dim: int  # P
+    dtype: str = "float16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRecord:
+    """What is extracted. `sha256` covers every image path, key and text in order, and so the content of each shard."""
+
+    images: str
+    captions: str | None
+    num_images: int
+    num_texts: int
+    images_per_shard: int
+    num_shards: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of manifest.json."""
+
+    format_version: int = FORMAT
+    name: str  # of the shards: NAME-000000.tar
+    detector: DetectorRecord
+    settings: dict[str, Any]
+    plan: PlanRecord
+    software: dict[str, Any] = field(default_factory=dict)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json into `folder`, whole or not at all."""
+    with replacing(folder / FILE) as file:
+        file.write(json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read manifest.json of `folder`.
+
+    Raises:
+        UsageError: it is missing, damaged, or of a later format.
+    """
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: no {FILE}, so it is no folder of shards made by oscar-extract") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid JSON ({error}); run oscar-extract with --overwrite") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT:
+        raise UsageError(f"{path}: format_version {version!r}; this version reads {FORMAT}")
+    return parse(Manifest, content, str(path))

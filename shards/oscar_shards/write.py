@@ -1,0 +1,119 @@
+"""Samples to a shard: a plain webdataset tar, its Parquet index, and the rejects, each whole or absent."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import webdataset
+
+from oscar_common.files import TEMPORARY, replacing, temporary
+from oscar_common.sample import Sample
+from oscar_shards.index import index_tar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reject:
+    """An image that was refused: a one-word reason to count by, and what the reader said."""
+
+    path: str
+    reason: str
+    message: str
+
+
+REJECTS = pa.schema([("path", pa.string()), ("reason", pa.string()), ("message", pa.string())])
+
+
+def shard_path(folder: Path, name: str, number: int) -> Path:
+    """Return FOLDER/NAME-000042.tar."""
+    return folder / f"{name}-{number:06d}.tar"
+
+
+def index_path(tar: Path) -> Path:
+    """Return the Parquet index that lies next to a tar."""
+    return tar.with_suffix(".parquet")
+
+
+def rejects_path(tar: Path) -> Path:
+    """Return the file of refused images that lies next to a tar, if any were."""
+    return tar.with_suffix(".rejects.parquet")
+
+
+def write_shard(tar: Path, items: Iterable[Sample | Reject], feature_dim: int) -> None:
+    """Write one shard from samples and rejects, in their order; the tar takes its final name last.
+
+    The bytes are a function of `items` alone: integer mtime 0, no pax headers, no clock, no host name.
+
+    Raises:
+        ValueError: a sample's arrays do not have the shapes and dtypes of the contract.
+    """
+    rejects: list[Reject] = []
+    with replacing(tar) as file:
+        with webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
+            for item in items:
+                if isinstance(item, Reject):
+                    rejects.append(item)
+                else:
+                    _write_sample(writer, item, feature_dim)
+        file.flush()
+        with replacing(index_path(tar)) as index:
+            pq.write_table(index_tar(temporary(tar)), index, compression="zstd")
+        _write_rejects(rejects_path(tar), rejects)
+
+
+def _write_sample(writer: webdataset.TarWriter, sample: Sample, feature_dim: int) -> None:
+    regions, k = sample.regions, len(sample.regions.tags)
+    for array, shape, dtype in (
+        (regions.boxes, (k, 4), np.float32),
+        (regions.features, (k, feature_dim), np.float16),
+        (np.asarray(regions.scores), (k,), np.float64),
+    ):
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"{sample.key}: array is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
+    # One call a member: TarWriter would sort the three by name, and the contract has the JSON first.
+    for extension, content in (
+        ("json", sample_json(sample)),
+        ("boxes.npy", _npy(regions.boxes)),
+        ("features.npy", _npy(regions.features)),
+    ):
+        writer.write({"__key__": sample.key, extension: content})
+
+
+def sample_json(sample: Sample) -> bytes:
+    """Return the content of KEY.json: image, tags, scores, attributes, texts (fields that are None are left out)."""
+    content: dict[str, Any] = {
+        "image": dataclasses.asdict(sample.image),
+        "tags": sample.regions.tags,
+        "scores": sample.regions.scores,
+        "attributes": [dataclasses.asdict(a) for a in sample.regions.attributes],
+        "texts": [{k: v for k, v in dataclasses.asdict(t).items() if v is not None} for t in sample.texts],
+    }
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _npy(array: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _write_rejects(path: Path, rejects: list[Reject]) -> None:
+    if not rejects:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as file:
+        pq.write_table(pa.Table.from_pylist([dataclasses.asdict(r) for r in rejects], REJECTS), file)
+
+
+def remove_shards(folder: Path, name: str) -> None:
+    """Delete the manifest and all files of the shards called NAME-*, finished or not, and nothing else."""
+    (folder / "manifest.json").unlink(missing_ok=True)  # first: without it the folder is no folder of shards
+    for path in [*folder.glob(f"{name}-*"), *folder.glob(f"{TEMPORARY}{name}-*")]:
+        path.unlink()
