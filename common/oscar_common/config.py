@@ -58,6 +58,8 @@ def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") ->
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
     if typing.get_origin(hint) is dict:
         return _entries(typing.get_args(hint)[1], given, place)
+    if typing.get_origin(hint) is list and isinstance(given, list):
+        return [_scalar(typing.get_args(hint)[0], item, place) for item in given]
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast("type[Any]", hint), given, place)
     typed = _scalar(hint, given, place)
@@ -85,7 +87,8 @@ def _entries(hint: Any, given: Any, place: str) -> dict[str, Any]:
     return dict(given)
 
 
-def _scalar(hint: type, given: Any, place: str) -> Any:
+def _scalar(hint: Any, given: Any, place: str) -> Any:
+    hint = typing.get_origin(hint) or hint
     if hint is float and isinstance(given, str | int) and not isinstance(given, bool):
         try:
             return float(given)
@@ -97,4 +100,4 @@ def _scalar(hint: type, given: Any, place: str) -> Any:
     raise UsageError(f"{place}: {given!r} is no {_NAMES.get(hint, hint.__name__)}{quote}")
 
 
-_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", list: "list", dict: "mapping"}
