@@ -27,6 +27,7 @@ class Detector:
 
     config: str = setting("builtin", "detectron2 config file, or `builtin`")
     weights: str | None = setting(None, "weights file: .safetensors, .pth or .pkl")
+    classes: str | None = setting(None, "file of class names, one a line")
     preset: str = setting("detectron2", "numerics preset", choices=PRESETS)
 
 
@@ -46,6 +47,9 @@ class Extract:
     name: str = setting("shard", "First part of the shards' file names.")
     detector: str = setting("builtin", "Name under `detectors:` in pipelines.yaml, or a detectron2 config file.")
     weights: str | None = setting(None, "Weights for --detector: .safetensors, .pth or .pkl.")
+    classes: str | None = setting(
+        None, "File of class names, one a line. [default: what detectron2 knows of the config's training set]"
+    )
     min_boxes: int = setting(10, "Keep at least this many regions of an image, however low their score.", low=1)
     max_boxes: int = setting(100, "Keep at most this many regions of an image.", low=1)
     score_threshold: float = setting(0.2, "Between the two, keep regions of at least this score.", low=0, high=1)

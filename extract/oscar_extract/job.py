@@ -1,0 +1,177 @@
+"""The job: a plan and a detector to a folder of shards, one whole shard after the other."""
+
+import platform
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from oscar_common.errors import UsageError
+from oscar_common.progress import meter
+from oscar_common.sample import ImageRecord, Sample
+from oscar_common.settings import Extract
+from oscar_extract.detector import Detector
+from oscar_extract.images import RefusedImage, read_image
+from oscar_extract.plan import Plan, PlannedImage
+from oscar_extract.regions import Selection, detect, resize
+from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
+from oscar_shards.write import Reject, rejects_path, remove_shards, shard_path, write_shard
+
+PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches; bounds the memory
+SOFTWARE = ("oscar-pretrain", "torch", "torchvision", "detectron2", "Pillow", "numpy")
+COMPARED = ("min_boxes", "max_boxes", "score_threshold", "batch_size")  # settings that change a shard's bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A decoded image, resized for the detector: uint8 [h, w, 3]. `record` has its own width and height."""
+
+    planned: PlannedImage
+    pixels: npt.NDArray[np.uint8]
+    record: ImageRecord
+
+
+def run_job(plan: Plan, detector: Detector, settings: Extract, out: Path) -> float:
+    """Write all shards of the plan that are not in `out` yet, and return the images per second.
+
+    Raises:
+        UsageError: `out` holds shards of another detector, plan or settings.
+    """
+    prepare(out, make_manifest(plan, detector, settings), settings.overwrite)
+    tars = [shard_path(out, settings.name, n) for n in range(plan.record.num_shards)]
+    todo = [n for n, tar in enumerate(tars) if not _done(tar, settings.retry_rejects)]
+    done = plan.record.num_images - sum(len(plan.shard(n)) for n in todo)
+    with meter("images", plan.record.num_images, done) as progress:
+        for number in todo:
+
+            def counted(items: Iterable[Sample | Reject]) -> Iterator[Sample | Reject]:
+                for item in items:
+                    progress.advance(done=1, rejects=isinstance(item, Reject))
+                    yield item
+
+            write_shard(tars[number], counted(extract(plan, number, detector, settings)), detector.record.feature_dim)
+    return progress.rate
+
+
+def _done(tar: Path, retry_rejects: bool) -> bool:
+    return tar.exists() and not (retry_rejects and rejects_path(tar).exists())
+
+
+def make_manifest(plan: Plan, detector: Detector, settings: Extract) -> Manifest:
+    """Return what manifest.json will say. Nothing in it depends on time, place or chance."""
+    return Manifest(
+        name=settings.name,
+        detector=detector.record,
+        settings={name: getattr(settings, name) for name in COMPARED},
+        plan=plan.record,
+        software={"python": platform.python_version(), "device": str(detector.model.device.type)}
+        | {name: version(name) for name in SOFTWARE},
+    )
+
+
+def prepare(out: Path, manifest: Manifest, overwrite: bool) -> None:
+    """Make `out` ready: new, continued, or (with `overwrite`) emptied of its shards."""
+    if overwrite:
+        remove_shards(out, manifest.name)
+    if (out / FILE).exists():
+        _check_same(out, read_manifest(out), manifest)
+    elif any(out.glob("*.tar")):
+        raise UsageError(f"--out {out}: it holds tars but no {FILE}, so they are not this command's; give another --out")
+    else:
+        write_manifest(out, manifest)
+
+
+def _check_same(out: Path, there: Manifest, here: Manifest) -> None:
+    """Refuse to mix shards of two detectors, plans or settings, naming both sides."""
+
+    def refuse(what: str, old: object, new: object) -> None:
+        raise UsageError(f"--out {out}: holds shards of {what} {old}, this is {new}; give another --out, or --overwrite")
+
+    if there.name != here.name:
+        refuse("name", there.name, here.name)
+    if there.detector != here.detector:
+        refuse("detector", _describe(there), _describe(here))
+    for name, value in here.settings.items():
+        if there.settings.get(name) != value:
+            refuse(name, there.settings.get(name), value)
+    for name, value in asdict(here.plan).items():
+        old = asdict(there.plan)[name]
+        if old != value and name not in ("images", "captions"):  # the same content may lie elsewhere now
+            refuse(f"plan: {name}", old, value)
+
+
+def _describe(manifest: Manifest) -> str:
+    detector = manifest.detector
+    config = "" if not detector.config else f", config {hash_of(detector.config)}"
+    return f"{detector.name} ({detector.weights} {detector.weights_sha256[:12]}{config}, preset {detector.preset})"
+
+
+def hash_of(text: str) -> str:
+    """Return a short hash for people to compare."""
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def extract(plan: Plan, number: int, detector: Detector, settings: Extract) -> Iterator[Sample | Reject]:
+    """Yield the samples and rejects of one shard, in an order that depends on the images and the batch size alone."""
+    selection = Selection(
+        min_boxes=settings.min_boxes, max_boxes=settings.max_boxes, score_threshold=settings.score_threshold
+    )
+    for item in in_batches(load_all(plan, number, detector, settings.decode_threads), settings.batch_size):
+        if isinstance(item, Reject):
+            yield item
+            continue
+        found = detect(detector, [i.pixels for i in item], [(i.record.height, i.record.width) for i in item], selection)
+        for image, regions in zip(item, found, strict=True):
+            if not regions.tags:
+                yield Reject(path=image.planned.path, reason="no-regions", message="the detector proposes no region")
+                continue
+            yield Sample(key=image.planned.key, image=image.record, regions=regions, texts=image.planned.texts)
+
+
+def load_all(plan: Plan, number: int, detector: Detector, threads: int) -> Iterator[Loaded | Reject]:
+    """Decode and resize a shard's images in threads, a bounded number ahead, and yield them in the plan's order."""
+    with ThreadPoolExecutor(threads) as pool:
+        images = iter(plan.shard(number))
+        ahead = deque(pool.submit(load, plan, i, detector) for i in islice(images, 2 * threads))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(load, plan, i, detector) for i in islice(images, 1))
+
+
+def load(plan: Plan, image: PlannedImage, detector: Detector) -> Loaded | Reject:
+    """Decode and resize one image; one that cannot be used becomes a reject with its reason."""
+    try:
+        pixels, sha256 = read_image(plan.folder / image.path)
+        resized = resize(detector, pixels)
+    except RefusedImage as refused:
+        return Reject(path=image.path, reason=refused.reason, message=str(refused))
+    height, width = pixels.shape[:2]
+    record = ImageRecord(source=plan.source, id=image.id, path=image.path, width=width, height=height, sha256=sha256)
+    return Loaded(planned=image, pixels=resized, record=record)
+
+
+def in_batches(items: Iterable[Loaded | Reject], size: int) -> Iterator[list[Loaded] | Reject]:
+    """Group images of equal resized shape, up to `size` of them; rejects pass at once.
+
+    When too many wait, the group that has waited longest goes as it is.
+    """
+    waiting: dict[tuple[int, ...], list[Loaded]] = {}
+    for item in items:
+        if isinstance(item, Reject):
+            yield item
+            continue
+        group = waiting.setdefault(item.pixels.shape, [])
+        group.append(item)
+        if len(group) == size:
+            yield waiting.pop(item.pixels.shape)
+        elif sum(map(len, waiting.values())) > PENDING_BATCHES * size:
+            yield waiting.pop(next(iter(waiting)))
+    yield from waiting.values()
