@@ -1,3 +1,3 @@
-"""What both stages speak: the sample schema, settings, errors, files, progress. Imports no other package of the project."""
+"""What both stages speak: the sample schema, settings, errors, files, progress. Imports neither of them."""
 
 __version__ = "0.1.0"

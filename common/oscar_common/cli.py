@@ -12,14 +12,16 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from oscar_common import __version__
-from oscar_common.config import check_range, load_catalog, parse
+from oscar_common.config import check_range, load_catalog
 from oscar_common.errors import UsageError, nearest
 from oscar_common.settings import Catalog
 
 S = TypeVar("S")
 
 
-def settings_command(stage: str, schema: type[S], help: str, examples: str) -> Callable[[Callable[[S, Catalog], None]], click.Command]:
+def settings_command(
+    stage: str, schema: type[S], help: str, examples: str
+) -> Callable[[Callable[[S, Catalog], None]], click.Command]:
     """Make a click command of `function(settings, catalog)` whose flags are the fields of `schema`.
 
     A value is, in this order: the flag, the key under `pipelines.NAME.<stage>` (with `--pipeline NAME`), the default.

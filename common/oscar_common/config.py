@@ -25,7 +25,9 @@ def load_catalog(path: Path | None = None) -> Catalog:
     """
     place = path or Path(FILE)
     try:
-        text = place.read_text() if path or place.is_file() else resources.files("oscar_common").joinpath(FILE).read_text()
+        text = (
+            place.read_text() if path or place.is_file() else resources.files("oscar_common").joinpath(FILE).read_text()
+        )
         content = yaml.safe_load(text) or {}
     except OSError as error:
         raise UsageError(f"{place}: {error.strerror}; give an existing file with --pipelines") from None
@@ -47,11 +49,13 @@ def parse(schema: type[S], content: Any, place: str) -> S:
     for name in required:
         if name not in content:
             raise UsageError(f"{place}: key {name!r} is missing")
-    return schema(**{name: value(hints[name], given, f"{place}: {name}", fields[name]) for name, given in content.items()})
+    return schema(
+        **{name: value(hints[name], given, f"{place}: {name}", fields[name]) for name, given in content.items()}
+    )
 
 
 def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") -> Any:
-    """Check one value against its type and its field's range, and undo what YAML does to it (5e-5 is a string there)."""
+    """Check one value against its type and its field's range, undoing what YAML does to it (5e-5 is a string there)."""
     if typing.get_origin(hint) is types.UnionType:  # X | None
         if given is None:
             return None

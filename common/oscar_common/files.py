@@ -71,7 +71,9 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise OperationError(f"{folder}: another process is writing there; wait for it, or give another {flag}") from None
+        raise OperationError(
+            f"{folder}: another process is writing there; wait for it, or give another {flag}"
+        ) from None
     try:
         yield
     finally:

@@ -25,13 +25,13 @@ class Meter:
     _at_start: int = 0
     _printed: float = field(default_factory=time.monotonic)
     _bar: Progress | None = None
-    _task: TaskID = TaskID(0)
+    _task: TaskID | None = None
 
     def advance(self, done: int = 0, rejects: int = 0) -> None:
         """Count `done` more, of which `rejects` were refused, and show it."""
         self.done += done
         self.rejects += rejects
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, text=self.text())
         elif time.monotonic() - self._printed >= LINE_SECONDS:
             self._printed = time.monotonic()

@@ -47,7 +47,7 @@ class Regions:
     """What a detector found in one image, in detector order.
 
     boxes: float32 [K, 4], xyxy, pixels of the original image. features: float16 [K, P].
-    tags, scores: K class names and their probabilities. attributes: K of them, or none if the detector has no such head.
+    tags, scores: K class names and their probabilities. attributes: K of them, none if the detector has no such head.
     """
 
     boxes: npt.NDArray[np.float32]
@@ -73,7 +73,9 @@ def make_key(image_id: str) -> str:
     The map is one-to-one: two ids never share a key. Ids whose key would not fit a tar header keep their first
     characters and end in `%_` and a hash, which no other id's key contains.
     """
-    key = re.sub(rb"[^A-Za-z0-9_-]", lambda m: b"%%%02X" % m[0][0], image_id.encode("utf-8", "surrogateescape")).decode()
+    key = re.sub(
+        rb"[^A-Za-z0-9_-]", lambda m: b"%%%02X" % m[0][0], image_id.encode("utf-8", "surrogateescape")
+    ).decode()
     if len(key) <= KEY_BYTES:
         return key
     return f"{key[: KEY_BYTES - 34]}%_{hashlib.sha256(key.encode()).hexdigest()[:32]}"

@@ -7,7 +7,9 @@ PRESETS = ("detectron2",)
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
+def setting(
+    default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+) -> Any:
     """Declare a field: its default, the sentence that `--help` shows, and the values allowed."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
@@ -39,8 +41,8 @@ class Extract:
     images: str | None = setting(None, "Folder of images, searched recursively.")
     captions: str | None = setting(
         None,
-        "Texts: COCO captions .json; .tsv, .csv, .jsonl or .parquet of (image, caption); a folder with .txt files named "
-        "like the images; or the word `txt` for .txt files beside the images.",
+        "Texts: COCO captions .json; .tsv, .csv, .jsonl or .parquet of (image, caption); a folder with .txt files "
+        "named like the images; or the word `txt` for .txt files beside the images.",
     )
     source: str | None = setting(None, "Name of the dataset in the samples. [default: the images folder's name]")
     out: str | None = setting(None, "Folder for the shards. The same command again continues what is there.")
@@ -56,7 +58,9 @@ class Extract:
     images_per_shard: int = setting(1000, "Images in a shard, the unit of work, of failure and of resume.", low=1)
     batch_size: int = setting(1, "Images of equal resized shape per forward pass (try 8 on a GPU).", low=1)
     decode_threads: int = setting(4, "Threads that read and decode images.", low=1)
-    max_reject_fraction: float = setting(0.5, "Exit 1 at the end if more of the images than this were refused.", low=0, high=1)
+    max_reject_fraction: float = setting(
+        0.5, "Exit 1 at the end if more of the images than this were refused.", low=0, high=1
+    )
     retry_rejects: bool = setting(False, "Do the shards that have rejects again.")
     overwrite: bool = setting(False, "Delete the shards in --out and start anew.")
     device: str = setting("auto", "Where the detector runs; auto is cuda where there is one.", choices=DEVICES)
@@ -74,8 +78,8 @@ class Train:
     lr: float = setting(5e-5, "Peak learning rate.", low=0)
     warmup_steps: int = setting(0, "Steps of linear warm-up; then linear decay to 0.", low=0)
     weight_decay: float = setting(0.01, "AdamW weight decay; biases and LayerNorm have none.", low=0)
-    max_grad_norm: float = setting(10.0, "Clip the gradient's norm to this.", low=0)
-    seed: int = setting(42, "Seed of order, masks, negatives and dropout.", low=0)
+    max_grad_norm: float = setting(10.0, "Clip the gradient's norm to this; 0: no clipping.", low=0)
+    seed: int = setting(42, "Seed of order, masks, negatives and dropout.", low=0, high=2**63 - 1)
     checkpoint_every: int = setting(500, "Steps between checkpoints; one is always written at the end.", low=1)
     keep_checkpoints: int = setting(2, "Keep this many of the newest checkpoints.", low=1)
     log_every: int = setting(1, "Steps between rows of metrics.csv, TensorBoard points and terminal lines.", low=1)

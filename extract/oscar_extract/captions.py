@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +76,9 @@ def _lookup(images: list[Source]) -> dict[str, str | None]:
     The more exact name wins; a last part that several images share names none of them.
     """
     lookup: dict[str, str | None] = {}
-    for name_of in (lambda i: os.path.basename(i.id), lambda i: os.path.basename(i.path)):
-        level: dict[str, str | None] = {}
-        for image in images:
-            name = name_of(image)
-            level[name] = None if name in level else image.id
-        lookup |= level
+    for names in ([os.path.basename(i.id) for i in images], [os.path.basename(i.path) for i in images]):
+        count = Counter(names)
+        lookup |= {name: i.id if count[name] == 1 else None for name, i in zip(names, images, strict=True)}
     return lookup | {i.id: i.id for i in images} | {i.path: i.id for i in images}
 
 
@@ -111,7 +109,9 @@ def _json(path: Path) -> Iterator[Named]:
     names = {image["id"]: image["file_name"] for image in content["images"]}
     for annotation in content["annotations"]:
         if "caption" not in annotation:
-            raise UsageError(f"--captions {path}: its annotations have no `caption`; give captions_*.json, not instances")
+            raise UsageError(
+                f"--captions {path}: its annotations have no `caption`; give captions_*.json, not instances"
+            )
         number = annotation["image_id"]
         yield str(names.get(number, number)), str(annotation["caption"]), str(annotation.get("id", ""))
 

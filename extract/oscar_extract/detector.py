@@ -39,8 +39,10 @@ def load_detector(name: str, entry: settings.Detector, device: str) -> Detector:
     config = BUILTIN / "config.yaml" if builtin else Path(entry.config)
     cfg = load_config(config)
     weights = entry.weights or (BUILTIN / "model.safetensors" if builtin else cfg.MODEL.WEIGHTS)
-    if not weights:
-        raise UsageError(f"--detector {name}: its config names no weights; give them with --weights FILE")
+    if not weights or "://" in str(weights):
+        raise UsageError(
+            f"--detector {name}: its weights {str(weights)!r} are no local file; give one with --weights FILE"
+        )
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "", device, ""
     try:
         model = build_model(cfg).eval().requires_grad_(False)
@@ -84,7 +86,9 @@ def _check_architecture(name: str, model: nn.Module) -> None:
         or isinstance(heads, CascadeROIHeads)
     ):
         found = f"{type(model).__name__} with {type(heads).__name__}"
-        raise UsageError(f"--detector {name}: a {found}; allowed: GeneralizedRCNN with StandardROIHeads or Res5ROIHeads")
+        raise UsageError(
+            f"--detector {name}: a {found}; allowed: GeneralizedRCNN with StandardROIHeads or Res5ROIHeads"
+        )
 
 
 def _classes(name: str, cfg: CfgNode, file: str | None) -> list[str]:

@@ -70,7 +70,9 @@ def decode(content: bytes) -> npt.NDArray[np.uint8]:
         raise RefusedImage("not-an-image", "no image format that is known") from None
     except Image.DecompressionBombError as error:
         raise RefusedImage("bomb", str(error)) from None
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file provokes, struct.error and IndexError too
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise whatever a damaged file provokes, struct.error and IndexError too
         reason = "truncated" if "truncated" in str(error) else "damaged"
         raise RefusedImage(reason, f"{type(error).__name__}: {error}") from None
 
@@ -97,8 +99,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep(samples: npt.NDArray[np.generic]) -> Image.Image:
-    """Scale deep samples to 8 bits: integers from the smallest of 8, 12 and 16 bits that holds them (cameras and scanners
-    store 12 in 16), floats from 0..1, or from 0..255 if there are any beyond 1."""
+    """Scale deep samples to 8 bits.
+
+    Integers are scaled from the smallest of 8, 12 and 16 bits that holds them (cameras and scanners store 12 in 16),
+    floats from 0..1, or from 0..255 if there are any beyond 1.
+    """
     values = np.nan_to_num(samples.astype(np.float32))
     ranges = (1.0, 255.0) if np.issubdtype(samples.dtype, np.floating) else (255.0, 4095.0, 65535.0)
     full = next((r for r in ranges if values.max(initial=0) <= r), ranges[-1])

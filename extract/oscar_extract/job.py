@@ -82,7 +82,9 @@ def prepare(out: Path, manifest: Manifest, overwrite: bool) -> None:
     if (out / FILE).exists():
         _check_same(out, read_manifest(out), manifest)
     elif any(out.glob("*.tar")):
-        raise UsageError(f"--out {out}: it holds tars but no {FILE}, so they are not this command's; give another --out")
+        raise UsageError(
+            f"--out {out}: it holds tars but no {FILE}, so they are not this command's; give another --out"
+        )
     else:
         write_manifest(out, manifest)
 
@@ -91,7 +93,9 @@ def _check_same(out: Path, there: Manifest, here: Manifest) -> None:
     """Refuse to mix shards of two detectors, plans or settings, naming both sides."""
 
     def refuse(what: str, old: object, new: object) -> None:
-        raise UsageError(f"--out {out}: holds shards of {what} {old}, this is {new}; give another --out, or --overwrite")
+        raise UsageError(
+            f"--out {out}: holds shards of {what} {old}, this is {new}; give another --out, or --overwrite"
+        )
 
     if there.name != here.name:
         refuse("name", there.name, here.name)

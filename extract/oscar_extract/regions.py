@@ -1,13 +1,14 @@
 """The numerics of preset `detectron2`: from pixels to the regions that are kept, on detectron2's own modules.
 
-Resize as detectron2's DefaultPredictor does (shorter side MIN_SIZE_TEST, longer at most MAX_SIZE_TEST, Pillow bilinear on
-uint8). A proposal becomes one box: the regressed box of its most likely class. Then NMS within each class at
+Resize as detectron2's DefaultPredictor does (shorter side MIN_SIZE_TEST, longer at most MAX_SIZE_TEST, Pillow bilinear
+on uint8). A proposal becomes one box: the regressed box of its most likely class. Then NMS within each class at
 NMS_THRESH_TEST, confidence order, and of these all with at least the score threshold, but never fewer than `min_boxes`
 nor more than `max_boxes`. A region's feature is what the box head pools *in that box*: mean of res5 for C4 models,
 the output of the last fully connected layer for FPN models.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,12 +54,14 @@ def resize(detector: Detector, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.
 def detect(
     detector: Detector, images: list[npt.NDArray[np.uint8]], sizes: list[tuple[int, int]], selection: Selection
 ) -> list[Regions]:
-    """Find the regions of images of one shape, uint8 [h, w, 3] each; `sizes` are their (height, width) before the resize.
+    """Find the regions of images of one shape, uint8 [h, w, 3] each; `sizes` are their original (height, width).
 
     Nothing is padded beyond what one image would be, so that a batch gives what its images give alone.
     """
     model, heads = detector.model, detector.model.roi_heads
-    batch = model.preprocess_image([{"image": torch.as_tensor(i.astype(np.float32).transpose(2, 0, 1))} for i in images])
+    batch = model.preprocess_image(
+        [{"image": torch.as_tensor(i.astype(np.float32).transpose(2, 0, 1))} for i in images]
+    )
     maps = model.backbone(batch.tensor)
     proposals, _ = model.proposal_generator(batch, maps, None)
     predictions = heads.box_predictor(pool(heads, maps, [p.proposal_boxes for p in proposals]))
@@ -75,7 +78,7 @@ def detect(
     ]
 
 
-def pool(heads: torch.nn.Module, maps: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
+def pool(heads: Any, maps: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
     """Return the box head's feature of every box of every image in turn, float32 [sum K, P]."""
     if isinstance(heads, Res5ROIHeads):
         pooled: Tensor = heads._shared_roi_transform([maps[f] for f in heads.in_features], boxes)

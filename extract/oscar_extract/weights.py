@@ -64,7 +64,9 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         content = _read(path)
     except FileNotFoundError:
         raise UsageError(f"--weights {path}: no such file") from None
-    except Exception as error:  # a foreign or hostile file makes the readers raise anything; one line says which file it was
+    except (
+        Exception
+    ) as error:  # a foreign or hostile file makes the readers raise anything; one line says which file it was
         raise UsageError(f"--weights {path}: cannot be read: {str(error).splitlines()[0]}") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

@@ -38,7 +38,8 @@ def open_folder(folder: Path, flag: str = "--shards") -> ShardFolder:
     tars = sorted(folder.glob(f"{manifest.name}-*.tar"))
     if len(tars) != manifest.plan.num_shards:
         raise UsageError(
-            f"{flag} {folder}: {len(tars)} of {manifest.plan.num_shards} shards are there; run its oscar-extract command again"
+            f"{flag} {folder}: {len(tars)} of {manifest.plan.num_shards} shards are there; "
+            "run its oscar-extract command again"
         )
     tables = [_read_index(tar, flag).append_column("shard", _constant(n, tar)) for n, tar in enumerate(tars)]
     return ShardFolder(folder=folder, manifest=manifest, tars=tars, table=pa.concat_tables(tables))
@@ -58,7 +59,9 @@ def _read_index(tar: Path, flag: str) -> pa.Table:
         raise UsageError(f"{flag}: {index_path(tar)} is damaged ({str(error).splitlines()[0]}); {again}") from None
     size = int((table.schema.metadata or {}).get(SIZE, -1))
     if tar.stat().st_size != size or not table.schema.equals(SCHEMA):
-        raise UsageError(f"{flag}: {tar} has {tar.stat().st_size} bytes, its index says {size}: it is cut or changed; {again}")
+        raise UsageError(
+            f"{flag}: {tar} has {tar.stat().st_size} bytes, its index says {size}: it is cut or changed; {again}"
+        )
     return table.replace_schema_metadata()
 
 
