@@ -135,11 +135,11 @@ def _table(path: Path) -> Iterator[Named]:
         header = [column.strip().lower() for column in first]
         if set(header) & set(IMAGE_COLUMNS) and set(header) & set(TEXT_COLUMNS):
             yield from _records((dict(zip(header, row, strict=False)) for row in rows if row), path)
-        elif len(header) == 2:
+        elif len(header) == 2:  # no header
             for number, row in enumerate([first, *rows]):
                 yield row[0], row[1] if len(row) > 1 else "", str(number)
-        else:
-            _records([dict.fromkeys(header, "")], path).__next__()
+        elif header:
+            next(_records([dict.fromkeys(header, "")], path))  # says which columns are needed
 
 
 def _tsv_rows(lines: Iterable[str]) -> Iterator[list[str]]:

@@ -1,0 +1,150 @@
+"""Images are found and texts are joined to them, whatever form they come in."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from oscar_common.errors import UsageError
+from oscar_extract.captions import read_texts
+from oscar_extract.plan import make_plan
+from oscar_extract.sources import Source, list_images
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def ids(folder: Path) -> dict[str, str]:
+    return {s.path: s.id for s in list_images(folder)}
+
+
+def test_images_are_found_recursively_and_other_files_left_alone(tmp_path):
+    touch(tmp_path, "b/2.JPG", "a.webp", "notes.md", ".hidden.jpg", ".git/x.png", "noextension", "a.txt")
+    assert ids(tmp_path) == {"a.webp": "a", "b/2.JPG": "b/2", "noextension": "noextension"}
+
+
+def test_ids_never_collide(tmp_path):
+    touch(tmp_path, "a.jpg", "a.png", "a.jpg.png", "b.c.jpg", "b.d.jpg", "ü é.jpg", "e", "e.jpg")
+    assert ids(tmp_path) == {
+        "a.jpg": "a.jpg", "a.png": "a.png", "a.jpg.png": "a.jpg.png",
+        "b.c.jpg": "b.c", "b.d.jpg": "b.d", "ü é.jpg": "ü é", "e": "e", "e.jpg": "e.jpg",
+    }  # fmt: skip
+
+
+def test_a_file_reached_twice_counts_once_and_circles_end(tmp_path):
+    touch(tmp_path, "a/x.jpg")
+    (tmp_path / "a/again").symlink_to(tmp_path)
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "a/x.jpg")
+    assert len(ids(tmp_path)) == 1
+
+
+IMAGES = [
+    Source(path="d/cat.1.jpg", id="d/cat.1"),
+    Source(path="000000000139.jpg", id="000000000139"),
+    Source(path="e/x.jpg", id="e/x"),
+]
+COCO = {
+    "images": [
+        {"id": 7, "file_name": "cat.1.jpg"},
+        {"id": 139, "file_name": "000000000139.jpg"},
+        {"id": 1, "file_name": "gone.jpg"},
+    ],
+    "annotations": [
+        {"id": 10, "image_id": 7, "caption": "A cat."},
+        {"id": 11, "image_id": 7, "caption": " Another cat.\n"},
+        {"id": 12, "image_id": 139, "caption": "A room."},
+        {"id": 13, "image_id": 1, "caption": "Gone."},
+    ],
+}
+ROWS = [("d/cat.1.jpg", "A cat."), ("cat.1", "Another cat."), ("000000000139.jpg", "A room."), ("gone.jpg", "Gone.")]
+
+
+def write(path: Path) -> None:
+    columns = {"image": [r[0] for r in ROWS], "caption": [r[1] for r in ROWS]}
+    if path.suffix == ".json":
+        path.write_text(json.dumps(COCO))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"file_name": i, "text": t}) for i, t in ROWS))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif path.stem == "headless":
+        path.write_text("\n".join(f"{i}\t{t}" for i, t in ROWS))
+    else:
+        mark = "\t" if path.suffix == ".tsv" else ","
+        path.write_text(
+            f"id{mark}image{mark}caption\n" + "".join(f"{n}{mark}{i}{mark}{t}\n" for n, (i, t) in enumerate(ROWS))
+        )
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl", "c.parquet", "c.tsv", "c.csv", "headless.tsv"])
+def test_every_form_gives_the_same_texts(tmp_path, name):
+    write(tmp_path / name)
+    texts = read_texts(str(tmp_path / name), tmp_path, IMAGES)
+    assert {i: [t.text for t in ts] for i, ts in texts.by_id.items()} == {
+        "d/cat.1": ["A cat.", "Another cat."],
+        "000000000139": ["A room."],
+    }
+    assert texts.unmatched == 1
+    assert {(t.kind, t.source) for ts in texts.by_id.values() for t in ts} == {("caption", Path(name).stem)}
+
+
+def test_txt_files_beside_the_images(tmp_path):
+    touch(tmp_path, "a/x.jpg", "y.jpg")
+    (tmp_path / "a/x.txt").write_text("First.\n\nSecond.\n")
+    for captions in ("txt", str(tmp_path)):
+        texts = read_texts(captions, tmp_path, list_images(tmp_path))
+        assert [t.text for t in texts.by_id["a/x"]] == ["First.", "Second."]
+        assert "y" not in texts.by_id
+
+
+def test_a_lone_quotation_mark_in_a_tsv_swallows_nothing(tmp_path):
+    (tmp_path / "c.tsv").write_text('image\tcaption\ncat.1.jpg\t"Hi, he said\n000000000139.jpg\tA room.\n')
+    assert len(read_texts(str(tmp_path / "c.tsv"), tmp_path, IMAGES).by_id) == 2
+
+
+def test_an_ambiguous_name_names_no_image(tmp_path):
+    images = [Source(path="a/x.jpg", id="a/x"), Source(path="b/x.jpg", id="b/x")]
+    (tmp_path / "c.tsv").write_text("image\tcaption\nx.jpg\tWhich?\nb/x.jpg\tThis one.\n")
+    texts = read_texts(str(tmp_path / "c.tsv"), tmp_path, images)
+    assert list(texts.by_id) == ["b/x"]
+    assert texts.unmatched == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.json", '{"images": [], "annotations": [{"image_id": 1, "bbox": []}]}', "no `caption`"),
+        ("c.json", '{"a": 1}', "not COCO captions"),
+        ("c.json", "{", "cannot be read as .json"),
+        ("c.jsonl", '{"url": "u", "caption": "c"}', "row 0 has the columns url, caption"),
+        ("c.csv", "a,b,c\n1,2,3\n", "row 0 has the columns a, b, c"),
+        ("c.parquet", "PAR1", "cannot be read as .parquet"),
+        ("c.tsv", "other.jpg\tx\n", "none of its 1 texts names an image"),
+        ("c.tsv", "", "none of its 0 texts names an image"),
+        ("c.xml", "", "unknown form '.xml'; allowed: .csv .json .jsonl .parquet .tsv, or txt"),
+    ],
+)
+def test_a_wrong_file_is_named_in_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError) as error:
+        read_texts(str(tmp_path / name), tmp_path, IMAGES)
+    assert message in error.value.message
+    assert name in error.value.message
+    assert "\n" not in error.value.message
+
+
+def test_the_plan_is_a_function_of_the_folder_and_the_texts(tmp_path):
+    folder = touch(tmp_path / "images", "b.jpg", "a.jpg", "c.jpg")
+    (tmp_path / "c.tsv").write_text("a.jpg\tA.\n")
+    plan = make_plan(folder, str(tmp_path / "c.tsv"), None, 2)
+    assert [[i.id for i in plan.shard(n)] for n in range(plan.record.num_shards)] == [["a", "b"], ["c"]]
+    assert (plan.source, plan.record.num_texts) == ("images", 1)
+    assert make_plan(folder, str(tmp_path / "c.tsv"), None, 2).record == plan.record
+    (tmp_path / "c.tsv").write_text("a.jpg\tB.\n")
+    assert make_plan(folder, str(tmp_path / "c.tsv"), None, 2).record.sha256 != plan.record.sha256
