@@ -1,0 +1,46 @@
+"""oscar-train: from a folder of shards to a pre-trained Oscar."""
+
+from oscar_common.cli import run, settings_command
+from oscar_common.errors import OperationError
+from oscar_common.settings import Catalog, Train
+from oscar_train.arguments import check
+
+HELP = """Pre-train Oscar on shards made by oscar-extract.
+
+Reads (caption, object tags, regions) triples, hides 15 % of the tokens, swaps the tags of half the triples, and trains
+a BERT to find both out. Writes checkpoints in the layout of Hugging Face, metrics.csv and TensorBoard logs to --out.
+
+The same command again continues from the newest checkpoint, to the same numbers as a run that was never stopped.
+"""
+EXAMPLES = """  oscar-train --shards shards --out run --init random:tiny --steps 200 --lr 1e-3
+  oscar-train --shards shards --out run --init bert-base-uncased --batch-size 768 --steps 1000000
+  oscar-train --pipeline demo
+"""
+
+
+@settings_command("train", Train, HELP, EXAMPLES)
+def command(settings: Train, catalog: Catalog) -> None:
+    """Check the arguments, open the shards, and only then import torch."""
+    shards, out = check(settings)
+    from oscar_shards.read import open_folder
+
+    folder = open_folder(shards)
+    import torch
+
+    from oscar_train.loop import train
+
+    try:
+        train(settings, folder, out)
+    except torch.OutOfMemoryError:
+        raise OperationError(
+            f"--batch-size {settings.batch_size}: does not fit the GPU's memory; give a smaller one"
+        ) from None
+
+
+def main() -> None:
+    """Run the command."""
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The command's arguments, checked before anything slow is imported."""
+
+import re
+from pathlib import Path
+
+from oscar_common.errors import UsageError, nearest
+from oscar_common.settings import Train
+
+RANDOM = "random:"
+SIZES = {  # layers, hidden size, heads; the inner size is four times the hidden size
+    "tiny": (2, 128, 2),
+    "small": (4, 512, 8),
+    "base": (12, 768, 12),
+    "large": (24, 1024, 16),
+}
+
+
+def check(settings: Train) -> tuple[Path, Path]:
+    """Return the folders of shards and of output.
+
+    Raises:
+        UsageError: a flag is missing, or its value makes no sense.
+    """
+    if settings.shards is None:
+        raise UsageError("--shards is missing: give the folder that oscar-extract wrote, or a --pipeline that names it")
+    if settings.out is None:
+        raise UsageError("--out is missing: give the folder for checkpoints and logs, or a --pipeline that names it")
+    if settings.warmup_steps >= settings.steps:
+        raise UsageError(f"--warmup-steps {settings.warmup_steps}: must be less than --steps {settings.steps}")
+    _check_init(settings.init)
+    out = Path(settings.out)
+    if (nearest_file := next((p for p in (out, *out.parents) if p.exists()), None)) and not nearest_file.is_dir():
+        raise UsageError(f"--out {out}: {nearest_file} is a file; give a folder")
+    return Path(settings.shards), out
+
+
+def _check_init(init: str) -> None:
+    """Refuse what can be neither a folder, a hub name nor a random size, and hub names that are mistyped folders."""
+    if init.startswith(RANDOM):
+        if (size := init[len(RANDOM) :]) not in SIZES:
+            raise UsageError(f"--init {init}: no size {size!r}{nearest(size, SIZES)}")
+        return
+    path = Path(init)
+    if path.is_dir():
+        return
+    allowed = "give a BERT folder, a hub name or random:tiny|small|base|large"
+    if path.exists():
+        raise UsageError(f"--init {init}: a file; {allowed}")
+    in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
+    if in_a_folder or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", init) or init.startswith("."):
+        raise UsageError(f"--init {init}: no such folder; {allowed}")

@@ -1,0 +1,154 @@
+"""Checkpoints: `OUT/checkpoint-000200/`, whole or absent, in the layout of Hugging Face, and resumable.
+
+config.json  model.safetensors  vocab.txt  tokenizer.json  tokenizer_config.json    the model, as BERT folders have it
+optimizer.pt                                                                        AdamW's moments
+trainer.json                                  step, the settings that decide the numbers, size and XXH3-64 of each file
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+
+from oscar_common.errors import OperationError, UsageError
+from oscar_common.files import TEMPORARY, replacing_folder, temporary
+from oscar_common.settings import Train
+from oscar_train.model import OscarForPreTraining
+from oscar_train.tokens import Tokenizer
+
+PREFIX = "checkpoint-"
+RECORD = "trainer.json"
+DECISIVE = ("init", "steps", "batch_size", "lr", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole checkpoint on disk. run: the decisive settings and the fingerprint of the corpus."""
+
+    folder: Path
+    step: int
+    run: dict[str, Any]
+
+
+def identity(settings: Train) -> dict[str, Any]:
+    """Return the settings that decide the numbers of a run; the others may change from one start to the next."""
+    return {name: getattr(settings, name) for name in DECISIVE}
+
+
+def save(
+    out: Path, step: int, run: dict[str, Any], model: OscarForPreTraining, optimizer: Optimizer, tokenizer: Tokenizer
+) -> Checkpoint:
+    """Write a checkpoint.
+
+    Raises:
+        OperationError, OSError: the disk is full or cannot be written; nothing is left under the final name.
+    """
+    folder = out / f"{PREFIX}{step:06d}"
+    with replacing_folder(folder) as unfinished:
+        try:
+            # Tied weights share memory, which safetensors refuses; Oscar's checkpoints hold both names.
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+            torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
+            model.config.to_json_file(unfinished / "config.json", use_diff=False)
+            tokenizer.save(unfinished)
+        except (RuntimeError, SafetensorError) as error:  # what the two libraries make of a full disk
+            reason = str(error).splitlines()[0]
+            raise OperationError(
+                f"{folder}: cannot be written ({reason}); free some space; the same command again continues"
+            ) from None
+        files = {path.name: _seal(path) for path in sorted(unfinished.iterdir())}
+        record = {"step": step, "run": run, "files": files}
+        (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return Checkpoint(folder=folder, step=step, run=run)
+
+
+def load(checkpoint: Checkpoint, model: OscarForPreTraining, optimizer: Optimizer) -> None:
+    """Put a checkpoint's numbers into the model and the optimizer; nothing in it is executed."""
+    model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
+    optimizer.load_state_dict(torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True))
+
+
+def newest(out: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest whole checkpoint, if any, and what is wrong with those after it, one line each.
+
+    Raises:
+        UsageError: there are checkpoints, but none is whole.
+    """
+    damages: list[str] = []
+    for folder in sorted(out.glob(f"{PREFIX}*"), key=lambda f: (len(f.name), f.name), reverse=True):
+        try:
+            return _whole(folder), damages
+        except ValueError as error:
+            damages.append(f"{folder} is damaged ({error})")
+    if damages:
+        raise UsageError(f"--out: {damages[0]} and no other checkpoint is whole; start anew with --overwrite")
+    return None, damages
+
+
+def agree(checkpoint: Checkpoint | None, run: dict[str, Any]) -> None:
+    """Check that a checkpoint, if there is one, is of the same run.
+
+    Raises:
+        UsageError: a setting differs; continuing would be neither the old run nor the new one.
+    """
+    if checkpoint is None:
+        return
+    for name, value in run.items():
+        before = checkpoint.run.get(name)
+        if before == value:
+            continue
+        instead = f"give another --out, or --overwrite to start anew; {checkpoint.folder} is at step {checkpoint.step}"
+        if name == "corpus":
+            raise UsageError(
+                f"--shards: their content is not what the run in --out began with ({before}, now {value}); {instead}"
+            )
+        raise UsageError(f"--{name.replace('_', '-')} {value}: the run in --out began with {before}; {instead}")
+
+
+def prune(out: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, each by a rename first, so that none is ever half there."""
+    folders = sorted(out.glob(f"{PREFIX}*"), key=lambda f: (len(f.name), f.name))
+    for folder in folders[:-keep]:
+        shutil.rmtree(temporary(folder), ignore_errors=True)
+        folder.replace(temporary(folder))
+        shutil.rmtree(temporary(folder))
+
+
+def sweep(out: Path, everything: bool = False) -> None:
+    """Delete what a killed run left unfinished; with `everything`, its checkpoints and logs too, and nothing else."""
+    for path in [*out.glob(f"{TEMPORARY}{PREFIX}*"), *(out.glob(f"{PREFIX}*") if everything else ())]:
+        shutil.rmtree(path)
+    if everything:
+        (out / "metrics.csv").unlink(missing_ok=True)
+        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+
+
+def _whole(folder: Path) -> Checkpoint:
+    """Read a checkpoint's record and compare each file with it; ValueError says what is wrong."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        step, run, files = int(record["step"]), dict(record["run"]), dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{RECORD} is missing or unreadable") from None
+    for name, seal in files.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if (found := _seal(folder / name)) != seal:
+            raise ValueError(f"{name} has {found['bytes']} bytes, written were {seal['bytes']}, or its content changed")
+    return Checkpoint(folder=folder, step=step, run=run)
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "xxh3": digest.hexdigest()}

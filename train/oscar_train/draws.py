@@ -1,0 +1,41 @@
+"""Random numbers without state: what belongs to a place in an epoch is computed from (seed, epoch, place) alone.
+
+Philox (Salmon et al. 2011) is a counter-based generator: word i of a stream is a hash of (key, i). A place in an epoch
+owns a fixed run of words, so the draws for it are the same in whatever batch, process or rank they are asked for, and
+resuming a run needs no saved generator.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK = 4  # 64-bit words that Philox4x64 makes from one value of its counter
+ORDER, SAMPLE, DROPOUT = range(3)  # what a stream is for; each has its own key
+
+
+def words(seed: int, purpose: int, epoch: int, first: int, rows: int, width: int) -> npt.NDArray[np.uint64]:
+    """Return the words of an epoch's places from `first` on, uint64 [rows, width]; `width` is a multiple of 4."""
+    key = np.array([seed, purpose << 32 | epoch], np.uint64)
+    counter = np.array([first * (width // BLOCK), 0, 0, 0], np.uint64)
+    raw = np.random.Philox(key=key, counter=counter).random_raw(rows * width)
+    return np.asarray(raw, np.uint64).reshape(rows, width)
+
+
+def uniform(drawn: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Turn words into numbers of [0, 1), as numpy does: the upper 53 bits."""
+    return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def below(drawn: npt.NDArray[np.uint64], bound: int) -> npt.NDArray[np.int64]:
+    """Turn words into whole numbers of [0, bound); the bias is under bound / 2^64."""
+    return (drawn % np.uint64(bound)).astype(np.int64)
+
+
+def permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
+    """Return the order of an epoch, int64 [size]: the ranks of `size` words, so that no numpy release can change it."""
+    keys = words(seed, ORDER, epoch, 0, size // BLOCK + 1, BLOCK).ravel()[:size]
+    return np.argsort(keys, kind="stable")
+
+
+def dropout_seed(seed: int, step: int) -> int:
+    """Return the seed that torch gets before a step, so that its dropout does not depend on the steps before."""
+    return int(words(seed, DROPOUT, 0, step, 1, BLOCK)[0, 0] >> np.uint64(1))

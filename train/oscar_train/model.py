@@ -1,0 +1,125 @@
+"""Oscar's model: a BERT over `[CLS] w [SEP] q [SEP]` and image regions, with the masked-token and the contrastive head.
+
+Parameter names are those of the released checkpoints (microsoft/Oscar), so weights go both ways.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertPooler, BertPredictionHeadTransform
+
+from oscar_train.arguments import SIZES
+from oscar_train.regions import BOX
+from oscar_train.stream import Batch
+from oscar_train.triples import IGNORED
+
+
+def random_config(size: str, vocab_size: int) -> BertConfig:
+    """Return the configuration of `random:SIZE`: base and large are BERT's, the others for trying things out."""
+    layers, hidden, heads = SIZES[size]
+    return BertConfig(
+        vocab_size=vocab_size,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+    )
+
+
+def oscar_config(bert: BertConfig, feature_dim: int) -> BertConfig:
+    """Add Oscar's fields to a BERT configuration, for regions of `feature_dim` features; those it has already stay."""
+    bert.img_feature_dim = feature_dim + BOX
+    for name, default in (
+        ("img_feature_type", "faster_r-cnn"),
+        ("use_img_layernorm", 0),
+        ("img_layer_norm_eps", 1e-12),
+        ("num_contrast_classes", 2),
+    ):
+        setattr(bert, name, getattr(bert, name, default))
+    bert.architectures = ["OscarForPreTraining"]
+    bert._attn_implementation = "sdpa"
+    return bert
+
+
+class OscarModel(nn.Module):
+    """The encoder of text and regions."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config)
+        self.img_embedding = nn.Linear(config.img_feature_dim, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.use_img_layernorm = bool(config.use_img_layernorm)
+        if self.use_img_layernorm:
+            self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.img_layer_norm_eps)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the last hidden states of T text tokens and R regions, [B, T + R, H].
+
+        A region is Linear([v'; z]), with a LayerNorm if the configuration has it (Oscar section 3; VinVL's code), and
+        has neither position nor token type. Every token sees every other, [PAD] and empty regions excepted.
+        """
+        text = self.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids)
+        regions = self.img_embedding(torch.cat([batch.features.to(text.dtype), batch.z.to(text.dtype)], -1))
+        if self.use_img_layernorm:
+            regions = self.LayerNorm(regions)
+        hidden = torch.cat([text, self.dropout(regions)], 1)
+        unseen = torch.zeros(batch.attention_mask.shape, dtype=hidden.dtype, device=hidden.device)
+        unseen = unseen.masked_fill(~batch.attention_mask, torch.finfo(hidden.dtype).min)
+        return self.encoder(hidden, attention_mask=unseen[:, None, None, :])[0]  # type: ignore[no-any-return]
+
+
+class MaskedTokenHead(nn.Module):
+    """Scores of the vocabulary for a token. The decoder's weight is the word embedding's."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Score hidden states [M, H]: [M, vocabulary]."""
+        return self.decoder(self.transform(hidden)) + self.bias  # type: ignore[no-any-return]
+
+
+class PreTrainingHeads(nn.Module):
+    """The two heads, under the names that BERT gave them."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.predictions = MaskedTokenHead(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, config.num_contrast_classes)
+
+
+class OscarForPreTraining(nn.Module):
+    """Oscar with its two pre-training heads. `config`: BertConfig with the fields of `oscar_config`."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = OscarModel(config)
+        self.cls = PreTrainingHeads(config)
+        self.apply(self._initialise)
+        self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return scores of the M masked tokens, [M, vocabulary], in row-major order, and of the pairs, [B, classes].
+
+        The head over 30,522 words is the dear part, so only the masked positions go through it.
+        """
+        hidden = self.bert(batch)
+        is_masked = batch.mlm_labels != IGNORED
+        words = self.cls.predictions(hidden[:, : is_masked.shape[1]][is_masked])
+        return words, self.cls.seq_relationship(self.bert.pooler(hidden))
+
+    def _initialise(self, module: nn.Module) -> None:
+        """BERT's initial values: N(0, 0.02), biases 0, LayerNorms the identity."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

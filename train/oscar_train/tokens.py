@@ -1,0 +1,65 @@
+"""The WordPiece tokenizer: the one that lies with the initial weights, else bert-base-uncased's, which is shipped."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oscar_common.errors import UsageError
+from oscar_common.files import replacing
+from oscar_train.ragged import Ragged, concatenated, ragged
+
+SHIPPED = Path(__file__).parent / "vocab"  # bert-base-uncased
+FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CHUNK = 20_000  # texts tokenised at once; bounds the memory that the tokenizer's Python objects take
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A BERT tokenizer and the ids that a sequence is built with."""
+
+    backend: Any  # transformers' BertTokenizerFast
+    pad: int
+    cls: int
+    sep: int
+    mask: int
+    size: int
+
+    def __call__(self, texts: Sequence[str], width: int) -> Ragged:
+        """Tokenise texts, without special tokens; at most `width` tokens of each are kept."""
+        core = self.backend.backend_tokenizer
+        chunks = (list(texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK))
+        encoded = (core.encode_batch(chunk, add_special_tokens=False) for chunk in chunks)
+        return concatenated(ragged([e.ids[:width] for e in chunk]) for chunk in encoded)
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files, vocab.txt among them (Oscar's fine-tuning code reads that one)."""
+        self.backend.save_pretrained(folder)
+        vocabulary = sorted(self.backend.get_vocab().items(), key=lambda entry: entry[1])
+        with replacing(folder / "vocab.txt") as file:
+            file.write("".join(f"{token}\n" for token, _ in vocabulary).encode())
+
+
+def load_tokenizer(folder: Path | None) -> Tokenizer:
+    """Open the tokenizer of a model folder, or the shipped bert-base-uncased vocabulary if there is none.
+
+    Raises:
+        UsageError: its files cannot be read, or it lacks one of [PAD], [CLS], [SEP], [MASK].
+    """
+    from transformers import BertTokenizerFast  # type: ignore[attr-defined]  # an alias since 5.0
+
+    if folder is None or not any((folder / name).is_file() for name in FILES[:2]):
+        folder = SHIPPED
+    try:
+        backend = BertTokenizerFast.from_pretrained(str(folder))
+    except Exception as error:  # the tokenizer's libraries raise bare Exception for files they cannot read
+        raise UsageError(f"--init {folder}: its tokenizer cannot be read ({error}); repair vocab.txt") from None
+    backend.backend_tokenizer.no_truncation()
+    backend.backend_tokenizer.no_padding()
+    names = {"pad": backend.pad_token, "cls": backend.cls_token, "sep": backend.sep_token, "mask": backend.mask_token}
+    vocabulary = backend.get_vocab()
+    if missing := [str(token) for token in names.values() if token not in vocabulary]:
+        raise UsageError(f"--init {folder}: the vocabulary has no {', '.join(missing)}: it is not BERT's")
+    return Tokenizer(
+        backend=backend, size=max(vocabulary.values()) + 1, **{n: vocabulary[token] for n, token in names.items()}
+    )
