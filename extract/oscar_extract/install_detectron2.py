@@ -224,7 +224,7 @@ def install(wheel_dir: Path | None) -> None:
             print(f"wrote {wheel}")
             return
         print("installing detectron2 0.5 and what it needs", flush=True)
-        pip("install", "--quiet", str(wheel))
+        pip("install", "--quiet", "--use-pep517", str(wheel))  # some of its dependencies are published as sources
 
 
 def main() -> None:
