@@ -45,10 +45,10 @@ def settings_command(
     return decorate
 
 
-def run(command: click.Command) -> NoReturn:
-    """Run a command on sys.argv: exit 0, or one line on stderr and exit 2 (bad input), 1 (trouble) or 130 (Ctrl-C)."""
+def run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
+    """Run a command (on sys.argv): exit 0, or one line on stderr and exit 2 (bad input), 1 (trouble) or 130 (Ctrl-C)."""
     try:
-        sys.exit(command.main(standalone_mode=False) or 0)
+        sys.exit(command.main(arguments, standalone_mode=False) or 0)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -49,6 +49,7 @@ def load_detector(name: str, entry: settings.Detector, device: str) -> Detector:
     except (KeyError, AssertionError, ValueError, RuntimeError) as error:
         raise UsageError(f"--detector {name}: detectron2 cannot build it: {error!r}") from None
     _check_architecture(name, model)
+    classes = _classes(name, cfg, entry.classes)
     load_weights(model, Path(weights))
     cfg.MODEL.DEVICE = "cpu"  # the record is of the numbers, not of the place
     record = DetectorRecord(
@@ -57,7 +58,7 @@ def load_detector(name: str, entry: settings.Detector, device: str) -> Detector:
         config=cfg.dump(),
         weights=Path(weights).name,
         weights_sha256=sha256(Path(weights)),
-        classes=_classes(name, cfg, entry.classes),
+        classes=classes,
         feature_dim=model.roi_heads.box_predictor.cls_score.in_features,
     )
     return Detector(model=model, cfg=cfg, record=record)

@@ -1,0 +1,209 @@
+"""`oscar-extract` as a user runs it: real photos, real kills, real mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from support import error_line, extract, oscar
+
+ARGUMENTS = ("--images-per-shard", 3, "--device", "cpu", "--source", "photos")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def images(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photos, with captions for some beside them, one file that is cut and one that is no image."""
+    folder = tmp_path_factory.mktemp("job") / "images"
+    shutil.copytree(photos, folder)
+    (folder / "cut.jpg").write_bytes((folder / "size0/coffee.0.jpg").read_bytes()[:3000])
+    (folder / "page.png").write_text("<html>not found</html>")
+    for path in (folder / "size1").glob("*.jpg"):
+        path.with_suffix(".txt").write_text(f"A photo called {path.stem}.\nThe same again.\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "shards"
+    done = oscar("oscar-extract", "--images", images, "--captions", "txt", "--out", out, *ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    assert "14 images" in done.stdout
+    assert "not-an-image: 1" in done.stdout
+    return out
+
+
+def test_every_image_is_a_sample_or_a_reject(images: Path, undisturbed: Path):
+    urls = sorted(str(p) for p in undisturbed.glob("*.tar"))
+    assert [Path(u).name for u in urls] == [f"shard-{n:06d}.tar" for n in range(5)]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    rejects = [r for p in sorted(undisturbed.glob("*.rejects.parquet")) for r in pq.read_table(p).to_pylist()]
+    assert {(r["path"], r["reason"]) for r in rejects} == {("cut.jpg", "truncated"), ("page.png", "not-an-image")}
+    paths = {s["json"]["image"]["path"] for s in samples} | {r["path"] for r in rejects}
+    assert paths == {str(p.relative_to(images)) for p in images.rglob("*.*g")}
+    manifest = json.loads((undisturbed / "manifest.json").read_bytes())
+    for sample in samples:
+        k = len(sample["json"]["tags"])
+        assert 10 <= k <= 100
+        assert sample["features.npy"].shape == (k, manifest["detector"]["feature_dim"])
+        assert set(sample["json"]["tags"]) <= set(manifest["detector"]["classes"])
+        assert len(sample["json"]["texts"]) == (2 if sample["json"]["image"]["path"].startswith("size1") else 0)
+    assert manifest["plan"]["num_texts"] == sum(len(s["json"]["texts"]) for s in samples) == 8
+
+
+def test_the_same_command_again_changes_nothing(images: Path, undisturbed: Path):
+    before, times = contents(undisturbed), {p.name: p.stat().st_mtime_ns for p in undisturbed.iterdir()}
+    done = extract("--images", images, "--captions", "txt", "--out", undisturbed, *ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    assert "nothing was left to do" in done.stdout
+    assert contents(undisturbed) == before
+    assert {p.name: p.stat().st_mtime_ns for p in undisturbed.iterdir()} == times
+
+
+def test_killed_and_continued_equals_undisturbed(images: Path, undisturbed: Path, tmp_path: Path):
+    """kill -9 once as soon as each of three stages is reached, then let it finish: the same folder, bit for bit."""
+    out = tmp_path / "shards"
+    command = [sys.executable, "-m", "oscar_extract", "--images", images, "--captions", "txt", "--out", out, *ARGUMENTS]
+    for stage in ("manifest.json", ".tmp-shard-000001.tar", "shard-000002.tar"):
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (out / stage).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, f"the job ended before {stage} was there"
+        for tar in out.glob("shard-*.tar"):  # what has its final name is whole
+            assert tar.read_bytes() == (undisturbed / tar.name).read_bytes()
+    done = oscar(*["oscar-extract", *command[3:]])
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (["--min-boxes", 12], ["min_boxes 10", "12"]),
+        (["--images-per-shard", 4], ["images_per_shard 3", "4"]),
+        (["--captions", "none"], ["--captions none", "no such file"]),
+        (["--name", "other"], ["name shard", "other"]),
+    ],
+)
+def test_another_plan_is_refused_with_both_named(
+    images: Path, undisturbed: Path, change: list[object], names: list[str]
+):
+    before = contents(undisturbed)
+    done = extract("--images", images, "--captions", "txt", "--out", undisturbed, *ARGUMENTS, *change)
+    assert done.returncode == 2
+    assert all(name in error_line(done) for name in names)
+    assert contents(undisturbed) == before
+
+
+def test_overwrite_starts_anew_and_spares_other_files(photos: Path, undisturbed: Path, tmp_path: Path):
+    out = tmp_path / "shards"
+    shutil.copytree(undisturbed, out)
+    (out / "notes.txt").write_text("mine")
+    few = tmp_path / "few"
+    shutil.copytree(photos / "size1", few)
+    done = extract("--images", few, "--out", out, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in out.iterdir()) == [
+        "manifest.json",
+        "notes.txt",
+        "shard-000000.parquet",
+        "shard-000000.tar",
+    ]
+
+
+def test_too_many_rejects_exit_1_and_retry_mends_them(photos: Path, tmp_path: Path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    good = (photos / "size0/coffee.0.jpg").read_bytes()
+    (images / "a.jpg").write_bytes(good)
+    (images / "b.jpg").write_bytes(good[:3000])
+    command = ("--images", images, "--out", out, "--max-reject-fraction", 0.1)
+    done = extract(*command)
+    assert done.returncode == 1
+    assert "1 of 2 images were refused" in error_line(done)
+    (images / "b.jpg").write_bytes(good)
+    done = extract(*command, "--retry-rejects")
+    assert done.returncode == 0, done.stderr
+    assert not list(out.glob("*.rejects.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--imags", "x"], "No such option '--imags'"),
+        (["--out", "o"], "no images: give --images DIR"),
+        (["--images", "absent", "--out", "o"], "--images absent: no such folder"),
+        (["--images", "empty", "--out", "o"], "no image in it, only 1 other files"),
+        (["--images", "."], "give --out DIR"),
+        (["--images", ".", "--out", "file"], "--out file: it is a file"),
+        (["--images", ".", "--out", "o", "--min-boxes", "50", "--max-boxes", "40"], "--min-boxes 50 is more than"),
+        (["--images", ".", "--out", "o", "--score-threshold", "2"], "--score-threshold: 2.0 is out of range"),
+        (["--images", ".", "--out", "o", "--detector", "bultin"], "did you mean 'builtin'"),
+        (["--images", ".", "--out", "o", "--name", "a/b"], "--name 'a/b'"),
+        (["--dataset", "coco"], "no dataset 'coco'"),
+        (["--pipeline", "demmo"], "did you mean 'demo'"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_2(tmp_path: Path, monkeypatch, arguments: list[str], message: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.md").write_text("no image")
+    done = extract(*arguments)
+    assert done.returncode == 2
+    assert message in error_line(done)
+    assert not (tmp_path / "o").exists()
+
+
+def test_captions_of_other_images_are_refused(photos: Path, tmp_path: Path):
+    captions = tmp_path / "c.json"
+    content = {"images": [{"id": 1, "file_name": "z.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "Z."}]}
+    captions.write_text(json.dumps(content))
+    done = extract("--images", photos, "--captions", captions, "--out", tmp_path / "o")
+    assert done.returncode == 2
+    assert "none of its 1 texts names an image" in error_line(done)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(photos: Path, tiny_disk: Path):
+    done = extract("--images", photos / "size1", "--out", tiny_disk / "o")
+    assert done.returncode == 1
+    assert "No space left on device" in error_line(done)
+    assert "shard-000000.tar" in error_line(done)
+    assert [p.name for p in (tiny_disk / "o").iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("command", ["oscar_extract", "oscar_train"])
+def test_help_answers_without_loading_torch(command: str):
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Examples:" in done.stdout
+    assert "import time" in done.stderr
+    assert not any(
+        line.split("|")[-1].strip() in ("torch", "detectron2", "transformers") for line in done.stderr.splitlines()
+    )

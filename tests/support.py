@@ -1,0 +1,45 @@
+"""What the tests share: photos, and the commands as a user runs them."""
+
+import io
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+from PIL import Image
+
+from oscar_common import cli
+from oscar_extract.__main__ import command
+
+
+def photo(name: str) -> Image.Image:
+    """A photo that scikit-image carries: astronaut, coffee, chelsea (a cat) or rocket."""
+    import skimage.data
+
+    return Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+
+
+def oscar(*arguments: object, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
+    """Run `oscar-extract ...` or `oscar-train ...` in a process of its own."""
+    module, *rest = map(str, arguments)
+    line = [sys.executable, "-m", module.replace("-", "_"), *rest]
+    return subprocess.run(line, text=True, capture_output=True, timeout=timeout)
+
+
+def extract(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run `oscar-extract ...` in this process, which spares the seconds that importing torch takes."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as left:
+        cli.run(command, [str(a) for a in arguments])
+    code = left.value.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(["oscar-extract", *map(str, arguments)], code, out.getvalue(), err.getvalue())
+
+
+def error_line(done: "subprocess.CompletedProcess[str]") -> str:
+    """The one line on stderr of a command that failed; fails if there is more than progress around it."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert lines, done.stdout
+    assert sum(line.startswith("error: ") for line in lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return lines[-1]
