@@ -46,7 +46,7 @@ def settings_command(
 
 
 def run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
-    """Run a command (on sys.argv): exit 0, or one line on stderr and exit 2 (bad input), 1 (trouble) or 130 (Ctrl-C)."""
+    """Run a command: exit 0, or one line on stderr and exit 2 (bad input), 1 (trouble) or 130 (Ctrl-C)."""
     try:
         sys.exit(command.main(arguments, standalone_mode=False) or 0)
     except click.ClickException as error:

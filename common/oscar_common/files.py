@@ -74,6 +74,8 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         raise OperationError(
             f"{folder}: another process is writing there; wait for it, or give another {flag}"
         ) from None
+    except OSError:
+        pass  # some network file systems cannot lock a folder
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from oscar_extract.sources import Source
 
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "path", "image_id", "id", "key")
 TEXT_COLUMNS = ("caption", "captions", "text", "texts", "sentence", "sentences")
+NUMBER = re.compile(r"^(?:COCO_\w+_)?0*(\d+)$")
 BESIDE = ("txt", ".txt", "*.txt")
 
 
@@ -71,12 +73,14 @@ def _join(named: Iterable[Named], images: list[Source], source: str) -> Texts:
 
 
 def _lookup(images: list[Source]) -> dict[str, str | None]:
-    """Map everything that a caption file may call an image to the image's id: its path, its id, the last part of each.
+    """Map everything that a caption file may call an image to the image's id.
 
-    The more exact name wins; a last part that several images share names none of them.
+    That is its path, its id, the last part of each, and COCO's number (139 for 000000000139.jpg). The more exact name
+    wins; one that several images share names none of them.
     """
+    last = [os.path.basename(i.id) for i in images]
     lookup: dict[str, str | None] = {}
-    for names in ([os.path.basename(i.id) for i in images], [os.path.basename(i.path) for i in images]):
+    for names in ([NUMBER.sub(r"\1", n) for n in last], last, [os.path.basename(i.path) for i in images]):
         count = Counter(names)
         lookup |= {name: i.id if count[name] == 1 else None for name, i in zip(names, images, strict=True)}
     return lookup | {i.id: i.id for i in images} | {i.path: i.id for i in images}

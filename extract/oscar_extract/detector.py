@@ -44,6 +44,7 @@ def load_detector(name: str, entry: settings.Detector, device: str) -> Detector:
             f"--detector {name}: its weights {str(weights)!r} are no local file; give one with --weights FILE"
         )
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "", device, ""
+    torch.backends.cudnn.deterministic = True  # the same command ends with the same bytes
     try:
         model = build_model(cfg).eval().requires_grad_(False)
     except (KeyError, AssertionError, ValueError, RuntimeError) as error:

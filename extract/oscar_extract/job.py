@@ -1,5 +1,6 @@
 """The job: a plan and a detector to a folder of shards, one whole shard after the other."""
 
+import hashlib
 import platform
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_common.errors import UsageError
-from oscar_common.progress import meter
+from oscar_common.progress import Meter, meter
 from oscar_common.sample import ImageRecord, Sample
 from oscar_common.settings import Extract
 from oscar_extract.detector import Detector
@@ -49,14 +50,16 @@ def run_job(plan: Plan, detector: Detector, settings: Extract, out: Path) -> flo
     done = plan.record.num_images - sum(len(plan.shard(n)) for n in todo)
     with meter("images", plan.record.num_images, done) as progress:
         for number in todo:
-
-            def counted(items: Iterable[Sample | Reject]) -> Iterator[Sample | Reject]:
-                for item in items:
-                    progress.advance(done=1, rejects=isinstance(item, Reject))
-                    yield item
-
-            write_shard(tars[number], counted(extract(plan, number, detector, settings)), detector.record.feature_dim)
+            items = counted(extract(plan, number, detector, settings), progress)
+            write_shard(tars[number], items, detector.record.feature_dim)
     return progress.rate
+
+
+def counted(items: Iterable[Sample | Reject], progress: Meter) -> Iterator[Sample | Reject]:
+    """Pass items on and show each as progress."""
+    for item in items:
+        progress.advance(done=1, rejects=isinstance(item, Reject))
+        yield item
 
 
 def _done(tar: Path, retry_rejects: bool) -> bool:
@@ -78,7 +81,7 @@ def make_manifest(plan: Plan, detector: Detector, settings: Extract) -> Manifest
 def prepare(out: Path, manifest: Manifest, overwrite: bool) -> None:
     """Make `out` ready: new, continued, or (with `overwrite`) emptied of its shards."""
     if overwrite:
-        remove_shards(out, manifest.name)
+        remove_shards(out)
     if (out / FILE).exists():
         _check_same(out, read_manifest(out), manifest)
     elif any(out.glob("*.tar")):
@@ -112,15 +115,9 @@ def _check_same(out: Path, there: Manifest, here: Manifest) -> None:
 
 def _describe(manifest: Manifest) -> str:
     detector = manifest.detector
-    config = "" if not detector.config else f", config {hash_of(detector.config)}"
-    return f"{detector.name} ({detector.weights} {detector.weights_sha256[:12]}{config}, preset {detector.preset})"
-
-
-def hash_of(text: str) -> str:
-    """Return a short hash for people to compare."""
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    config = hashlib.sha256(detector.config.encode()).hexdigest()
+    hashes = f"{detector.weights} {detector.weights_sha256[:12]}, config {config[:12]}, preset {detector.preset}"
+    return f"{detector.name} ({hashes})"
 
 
 def extract(plan: Plan, number: int, detector: Detector, settings: Extract) -> Iterator[Sample | Reject]:

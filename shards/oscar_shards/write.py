@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ import webdataset
 
 from oscar_common.files import TEMPORARY, replacing, temporary
 from oscar_common.sample import Sample
+from oscar_shards import manifest
 from oscar_shards.index import index_tar
+
+WRITTEN = re.compile(rf"({re.escape(TEMPORARY)})?[\w-]+-\d{{6}}\.(tar|parquet|rejects\.parquet)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +116,11 @@ def _write_rejects(path: Path, rejects: list[Reject]) -> None:
         pq.write_table(pa.Table.from_pylist([dataclasses.asdict(r) for r in rejects], REJECTS), file)
 
 
-def remove_shards(folder: Path, name: str) -> None:
-    """Delete the manifest and all files of the shards called NAME-*, finished or not, and nothing else."""
-    (folder / "manifest.json").unlink(missing_ok=True)  # first: without it the folder is no folder of shards
-    for path in [*folder.glob(f"{name}-*"), *folder.glob(f"{TEMPORARY}{name}-*")]:
-        path.unlink()
+def remove_shards(folder: Path) -> None:
+    """Delete all that this module wrote into a folder that has a manifest, and then the manifest; nothing else."""
+    if not (folder / manifest.FILE).exists():
+        return
+    for path in sorted(folder.iterdir()):
+        if WRITTEN.fullmatch(path.name):
+            path.unlink()
+    (folder / manifest.FILE).unlink()  # last: if this is killed, the folder is still known to be one of shards

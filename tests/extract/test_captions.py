@@ -103,6 +103,11 @@ def test_txt_files_beside_the_images(tmp_path):
         assert "y" not in texts.by_id
 
 
+def test_coco_numbers_name_files_with_leading_zeros(tmp_path):
+    (tmp_path / "c.csv").write_text("image_id,caption\n139,A room.\n1,Nothing.\n")
+    assert list(read_texts(str(tmp_path / "c.csv"), tmp_path, IMAGES).by_id) == ["000000000139"]
+
+
 def test_a_lone_quotation_mark_in_a_tsv_swallows_nothing(tmp_path):
     (tmp_path / "c.tsv").write_text('image\tcaption\ncat.1.jpg\t"Hi, he said\n000000000139.jpg\tA room.\n')
     assert len(read_texts(str(tmp_path / "c.tsv"), tmp_path, IMAGES).by_id) == 2
