@@ -60,14 +60,30 @@ def save(
             model.config.to_json_file(unfinished / "config.json", use_diff=False)
             tokenizer.save(unfinished)
         except (RuntimeError, SafetensorError) as error:  # what the two libraries make of a full disk
-            reason = str(error).splitlines()[0]
             raise OperationError(
-                f"{folder}: cannot be written ({reason}); free some space; the same command again continues"
+                f"{folder}: cannot be written ({str(error).splitlines()[0]}); the disk may be full: free some space; "
+                "the same command again continues"
             ) from None
         files = {path.name: _seal(path) for path in sorted(unfinished.iterdir())}
         record = {"step": step, "run": run, "files": files}
         (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return Checkpoint(folder=folder, step=step, run=run)
+
+
+def check_space(out: Path, model: OscarForPreTraining) -> None:
+    """Check that a checkpoint fits on the disk: better at the start than after hours.
+
+    Raises:
+        OperationError: it does not.
+    """
+    parameters = sum(tensor.numel() for tensor in model.parameters())
+    tied = model.bert.embeddings.word_embeddings.weight.numel()
+    need, free = 4 * (3 * parameters + tied), shutil.disk_usage(out).free
+    if need > free:
+        raise OperationError(
+            f"--out {out}: {free / 1e6:,.0f} MB are free, a checkpoint takes {need / 1e6:,.0f} MB; free some space or "
+            "give another --out"
+        )
 
 
 def load(checkpoint: Checkpoint, model: OscarForPreTraining, optimizer: Optimizer) -> None:

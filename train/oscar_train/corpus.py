@@ -13,7 +13,8 @@ from oscar_shards.read import ShardFolder
 from oscar_train.ragged import Ints, Ragged, concatenated
 from oscar_train.tokens import Tokenizer
 
-CAPTION, QA = 0, 1  # kinds of triples
+KINDS = ("caption", "qa")
+CAPTION, QA = 0, 1  # their numbers
 MAX_TEXT = 32  # tokens of w and q together: 35 less [CLS] and two [SEP]
 
 
@@ -92,10 +93,10 @@ def _shard_texts(batch: pa.RecordBatch, tokenizer: Tokenizer) -> _Texts:
     kind, text, question, answer = (
         pc.struct_field(batch.column("texts").flatten(), name) for name in ("kind", "text", "question", "answer")
     )
-    is_qa = pc.equal(kind, "qa").fill_null(False)
-    if unknown := set(pc.unique(kind).to_pylist()) - {"caption", "qa"}:
-        key = batch.column("key")[int(image[0])]
-        raise UsageError(f"--shards: a text near image {key} is of kind {unknown.pop()!r}; known: caption, qa")
+    if len(odd := np.flatnonzero(~pc.is_in(kind, value_set=pa.array(KINDS)).to_numpy(zero_copy_only=False))):
+        key, found = batch.column("key")[int(image[odd[0]])], kind[int(odd[0])].as_py()
+        raise UsageError(f"--shards: image {key} has a text of kind {found!r}; known: {', '.join(KINDS)}")
+    is_qa = pc.equal(kind, KINDS[QA])
     first = tokenizer(pc.if_else(is_qa, question, text).fill_null("").to_pylist(), MAX_TEXT)
     second = tokenizer(pc.if_else(is_qa, answer, "").fill_null("").to_pylist(), MAX_TEXT)
     qa = is_qa.to_numpy(zero_copy_only=False).astype(np.int8)

@@ -22,7 +22,7 @@ from oscar_train import checkpoint
 from oscar_train.checkpoint import Checkpoint
 from oscar_train.corpus import Corpus, load_corpus
 from oscar_train.draws import dropout_seed
-from oscar_train.metrics import Log, Row, open_log
+from oscar_train.metrics import Log, Row, open_log, warn
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objective import Outcome, evaluate
 from oscar_train.regions import RegionReader
@@ -69,13 +69,16 @@ def train(settings: Train, folder: ShardFolder, out: Path) -> None:
         corpus = load_corpus(folder, start.tokenizer)
         identity["corpus"] = corpus.fingerprint
         checkpoint.agree(last, identity)
+        for damage in damages:
+            warn(f"{damage}; going on from {last.folder}" if last else damage)
         reader = RegionReader(folder)
         model, origin = build(start, reader.feature_dim, settings.seed)
+        checkpoint.check_space(out, model)
         if settings.overwrite:
             checkpoint.sweep(out, everything=True)
         done = last.step if last else 0
-        with open_log(out, done, settings.steps) as log:
-            for line in (*damages, describe(corpus), f"{origin}; on {device}"):
+        with open_log(out, done, settings.steps, settings.log_every) as log:
+            for line in (describe(corpus), f"{origin}; on {device}"):
                 log.say(line)
             stream = Stream(
                 corpus, reader, seed=settings.seed, batch_size=settings.batch_size, pin=device.type == "cuda"

@@ -1,8 +1,8 @@
 """What is logged of a run: metrics.csv, TensorBoard, and lines for people."""
 
-import csv
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,13 +89,17 @@ class Log:
 
 
 @contextmanager
-def open_log(out: Path, step: int, total: int) -> Iterator[Log]:
+def open_log(out: Path, step: int, total: int, every: int) -> Iterator[Log]:
     """Open the logs of a run that goes on after `step`; rows of later steps, which a killed run left, are cut off.
+
+    Rows of earlier steps that are missing, because somebody changed the file, are lost: that is only said.
 
     Raises:
         UsageError: metrics.csv is there but is not this command's.
     """
-    _cut(out / FILE, step)
+    last = _cut(out / FILE, step)
+    if step - last >= every:
+        warn(f"{out / FILE} ends at step {last}; the rows from there to step {step} are lost")
     file = os.open(out / FILE, os.O_WRONLY | os.O_APPEND)
     board = SummaryWriter(out / "tensorboard", purge_step=step + 1)
     try:
@@ -105,16 +109,23 @@ def open_log(out: Path, step: int, total: int) -> Iterator[Log]:
         board.close()
 
 
-def _cut(path: Path, step: int) -> None:
-    """Leave the header and the whole rows up to `step`; the file is replaced at once."""
+def warn(line: str) -> None:
+    """Tell people of something that is wrong but does not stop the run."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _cut(path: Path, step: int) -> int:
+    """Leave the header and the whole rows up to `step`, replacing the file at once; return the last row's step."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not _HEADER.startswith(lines[0]):
         raise UsageError(f"--out: {path} is not a file of oscar-train's; give another --out")
+    kept = [line for line in lines[1:] if 0 < _step(line) <= step]
     with replacing(path) as file:
-        file.write(_HEADER)
-        file.writelines(line for line in lines[1:] if _is_row(line) and int(line.split(b",")[0]) <= step)
+        file.writelines([_HEADER, *kept])
+    return max(map(_step, kept), default=0)
 
 
-def _is_row(line: bytes) -> bool:
-    cells = next(csv.reader([line.decode("utf-8", "replace")]))
-    return line.endswith(b"\n") and len(cells) == len(COLUMNS) and cells[0].isdecimal()
+def _step(line: bytes) -> int:
+    """Return the step of a row, 0 if the row is not whole."""
+    cells = line.split(b",")
+    return int(cells[0]) if line.endswith(b"\n") and len(cells) == len(COLUMNS) and cells[0].isdigit() else 0

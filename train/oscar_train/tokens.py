@@ -40,6 +40,11 @@ class Tokenizer:
             file.write("".join(f"{token}\n" for token, _ in vocabulary).encode())
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder brings its own tokenizer."""
+    return any((folder / name).is_file() for name in FILES[:2])
+
+
 def load_tokenizer(folder: Path | None) -> Tokenizer:
     """Open the tokenizer of a model folder, or the shipped bert-base-uncased vocabulary if there is none.
 
@@ -48,16 +53,19 @@ def load_tokenizer(folder: Path | None) -> Tokenizer:
     """
     from transformers import BertTokenizerFast  # type: ignore[attr-defined]  # an alias since 5.0
 
-    if folder is None or not any((folder / name).is_file() for name in FILES[:2]):
+    if folder is None or not has_tokenizer(folder):
         folder = SHIPPED
     try:
         backend = BertTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # the tokenizer's libraries raise bare Exception for files they cannot read
         raise UsageError(f"--init {folder}: its tokenizer cannot be read ({error}); repair vocab.txt") from None
+    for name in ("is_local", "local_files_only", "name_or_path"):  # where it came from is no property of a tokenizer
+        backend.init_kwargs.pop(name, None)
     backend.backend_tokenizer.no_truncation()
     backend.backend_tokenizer.no_padding()
     names = {"pad": backend.pad_token, "cls": backend.cls_token, "sep": backend.sep_token, "mask": backend.mask_token}
-    vocabulary = backend.get_vocab()
+    # Without the tokens that the library adds of itself where a vocabulary lacks them
+    vocabulary = backend.backend_tokenizer.get_vocab(with_added_tokens=False)
     if missing := [str(token) for token in names.values() if token not in vocabulary]:
         raise UsageError(f"--init {folder}: the vocabulary has no {', '.join(missing)}: it is not BERT's")
     return Tokenizer(

@@ -11,7 +11,7 @@ from transformers import BertConfig
 from oscar_common.errors import UsageError
 from oscar_train.arguments import RANDOM
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
-from oscar_train.tokens import FILES, Tokenizer, load_tokenizer
+from oscar_train.tokens import FILES, Tokenizer, has_tokenizer, load_tokenizer
 from oscar_train.triples import MAX_TOKENS
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -47,10 +47,11 @@ def open_init(init: str) -> Start:
             f"--init {init}: has {config.max_position_embeddings} positions and {config.type_vocab_size} token types; "
             f"Oscar needs {MAX_TOKENS} and 2"
         )
-    if tokenizer.size > config.vocab_size:
+    own = has_tokenizer(folder)  # its weights may have rows to spare, but those of a foreign vocabulary mean nothing
+    if tokenizer.size > config.vocab_size or (not own and tokenizer.size != config.vocab_size):
         raise UsageError(
-            f"--init {init}: its tokenizer has {tokenizer.size} entries, its weights only {config.vocab_size}; "
-            "use the vocabulary that belongs to the weights"
+            f"--init {init}: {'its' if own else 'the shipped'} vocabulary has {tokenizer.size} entries, its weights "
+            f"{config.vocab_size}; put the vocab.txt that belongs to the weights into the folder"
         )
     return Start(init=init, folder=folder, config=config, tokenizer=tokenizer)
 
@@ -67,7 +68,7 @@ def build(start: Start, feature_dim: int, seed: int) -> tuple[OscarForPreTrainin
     if start.folder is None:
         return model, f"{start.init}: {total:,} parameters, all random"
     filled = fill(model, read_weights(start.init, start.folder), f"--init {start.init}")
-    rest = sorted({".".join(n.split(".")[:3]) for n in _names(model) if n not in filled})
+    rest = sorted({".".join(n.split(".")[:-1][:3]) for n in _names(model) if n not in filled})
     return model, f"{start.init}: {total:,} parameters; random: {', '.join(rest) or 'none'}"
 
 

