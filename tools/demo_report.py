@@ -55,7 +55,7 @@ def curves(metrics: Path) -> str:
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     steps = [int(row["step"]) for row in rows]
-    mpl.rcParams["svg.hashsalt"] = "oscar"  # the same page for the same numbers
+    mpl.rcParams.update({"svg.hashsalt": "oscar", "svg.fonttype": "none"})  # the same page for the same numbers
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, names, label in zip(
         figure.subplots(1, 3),

@@ -21,6 +21,7 @@ from oscar_extract.detector import Detector
 from oscar_extract.images import RefusedImage, read_image
 from oscar_extract.plan import Plan, PlannedImage
 from oscar_extract.regions import Selection, detect, resize
+from oscar_extract.sources import readable
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
 from oscar_shards.write import Reject, rejects_path, remove_shards, shard_path, write_shard
 
@@ -132,7 +133,7 @@ def extract(plan: Plan, number: int, detector: Detector, settings: Extract) -> I
         found = detect(detector, [i.pixels for i in item], [(i.record.height, i.record.width) for i in item], selection)
         for image, regions in zip(item, found, strict=True):
             if not regions.tags:
-                yield Reject(path=image.planned.path, reason="no-regions", message="the detector proposes no region")
+                yield Reject(path=image.record.path, reason="no-regions", message="the detector proposes no region")
                 continue
             yield Sample(key=image.planned.key, image=image.record, regions=regions, texts=image.planned.texts)
 
@@ -153,9 +154,11 @@ def load(plan: Plan, image: PlannedImage, detector: Detector) -> Loaded | Reject
         pixels, sha256 = read_image(plan.folder / image.path)
         resized = resize(detector, pixels)
     except RefusedImage as refused:
-        return Reject(path=image.path, reason=refused.reason, message=str(refused))
+        return Reject(path=readable(image.path), reason=refused.reason, message=str(refused))
     height, width = pixels.shape[:2]
-    record = ImageRecord(source=plan.source, id=image.id, path=image.path, width=width, height=height, sha256=sha256)
+    record = ImageRecord(
+        source=plan.source, id=image.id, path=readable(image.path), width=width, height=height, sha256=sha256
+    )
     return Loaded(planned=image, pixels=resized, record=record)
 
 

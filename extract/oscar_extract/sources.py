@@ -62,4 +62,11 @@ def _ids(paths: list[str]) -> list[str]:
     """Return each path without its extension, or whole where a.jpg and a.png (or a file called a) would share it."""
     stems = [os.path.splitext(p)[0] for p in paths]
     count, whole = Counter(stems), set(paths)
-    return [s if count[s] == 1 and (s == p or s not in whole) else p for p, s in zip(paths, stems, strict=True)]
+    return [
+        readable(s if count[s] == 1 and (s == p or s not in whole) else p) for p, s in zip(paths, stems, strict=True)
+    ]
+
+
+def readable(path: str) -> str:
+    """Return a path as text that can be stored: bytes of a name that are no UTF-8 become `\\xNN`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

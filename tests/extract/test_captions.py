@@ -1,6 +1,7 @@
 """Images are found and texts are joined to them, whatever form they come in."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 from oscar_common.errors import UsageError
 from oscar_extract.captions import read_texts
 from oscar_extract.plan import make_plan
-from oscar_extract.sources import Source, list_images
+from oscar_extract.sources import Source, list_images, readable
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -27,6 +28,14 @@ def ids(folder: Path) -> dict[str, str]:
 def test_images_are_found_recursively_and_other_files_left_alone(tmp_path):
     touch(tmp_path, "b/2.JPG", "a.webp", "notes.md", ".hidden.jpg", ".git/x.png", "noextension", "a.txt")
     assert ids(tmp_path) == {"a.webp": "a", "b/2.JPG": "b/2", "noextension": "noextension"}
+
+
+def test_a_name_that_is_no_utf8_can_be_stored(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb"):
+        pass
+    (source,) = list_images(tmp_path)
+    assert source.id == readable(source.path).removesuffix(".jpg") == "caf\\xe9"
+    assert (tmp_path / source.path).exists()
 
 
 def test_ids_never_collide(tmp_path):
