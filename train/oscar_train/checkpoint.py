@@ -30,16 +30,20 @@ DECISIVE = ("init", "steps", "batch_size", "lr", "warmup_steps", "weight_decay",
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole checkpoint on disk. run: the decisive settings and the fingerprint of the corpus."""
+    """A whole checkpoint on disk. run: the decisive settings and the fingerprint of the corpus. threads: how many torch
+    had; another number adds up in another order and rounds differently."""
 
     folder: Path
     step: int
     run: dict[str, Any]
+    threads: int
 
 
 def identity(settings: Train) -> dict[str, Any]:
     """Return the settings that decide the numbers of a run; the others may change from one start to the next."""
-    return {name: getattr(settings, name) for name in DECISIVE}
+    return {name: getattr(settings, name) for name in DECISIVE} | {
+        "init": str(Path(settings.init))
+    }  # no slash at its end
 
 
 def save(
@@ -65,9 +69,10 @@ def save(
                 "the same command again continues"
             ) from None
         files = {path.name: _seal(path) for path in sorted(unfinished.iterdir())}
-        record = {"step": step, "run": run, "files": files}
+        made = Checkpoint(folder=folder, step=step, run=run, threads=torch.get_num_threads())
+        record = {"step": step, "run": run, "threads": made.threads, "files": files}
         (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    return Checkpoint(folder=folder, step=step, run=run)
+    return made
 
 
 def check_space(out: Path, model: OscarForPreTraining) -> None:
@@ -87,7 +92,8 @@ def check_space(out: Path, model: OscarForPreTraining) -> None:
 
 
 def load(checkpoint: Checkpoint, model: OscarForPreTraining, optimizer: Optimizer) -> None:
-    """Put a checkpoint's numbers into the model and the optimizer; nothing in it is executed."""
+    """Put a checkpoint's numbers into the model and the optimizer; nothing in it is executed. Sets torch's threads."""
+    torch.set_num_threads(checkpoint.threads)
     model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
     optimizer.load_state_dict(torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
@@ -151,7 +157,12 @@ def _whole(folder: Path) -> Checkpoint:
     """Read a checkpoint's record and compare each file with it; ValueError says what is wrong."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        step, run, files = int(record["step"]), dict(record["run"]), dict(record["files"])
+        step, threads, run, files = (
+            int(record["step"]),
+            int(record["threads"]),
+            dict(record["run"]),
+            dict(record["files"]),
+        )
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{RECORD} is missing or unreadable") from None
     for name, seal in files.items():
@@ -159,7 +170,7 @@ def _whole(folder: Path) -> Checkpoint:
             raise ValueError(f"{name} is missing")
         if (found := _seal(folder / name)) != seal:
             raise ValueError(f"{name} has {found['bytes']} bytes, written were {seal['bytes']}, or its content changed")
-    return Checkpoint(folder=folder, step=step, run=run)
+    return Checkpoint(folder=folder, step=step, run=run, threads=threads)
 
 
 def _seal(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Stopped(OperationError):
         self.exit_code = 128 + cause  # type: ignore[misc]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Run:
     """A run under way. identity: what a rerun must have in common with it."""
 
@@ -64,83 +64,77 @@ def train(settings: Train, folder: ShardFolder, out: Path) -> None:
         checkpoint.sweep(out)
         last, damages = (None, []) if settings.overwrite else checkpoint.newest(out)
         identity = checkpoint.identity(settings)
-        checkpoint.agree(last, identity)
+        checkpoint.agree(last, identity)  # before the texts are read, which may take minutes
         start = open_init(settings.init)
         corpus = load_corpus(folder, start.tokenizer)
         identity["corpus"] = corpus.fingerprint
         checkpoint.agree(last, identity)
         for damage in damages:
             warn(f"{damage}; going on from {last.folder}" if last else damage)
+        if last is not None and last.step == settings.steps:
+            print(f"complete: all {last.step} steps are done; the model is in {last.folder}")
+            return
         reader = RegionReader(folder)
+        stream = Stream(corpus, reader, seed=settings.seed, batch_size=settings.batch_size, pin=device.type == "cuda")
         model, origin = build(start, reader.feature_dim, settings.seed)
         checkpoint.check_space(out, model)
         if settings.overwrite:
             checkpoint.sweep(out, everything=True)
-        done = last.step if last else 0
-        with open_log(out, done, settings.steps, settings.log_every) as log:
-            for line in (describe(corpus), f"{origin}; on {device}"):
-                log.say(line)
-            stream = Stream(
-                corpus, reader, seed=settings.seed, batch_size=settings.batch_size, pin=device.type == "cuda"
-            )
-            run = Run(
-                settings=settings,
-                out=out,
-                identity=identity,
-                stream=stream,
-                model=model.to(device),
-                optimizer=make_optimizer(model, settings),
-                device=device,
-                log=log,
-            )
-            _finish(run, last)
+        model.to(device)
+        optimizer = make_optimizer(model, settings)
+        with open_log(out, last.step if last else 0, settings.steps, settings.log_every) as log:
+            log.say(describe(corpus))
+            log.say(f"{origin}; on {device}")
+            _train(Run(settings, out, identity, stream, model, optimizer, device, log), last)
 
 
-def _finish(run: Run, last: Checkpoint | None) -> None:
+def _train(run: Run, last: Checkpoint | None) -> None:
     """Do the steps that are left, and say where the result is."""
-    began, done, steps = time.monotonic(), last.step if last else 0, run.settings.steps
-    if last is not None and done == steps:
-        run.log.say(f"complete: all {steps} steps are done; the model is in {last.folder}")
-        return
+    done, steps = last.step if last else 0, run.settings.steps
     if last is not None:
         checkpoint.load(last, run.model, run.optimizer)
         run.log.say(f"going on after step {done} of {steps}, from {last.folder}")
+    began = lap = time.monotonic()
     with stop_signals() as stopped:
         for step, batch in enumerate(run.stream.batches(done, steps), done + 1):
-            _step(run, step, batch)
+            outcome = _step(run, step, batch)
+            if step % run.settings.log_every == 0 or step == steps:
+                run.log.add(_row(run, step, outcome, time.monotonic() - lap))
             if step % run.settings.checkpoint_every == 0 or step == steps or stopped:
                 last = _save(run, step)
             if stopped and step < steps:
                 raise Stopped(stopped[0], step)
+            lap = time.monotonic()
     assert last is not None  # at least one step was left, and the last step is always saved
     seconds = time.monotonic() - began
     rate = (steps - done) * run.settings.batch_size / seconds
     run.log.say(f"done: {steps - done} steps in {seconds:.0f} s, {rate:.1f} samples/s; the model is in {last.folder}")
 
 
-def _step(run: Run, step: int, batch: Batch) -> None:
-    """Do one step, from the forward pass to the log."""
-    began = time.monotonic()
-    settings = run.settings
-    rate = settings.lr * schedule(step - 1, settings.warmup_steps, settings.steps)
+def _step(run: Run, step: int, batch: Batch) -> Outcome:
+    """Set what belongs to the step, counted from 1 (learning rate, dropout's seed), and do it."""
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    torch.manual_seed(dropout_seed(settings.seed, step))
-    outcome = update(run.model, run.optimizer, batch.to(run.device), settings.max_grad_norm, step)
-    if step % settings.log_every == 0 or step == settings.steps:
-        run.log.add(
-            Row(
-                step=step,
-                epoch=run.stream.epoch(step - 1),
-                loss=outcome.loss.item(),
-                mlm_loss=outcome.mlm_loss.item(),
-                match_loss=outcome.match_loss.item(),
-                mlm_accuracy=outcome.mlm_accuracy.item(),
-                match_accuracy=outcome.match_accuracy.item(),
-                lr=rate,
-                samples_per_second=settings.batch_size / (time.monotonic() - began),
-            )
-        )
+        group["lr"] = _rate(run.settings, step)
+    torch.manual_seed(dropout_seed(run.settings.seed, step))
+    return update(run.model, run.optimizer, batch.to(run.device), run.settings.max_grad_norm, step)
+
+
+def _rate(settings: Train, step: int) -> float:
+    return settings.lr * schedule(step - 1, settings.warmup_steps, settings.steps)
+
+
+def _row(run: Run, step: int, outcome: Outcome, seconds: float) -> Row:
+    return Row(
+        step=step,
+        epoch=run.stream.epoch(step - 1),
+        loss=outcome.loss.item(),
+        mlm_loss=outcome.mlm_loss.item(),
+        match_loss=outcome.match_loss.item(),
+        mlm_accuracy=outcome.mlm_accuracy.item(),
+        match_accuracy=outcome.match_accuracy.item(),
+        lr=_rate(run.settings, step),
+        samples_per_second=run.settings.batch_size / seconds,
+    )
 
 
 def update(model: OscarForPreTraining, optimizer: AdamW, batch: Batch, max_grad_norm: float, step: int) -> Outcome:
