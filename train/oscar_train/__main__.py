@@ -31,7 +31,7 @@ def command(settings: Train, catalog: Catalog) -> None:
 
     try:
         train(settings, folder, out)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise OperationError(
             f"--batch-size {settings.batch_size}: does not fit the GPU's memory; give a smaller one"
         ) from None

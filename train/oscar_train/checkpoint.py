@@ -41,9 +41,8 @@ class Checkpoint:
 
 def identity(settings: Train) -> dict[str, Any]:
     """Return the settings that decide the numbers of a run; the others may change from one start to the next."""
-    return {name: getattr(settings, name) for name in DECISIVE} | {
-        "init": str(Path(settings.init))
-    }  # no slash at its end
+    values = {name: getattr(settings, name) for name in DECISIVE}
+    return {**values, "init": str(Path(settings.init))}  # a slash at its end makes no difference
 
 
 def save(
