@@ -101,7 +101,7 @@ class Evil:
 
 
 def test_nothing_is_executed(bert: Path, tmp_path: Path):
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(UsageError, match=r"pytorch_model\.bin cannot be read"):
         read_weights("x", tmp_path)
 
