@@ -75,7 +75,7 @@ class Train:
     init: str = setting("random:tiny", "Start from: a BERT folder, a hub name, or random:tiny|small|base|large.")
     steps: int = setting(1000, "Optimiser steps in all.", low=1)
     batch_size: int = setting(64, "Triples per step, over all devices.", low=2)
-    lr: float = setting(5e-5, "Peak learning rate.", low=0)
+    lr: float = setting(1e-4, "Peak learning rate.", low=0)
     warmup_steps: int = setting(0, "Steps of linear warm-up; then linear decay to 0.", low=0)
     weight_decay: float = setting(0.01, "AdamW weight decay; biases and LayerNorm have none.", low=0)
     max_grad_norm: float = setting(10.0, "Clip the gradient's norm to this; 0: no clipping.", low=0)
