@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import sys
 import types
 import typing
@@ -47,6 +48,8 @@ def settings_command(
 
 def run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
     """Run a command: exit 0, or one line on stderr and exit 2 (bad input), 1 (trouble) or 130 (Ctrl-C)."""
+    # torch's threads would spin while they wait, and a busy machine would do nothing else; read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(command.main(arguments, standalone_mode=False) or 0)
     except click.ClickException as error:
