@@ -88,7 +88,8 @@ class Batches:
         if iteration // self.per_epoch != self.epoch:
             self.epoch = iteration // self.per_epoch
             self.order = self.plan(self.epoch)
-        np.random.seed([self.seed, iteration])  # detectron2's augmentations draw from numpy's global generator
+        np.random.seed([self.seed, iteration])  # detectron2's augmentations draw from numpy's global generator,
+        torch.manual_seed(self.seed * 1_000_003 + iteration)  # its samplers of anchors and regions from torch's
         size = int(np.random.choice(self.sizes))
         augmentations = [
             tr.RandomApply(tr.RandomCrop("relative_range", (0.6, 0.6)), 0.4),
@@ -241,6 +242,7 @@ def train(model: nn.Module, batches: Batches, out: Path, options: dict[str, Any]
 @click.option("--init", type=click.Path(exists=True, path_type=Path), help="Initial weights, safetensors.")
 @click.option("--size", type=int, help="Shorter side to evaluate at; the config's if not given.")
 @click.option("--export", "export_path", type=click.Path(path_type=Path), help="Write the weights to this file.")
+@click.option("--blend", default=1.0, show_default=True, help="Share of the trained weights; the rest is --init's.")
 @click.option("--eval-only", is_flag=True, help="Evaluate OUT's checkpoint, or --init without one; do not train.")
 def main(data: Path, out: Path, init: Path | None, export_path: Path | None, eval_only: bool, **options: Any) -> None:
     keep_freed_memory()
@@ -253,10 +255,13 @@ def main(data: Path, out: Path, init: Path | None, export_path: Path | None, eva
         sizes = [int(size) for size in options["sizes"].split(",")]
         batches = Batches(load_records(data, "train"), cfg, options["batch"], sizes, options["seed"])
         train(model, batches, out, options)
-    elif not init and (out / "checkpoint.pth").exists():
+    elif (not init or options["blend"] < 1) and (out / "checkpoint.pth").exists():
         saved = torch.load(out / "checkpoint.pth", weights_only=True)
         model.load_state_dict(saved["model"])
         model.load_state_dict(saved["average"], strict=False)
+    if init and options["blend"] < 1:
+        begun = load_file(init)
+        model.load_state_dict({k: begun[k].float().lerp(v, options["blend"]) for k, v in model.state_dict().items()})
     if export_path:
         export(model.state_dict(), export_path)
         model.load_state_dict({k: v.float() for k, v in load_file(export_path).items()})

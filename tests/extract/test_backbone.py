@@ -87,9 +87,9 @@ def test_freezing_stops_gradients_from_the_input_on(cfg: Any, parts: int) -> Non
 
 def test_a_cat_and_a_cup_are_found(predictor: Any, cfg: Any) -> None:
     data = pytest.importorskip("skimage.data")
-    assert "cat" in detected(predictor, cfg, data.chelsea(), 0.5)
-    assert {"cup", "spoon"} & detected(predictor, cfg, data.coffee(), 0.5)
-    assert "person" in detected(predictor, cfg, data.astronaut(), 0.5)
+    assert "cat" in detected(predictor, cfg, data.chelsea(), 0.3)
+    assert "cup" in detected(predictor, cfg, data.coffee(), 0.5)
+    assert "person" in detected(predictor, cfg, data.astronaut(), 0.8)
 
 
 def test_detection_is_deterministic(predictor: Any) -> None:
