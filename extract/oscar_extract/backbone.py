@@ -1,8 +1,8 @@
 """A light convolutional backbone with FPN, registered in detectron2 as ``build_lite_fpn_backbone``.
 
 The trunk is NanoDet-g (CSP stages of plain 3x3 convolutions, a small path-aggregation neck and, per level, a 3x3
-convolution and a 1x1 for classes and boxes) with its batch norms folded into the convolutions, so there is nothing to freeze or to
-calibrate: a state dict of weights and biases is all it takes. Importing this module is enough to make
+convolution and a 1x1 for classes and boxes) with its batch norms folded into the convolutions, so there is nothing
+to calibrate: a state dict of weights and biases is all it takes. Importing this module is enough to make
 ``cfg.MODEL.BACKBONE.NAME = "build_lite_fpn_backbone"`` known; importing it again does nothing.
 """
 
