@@ -28,7 +28,7 @@ def draw_regions(
     """Return a copy of the photo (RGB, W x H) with boxes [K, 4] (xyxy, its pixels) and labels drawn on it."""
     drawn = photo.convert("RGB")
     pen = ImageDraw.Draw(drawn)
-    size = max(drawn.size) / 45
+    size = max(drawn.size) / 34
     font = ImageFont.load_default(max(size, 9))
     for box, tag, score in reversed(list(zip(boxes.tolist(), tags, scores, strict=True))):  # the surest on top
         colour = _colour(tag)
