@@ -40,7 +40,12 @@ class Meter:
     @property
     def rate(self) -> float:
         """Units a second in this run."""
-        return (self.done - self._at_start) / max(time.monotonic() - self.began, 1e-9)
+        return (self.done - self._at_start) / max(self.seconds, 1e-9)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this run began."""
+        return time.monotonic() - self.began
 
     def text(self) -> str:
         """Return rate, ETA and rejects as one short phrase."""

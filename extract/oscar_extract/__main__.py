@@ -49,8 +49,8 @@ def command(settings: Extract, catalog: Catalog) -> None:
     detector = load_detector(settings.detector, entry, choose_device(settings.device))
     print_start(plan, detector, out)
     with locked(out, "--out"):
-        rate = run_job(plan, detector, settings, out)
-    print_summary(out, plan, rate)
+        time = run_job(plan, detector, settings, out)
+    print_summary(out, plan, time)
     check_rejects(out, settings.max_reject_fraction)
 
 

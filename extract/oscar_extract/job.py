@@ -39,8 +39,8 @@ class Loaded:
     record: ImageRecord
 
 
-def run_job(plan: Plan, detector: Detector, settings: Extract, out: Path) -> float:
-    """Write all shards of the plan that are not in `out` yet, and return the images per second.
+def run_job(plan: Plan, detector: Detector, settings: Extract, out: Path) -> str:
+    """Write all shards of the plan that are not in `out` yet, and say how long it took.
 
     Raises:
         UsageError: `out` holds shards of another detector, plan or settings.
@@ -53,7 +53,7 @@ def run_job(plan: Plan, detector: Detector, settings: Extract, out: Path) -> flo
         for number in todo:
             items = counted(extract(plan, number, detector, settings), progress)
             write_shard(tars[number], items, detector.record.feature_dim)
-    return progress.rate
+    return f"{progress.seconds:,.0f} s, {progress.rate:.1f} images/s" if todo else "nothing was left to do"
 
 
 def counted(items: Iterable[Sample | Reject], progress: Meter) -> Iterator[Sample | Reject]:

@@ -22,7 +22,7 @@ def print_start(plan: Plan, detector: Detector, out: Path) -> None:
     )
 
 
-def print_summary(out: Path, plan: Plan, rate: float) -> None:
+def print_summary(out: Path, plan: Plan, time: str) -> None:
     """Print a table of what lies in the folder now."""
     stats = count(open_folder(out, "--out"))
     spread = f"{stats.regions_min}-{stats.regions_max} an image, mean {stats.regions_mean:.1f}"
@@ -35,7 +35,7 @@ def print_summary(out: Path, plan: Plan, rate: float) -> None:
         table.add_row("texts left out", f"{plan.unmatched_texts:,} are empty or name no image here")
     table.add_row("rejects", f"{stats.rejects.total():,}{reasons}")
     table.add_row("bytes", f"{stats.bytes / 1e6:,.1f} MB")
-    table.add_row("speed", f"{rate:.1f} images/s" if rate else "nothing was left to do")
+    table.add_row("time", time)
     console = Console()
     console.print(table, width=None if console.is_terminal else 110)
 
