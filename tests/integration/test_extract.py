@@ -1,5 +1,6 @@
 """`oscar-extract` as a user runs it: real photos, real kills, real mistakes."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -207,3 +208,11 @@ def test_help_answers_without_loading_torch(command: str):
     assert not any(
         line.split("|")[-1].strip() in ("torch", "detectron2", "transformers") for line in done.stderr.splitlines()
     )
+
+
+def test_without_detectron2_one_line_says_how_to_get_it(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "detectron2" else found(name))
+    done = extract("--images", photos, "--out", tmp_path / "o")
+    assert done.returncode == 2
+    assert "python -m oscar_extract.install_detectron2" in error_line(done)
