@@ -6,13 +6,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
+import detectron2
 import numpy as np
 import numpy.typing as npt
+import PIL
+import torch
+import torchvision
 
+import oscar_common
 from oscar_common.errors import UsageError
 from oscar_common.progress import Meter, meter
 from oscar_common.sample import ImageRecord, Sample
@@ -26,7 +30,7 @@ from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
 from oscar_shards.write import Reject, rejects_path, remove_shards, shard_path, write_shard
 
 PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches; bounds the memory
-SOFTWARE = ("oscar-pretrain", "torch", "torchvision", "detectron2", "Pillow", "numpy")
+SOFTWARE = (oscar_common, torch, torchvision, detectron2, PIL, np)
 COMPARED = ("min_boxes", "max_boxes", "score_threshold", "batch_size")  # settings that change a shard's bytes
 
 
@@ -75,7 +79,7 @@ def make_manifest(plan: Plan, detector: Detector, settings: Extract) -> Manifest
         settings={name: getattr(settings, name) for name in COMPARED},
         plan=plan.record,
         software={"python": platform.python_version(), "device": str(detector.model.device.type)}
-        | {name: version(name) for name in SOFTWARE},
+        | {module.__name__: module.__version__ for module in SOFTWARE},
     )
 
 
