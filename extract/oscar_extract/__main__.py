@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 from oscar_common import cli
+from oscar_common.device import choose_device
 from oscar_common.errors import UsageError, nearest
 from oscar_common.files import locked
 from oscar_common.settings import Catalog, Detector, Extract
@@ -42,7 +43,7 @@ def command(settings: Extract, catalog: Catalog) -> None:
     from oscar_extract.plan import make_plan
 
     plan = make_plan(Path(settings.images), settings.captions, settings.source, settings.images_per_shard)
-    from oscar_extract.detector import choose_device, load_detector
+    from oscar_extract.detector import load_detector
     from oscar_extract.job import run_job
     from oscar_extract.summary import check_rejects, print_start, print_summary
 

@@ -67,11 +67,11 @@ def load_detector(name: str, entry: settings.Detector, device: str) -> Detector:
 
 def load_config(path: Path) -> CfgNode:
     """Read a detectron2 config file; YAML tags that would run code are refused."""
+    if not path.is_file():
+        raise UsageError(f"--detector {path}: no such detectron2 config file")
     cfg = get_cfg()
     try:
         cfg.merge_from_file(str(path), allow_unsafe=False)
-    except FileNotFoundError:
-        raise UsageError(f"--detector {path}: no such detectron2 config file") from None
     except Exception as error:  # yaml, yacs and fvcore each raise their own kinds; all mean that the file is no config
         raise UsageError(f"--detector {path}: not a detectron2 config: {str(error) or error!r}") from None
     return cfg
@@ -100,7 +100,7 @@ def _classes(name: str, cfg: CfgNode, file: str | None) -> list[str]:
         try:
             classes = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--classes {file}: {error}") from None
+            raise UsageError(f"--classes {file}: cannot be read as one name a line: {error}") from None
     else:
         known = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
         classes = list(getattr(known, "thing_classes", []))
@@ -108,10 +108,3 @@ def _classes(name: str, cfg: CfgNode, file: str | None) -> list[str]:
         where = f"--classes {file} has" if file else f"its training set {cfg.DATASETS.TRAIN} is known with"
         raise UsageError(f"--detector {name}: it has {count} classes, but {where} {len(classes)}; give --classes FILE")
     return classes
-
-
-def choose_device(asked: str) -> str:
-    """Resolve `auto`, and refuse `cuda` where there is none."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device here; allowed: auto, cpu")
-    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"

@@ -63,7 +63,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = _read(path)
     except FileNotFoundError:
-        raise UsageError(f"--weights {path}: no such file") from None
+        raise UsageError(f"--weights {path}: no such file; give one of {' '.join(SUFFIXES)}") from None
     except (
         Exception
     ) as error:  # a foreign or hostile file makes the readers raise anything; one line says which file it was

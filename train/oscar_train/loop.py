@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from oscar_common.errors import OperationError, UsageError
+from oscar_common.device import choose_device
+from oscar_common.errors import OperationError
 from oscar_common.files import locked
 from oscar_common.settings import Train
 from oscar_shards.read import ShardFolder
@@ -59,7 +60,7 @@ def train(settings: Train, folder: ShardFolder, out: Path) -> None:
         UsageError: --init, --shards or what is in `out` does not fit.
         OperationError: a loss that is no number, a shard or disk that fails, or a signal.
     """
-    device = find_device(settings.device)
+    device = torch.device(choose_device(settings.device))
     with locked(out, "--out"):
         checkpoint.sweep(out)
         last, damages = (None, []) if settings.overwrite else checkpoint.newest(out)
@@ -174,17 +175,6 @@ def make_optimizer(model: nn.Module, settings: Train) -> AdamW:
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
     return AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device that --device names.
-
-    Raises:
-        UsageError: cuda is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device; give --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def describe(corpus: Corpus) -> str:
