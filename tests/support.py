@@ -13,7 +13,7 @@ from oscar_extract.__main__ import command
 
 
 def photo(name: str) -> Image.Image:
-    """A photo that scikit-image carries: astronaut, coffee, chelsea (a cat) or rocket."""
+    """A photo that scikit-image carries: astronaut, camera, coffee, chelsea (a cat) or rocket."""
     import skimage.data
 
     return Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
