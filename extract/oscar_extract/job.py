@@ -88,7 +88,7 @@ def prepare(out: Path, manifest: Manifest, overwrite: bool) -> None:
     if overwrite:
         remove_shards(out)
     if (out / FILE).exists():
-        _check_same(out, read_manifest(out), manifest)
+        _check_same(out, read_manifest(out, "--out"), manifest)
     elif any(out.glob("*.tar")):
         raise UsageError(
             f"--out {out}: it holds tars but no {FILE}, so they are not this command's; give another --out"

@@ -37,9 +37,8 @@ def list_images(folder: Path) -> list[Source]:
             seen.add(real)
             paths.append(path)
     if not paths:
-        raise UsageError(
-            f"--images {folder}: no image in it, only {others} other files (looked for {' '.join(sorted(EXTENSIONS))})"
-        )
+        endings = " ".join(sorted(EXTENSIONS - {""}))
+        raise UsageError(f"--images {folder}: no image in it, only {others} other files; looked for {endings}")
     return [Source(path=p, id=i) for p, i in zip(paths, _ids(paths), strict=True)]
 
 

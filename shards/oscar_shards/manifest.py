@@ -60,8 +60,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.write(json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read manifest.json of `folder`.
+def read_manifest(folder: Path, flag: str) -> Manifest:
+    """Read manifest.json of `folder`, which `flag` named.
 
     Raises:
         UsageError: it is missing, damaged, or of a later format.
@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UsageError(f"{folder}: no {FILE}, so it is no folder of shards made by oscar-extract") from None
+        raise UsageError(f"{flag} {folder}: no {FILE} in it; give a folder of shards made by oscar-extract") from None
     except ValueError as error:
         raise UsageError(f"{path}: not valid JSON ({error}); run oscar-extract with --overwrite") from None
     version = content.get("format_version") if isinstance(content, dict) else None

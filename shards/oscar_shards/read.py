@@ -34,7 +34,7 @@ def open_folder(folder: Path, flag: str = "--shards") -> ShardFolder:
     """
     if not folder.is_dir():
         raise UsageError(f"{flag} {folder}: no such folder; give one made by oscar-extract")
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, flag)
     tars = sorted(folder.glob(f"{manifest.name}-*.tar"))
     if len(tars) != manifest.plan.num_shards:
         raise UsageError(

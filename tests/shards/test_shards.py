@@ -166,7 +166,7 @@ def test_statistics(folder):
         (lambda p: (p / "s-000001.tar").unlink(), "1 of 2 shards are there"),
         (lambda p: (p / "s-000000.parquet").unlink(), "has no index s-000000.parquet"),
         (lambda p: (p / "s-000000.parquet").write_bytes(b"PAR1"), "s-000000.parquet is damaged"),
-        (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+        (lambda p: (p / "manifest.json").unlink(), "no manifest.json in it"),
         (lambda p: (p / "manifest.json").write_text("{"), "not valid JSON"),
         (lambda p: (p / "manifest.json").write_text('{"format_version": 9}'), "format_version 9"),
     ],
