@@ -4,9 +4,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DEMO := runs/demo
 
-# PyTorch's threads otherwise spin while they wait for each other, which on two cores shared with anything else made
-# the demo's extraction 6 and its training 2.5 times slower (60 s against 9.5 s; 40 s against 17 s for 20 steps).
-export OMP_WAIT_POLICY ?= PASSIVE
+# As oscar_common.cli does for the commands, for the tests that import torch themselves.
+export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check format clean
