@@ -48,8 +48,8 @@ def settings_command(
 
 def run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
     """Run a command: exit 0, or one line on stderr and exit 2 (bad input), 1 (trouble) or 130 (Ctrl-C)."""
-    # How long torch's threads spin before they sleep, read when torch is imported. By default they spin so long that two
-    # jobs on two cores ran at a tenth of their speed; this costs a twentieth of it when nothing else runs.
+    # How long torch's threads spin before they sleep, read when torch is imported. By default they spin so long that
+    # two jobs on two cores run at a tenth of their speed; this costs a twentieth of it when nothing else runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         sys.exit(command.main(arguments, standalone_mode=False) or 0)
