@@ -4,12 +4,15 @@ import io
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
+import click
 import pytest
 from PIL import Image
 
+import oscar_extract.__main__
+import oscar_train.__main__
 from oscar_common import cli
-from oscar_extract.__main__ import command
 
 
 def photo(name: str) -> Image.Image:
@@ -26,14 +29,18 @@ def oscar(*arguments: object, timeout: float = 300) -> "subprocess.CompletedProc
     return subprocess.run(line, text=True, capture_output=True, timeout=timeout)
 
 
-def extract(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Run `oscar-extract ...` in this process, which spares the seconds that importing torch takes."""
+def run_here(command: click.Command, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run a command in this process, which spares the seconds that importing torch takes."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as left:
         cli.run(command, [str(a) for a in arguments])
     code = left.value.code
     assert isinstance(code, int)
-    return subprocess.CompletedProcess(["oscar-extract", *map(str, arguments)], code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess([str(command.name), *map(str, arguments)], code, out.getvalue(), err.getvalue())
+
+
+extract = partial(run_here, oscar_extract.__main__.command)
+train = partial(run_here, oscar_train.__main__.command)
 
 
 def error_line(done: "subprocess.CompletedProcess[str]") -> str:

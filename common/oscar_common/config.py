@@ -4,6 +4,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,10 +95,8 @@ def _entries(hint: Any, given: Any, place: str) -> dict[str, Any]:
 def _scalar(hint: Any, given: Any, place: str) -> Any:
     hint = typing.get_origin(hint) or hint
     if hint is float and isinstance(given, str | int) and not isinstance(given, bool):
-        try:
+        with suppress(ValueError):
             return float(given)
-        except ValueError:
-            pass
     if isinstance(given, hint) and (hint is bool or not isinstance(given, bool)):
         return given
     quote = "; put it in quotes" if hint is str else ""

@@ -1,7 +1,6 @@
 """`oscar-train` as a user runs it: a real kill, a real full disk, real mistakes."""
 
 import csv
-import io
 import os
 import resource
 import shutil
@@ -10,16 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from small_shards import make_samples, write_folder
-from support import error_line
-
-from oscar_common import cli
-from oscar_train.__main__ import command
+from support import error_line, train
 
 # One thread: on a busy machine two that wait for each other take many times as long, and sums may round differently.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -29,16 +24,6 @@ SETTINGS = ("--init", "random:tiny", "--steps", "16", "--batch-size", "8", "--lr
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("train") / "shards", make_samples(20))
-
-
-def train(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Run `oscar-train ...` in this process, which spares the seconds that importing torch takes."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as left:
-        cli.run(command, [str(a) for a in arguments])
-    code = left.value.code
-    assert isinstance(code, int)
-    return subprocess.CompletedProcess(["oscar-train", *map(str, arguments)], code, out.getvalue(), err.getvalue())
 
 
 def launch(*arguments: object, **keywords: object) -> "subprocess.Popen[str]":
