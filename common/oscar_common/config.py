@@ -25,16 +25,22 @@ def load_catalog(path: Path | None = None) -> Catalog:
         UsageError: no such file, no YAML, an unknown key, a value of the wrong type or out of range.
     """
     place = path or Path(FILE)
+    if not path and not place.is_file():
+        return installed_catalog()
     try:
-        text = (
-            place.read_text() if path or place.is_file() else resources.files("oscar_common").joinpath(FILE).read_text()
-        )
+        text = place.read_text()
         content = yaml.safe_load(text) or {}
     except OSError as error:
         raise UsageError(f"{place}: {error.strerror}; give an existing file with --pipelines") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from None
     return parse(Catalog, content, str(place))
+
+
+def installed_catalog() -> Catalog:
+    """Read the pipelines.yaml that ships with the package."""
+    text = resources.files("oscar_common").joinpath(FILE).read_text()
+    return parse(Catalog, yaml.safe_load(text), FILE)
 
 
 def parse(schema: type[S], content: Any, place: str) -> S:

@@ -24,8 +24,9 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute:
-    """The most likely attribute of a region and its probability."""
+    """An attribute of a region: its index in the detector's vocabulary, its name and its probability."""
 
+    id: int
     name: str
     score: float
 
@@ -47,14 +48,15 @@ class Regions:
     """What a detector found in one image, in detector order.
 
     boxes: float32 [K, 4], xyxy, pixels of the original image. features: float16 [K, P].
-    tags, scores: K class names and their probabilities. attributes: K of them, none if the detector has no such head.
+    tags, scores: K class names and their probabilities. attributes: a list for each region, the likeliest first;
+    none at all if the detector has no such head.
     """
 
     boxes: npt.NDArray[np.float32]
     features: npt.NDArray[np.float16]
     tags: list[str]
     scores: list[float]
-    attributes: list[Attribute] = field(default_factory=list)
+    attributes: list[list[Attribute]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

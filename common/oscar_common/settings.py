@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-PRESETS = ("detectron2",)
+PRESETS = ("detectron2", "bua", "lxmert", "bua-d2", "vinvl")
+PRECISIONS = ("fp32", "tf32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -27,10 +28,13 @@ class Dataset:
 class Detector:
     """An entry of `detectors:` in pipelines.yaml, and what `--detector` and `--weights` come to."""
 
-    config: str = setting("builtin", "detectron2 config file, or `builtin`")
-    weights: str | None = setting(None, "weights file: .safetensors, .pth or .pkl")
-    classes: str | None = setting(None, "file of class names, one a line")
-    preset: str = setting("detectron2", "numerics preset", choices=PRESETS)
+    config: str = setting(
+        "builtin", "detectron2 config: a file, `builtin`, `vg-r101`, `vinvl-x152`, or a model zoo name"
+    )
+    weights: str | None = setting(None, "weights file: .safetensors, .pth, .bin or .pkl; or hf://OWNER/NAME/FILE")
+    classes: str | None = setting(None, "file of class names, one a line, or VinVL's label map")
+    attributes: str | None = setting(None, "file of attribute names, one a line")
+    preset: str | None = setting(None, "numerics preset, else the one that goes with the weights", choices=PRESETS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +51,40 @@ class Extract:
     source: str | None = setting(None, "Name of the dataset in the samples. [default: the images folder's name]")
     out: str | None = setting(None, "Folder for the shards. The same command again continues what is there.")
     name: str = setting("shard", "First part of the shards' file names.")
-    detector: str = setting("builtin", "Name under `detectors:` in pipelines.yaml, or a detectron2 config file.")
-    weights: str | None = setting(None, "Weights for --detector: .safetensors, .pth or .pkl.")
-    classes: str | None = setting(
-        None, "File of class names, one a line. [default: what detectron2 knows of the config's training set]"
+    detector: str = setting(
+        "builtin",
+        "builtin, vg-r101, vinvl-x152 or another name under `detectors:` in pipelines.yaml; a name in detectron2's "
+        "model zoo, like COCO-Detection/faster_rcnn_R_50_FPN_3x; or a detectron2 config file.",
     )
-    min_boxes: int = setting(10, "Keep at least this many regions of an image, however low their score.", low=1)
-    max_boxes: int = setting(100, "Keep at most this many regions of an image.", low=1)
-    score_threshold: float = setting(0.2, "Between the two, keep regions of at least this score.", low=0, high=1)
+    weights: str | None = setting(
+        None, "Weights for --detector: .safetensors, .pth, .bin or .pkl, of any known family."
+    )
+    preset: str | None = setting(
+        None, "Numerics: whose extractor to follow. [default: the one that goes with the weights]", choices=PRESETS
+    )
+    classes: str | None = setting(
+        None,
+        "Class names, one a line, or VinVL's label map (.json). [default: Visual Genome's for vg-r101, else what "
+        "detectron2 knows of the config's training set]",
+    )
+    attributes: str | None = setting(
+        None, "Attribute names, one a line. [default: Visual Genome's, or the label map's]"
+    )
+    min_boxes: int | None = setting(
+        None,
+        "Keep at least this many regions of an image, however low their score. [default: 10, lxmert 36, bua-d2 0]",
+        low=0,
+    )
+    max_boxes: int | None = setting(
+        None, "Keep at most this many regions of an image. [default: 100, lxmert 36]", low=1
+    )
+    score_threshold: float | None = setting(
+        None,
+        "Between the two, keep regions of at least this score; lxmert has no such threshold. "
+        "[default: 0.2, bua-d2 0.05]",
+        low=0,
+        high=1,
+    )
     images_per_shard: int = setting(1000, "Images in a shard, the unit of work, of failure and of resume.", low=1)
     batch_size: int = setting(1, "Images of equal resized shape per forward pass (try 8 on a GPU).", low=1)
     decode_threads: int = setting(4, "Threads that read and decode images.", low=1)
@@ -64,6 +94,11 @@ class Extract:
     retry_rejects: bool = setting(False, "Do the shards that have rejects again.")
     overwrite: bool = setting(False, "Delete the shards in --out and start anew.")
     device: str = setting("auto", "Where the detector runs; auto is cuda where there is one.", choices=DEVICES)
+    precision: str = setting(
+        "fp32",
+        "Arithmetic of the network: fp32 as the references; tf32 and bf16 are faster on a GPU.",
+        choices=PRECISIONS,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,18 @@
 import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from oscar_common import cli
+from oscar_common.config import installed_catalog
 from oscar_common.device import choose_device
 from oscar_common.errors import UsageError, nearest
 from oscar_common.files import locked
 from oscar_common.settings import Catalog, Detector, Extract
+from oscar_extract.download import zoo_config
+
+if TYPE_CHECKING:
+    from oscar_extract.selection import Selection
 
 HELP = """Find regions in images and write them to shards.
 
@@ -19,6 +25,10 @@ EXAMPLES = """\
   oscar-extract --images photos --out shards
   oscar-extract --images val2017 --captions captions_val2017.json --out shards
   oscar-extract --images photos --captions txt --out shards --max-boxes 36 --min-boxes 36
+  oscar-extract --images photos --out shards --detector vg-r101 --min-boxes 36 --max-boxes 36
+  oscar-extract --images photos --out shards --detector vg-r101 --weights from_caffe_attr.pkl --preset lxmert
+  oscar-extract --images photos --out shards --detector vinvl-x152 --weights vinvl_vg_x152c4.pth --classes labelmap.json
+  oscar-extract --images photos --out shards --detector COCO-Detection/faster_rcnn_R_50_FPN_3x
   oscar-extract --images photos --out shards --detector faster_rcnn.yaml --weights model_final.pkl
   oscar-extract --pipeline demo"""
 
@@ -31,7 +41,7 @@ def command(settings: Extract, catalog: Catalog) -> None:
         raise UsageError("no images: give --images DIR (or --dataset or --pipeline NAME)")
     if settings.out is None:
         raise UsageError("no place for the shards: give --out DIR")
-    if settings.min_boxes > settings.max_boxes:
+    if settings.min_boxes is not None and settings.max_boxes is not None and settings.min_boxes > settings.max_boxes:
         raise UsageError(f"--min-boxes {settings.min_boxes} is more than --max-boxes {settings.max_boxes}")
     if not settings.name.replace("-", "").replace("_", "").isalnum():
         raise UsageError(f"--name {settings.name!r}: allowed are letters, digits, - and _")
@@ -47,10 +57,11 @@ def command(settings: Extract, catalog: Catalog) -> None:
     from oscar_extract.job import run_job
     from oscar_extract.summary import check_rejects, print_start, print_summary
 
-    detector = load_detector(settings.detector, entry, choose_device(settings.device))
+    detector = load_detector(settings.detector, entry, choose_device(settings.device), settings.precision)
+    selection = choose_selection(settings, detector.preset.selection)
     print_start(plan, detector, out)
     with locked(out, "--out"):
-        time = run_job(plan, detector, settings, out)
+        time = run_job(plan, detector, selection, settings, out)
     print_summary(out, plan, time)
     check_rejects(out, settings.max_reject_fraction)
 
@@ -71,16 +82,30 @@ def with_dataset(settings: Extract, catalog: Catalog) -> Extract:
 
 
 def choose_detector(settings: Extract, catalog: Catalog) -> Detector:
-    """Return the `detectors:` entry that `--detector` names, or one for a config file; --weights and --classes win."""
-    if settings.detector in catalog.detectors:
-        entry = catalog.detectors[settings.detector]
-    elif settings.detector == "builtin" or Path(settings.detector).suffix in (".yaml", ".yml"):
+    """Return the `detectors:` entry that `--detector` names, or one for the model zoo or a file; flags win over it."""
+    known = installed_catalog().detectors | catalog.detectors
+    if settings.detector in known:
+        entry = known[settings.detector]
+    elif zoo_config(settings.detector) or Path(settings.detector).suffix in (".yaml", ".yml"):
         entry = Detector(config=settings.detector)
     else:
-        known = nearest(settings.detector, {"builtin", *catalog.detectors})
-        raise UsageError(f"--detector {settings.detector}: neither a .yaml config file nor a known name{known}")
+        hint = nearest(settings.detector, known)
+        raise UsageError(
+            f"--detector {settings.detector}: not a .yaml config file, not in detectron2's model zoo, "
+            f"and not a known name{hint}"
+        )
+    flags = {name: getattr(settings, name) for name in ("weights", "classes", "attributes", "preset")}
+    return dataclasses.replace(entry, **{name: flag for name, flag in flags.items() if flag is not None})
+
+
+def choose_selection(settings: Extract, preset: "Selection") -> "Selection":
+    """Return how many regions are kept: what the preset keeps, but for what is given."""
+    least, most, threshold = settings.min_boxes, settings.max_boxes, settings.score_threshold
     return dataclasses.replace(
-        entry, weights=settings.weights or entry.weights, classes=settings.classes or entry.classes
+        preset,
+        min_boxes=min(preset.min_boxes, most or preset.max_boxes) if least is None else least,
+        max_boxes=max(preset.max_boxes, least or 0) if most is None else most,
+        score_threshold=preset.score_threshold if threshold is None else threshold,
     )
 
 

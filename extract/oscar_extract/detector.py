@@ -6,18 +6,27 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import oscar_extract.backbone  # noqa: F401  (registers the built-in detector's backbone)
 from oscar_common import settings
 from oscar_common.errors import UsageError
 from oscar_common.files import sha256
-from oscar_extract.weights import load_weights
+from oscar_extract.architecture import add_config
+from oscar_extract.checkpoint import DETECTRON2, Family, family_of
+from oscar_extract.download import local_file, zoo_config
+from oscar_extract.preset import PRESETS, Preset
+from oscar_extract.vocabulary import known_names, read_names
+from oscar_extract.weights import fill, read_weights
 from oscar_shards.manifest import DetectorRecord
 
-BUILTIN = Path(__file__).parent / "builtin"
+HERE = Path(__file__).parent
+BUILTIN = HERE / "builtin"
+CONFIGS = {"builtin": BUILTIN / "config.yaml"} | {p.stem: p for p in (HERE / "vg").glob("*.yaml")}
+VISUAL_GENOME = 1600, 400  # classes and attributes of bottom-up attention, whose names come with this package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,55 +35,120 @@ class Detector:
 
     model: Any  # detectron2's GeneralizedRCNN, which carries no types
     cfg: Any
+    preset: Preset
+    precision: str
     record: DetectorRecord
 
 
-def load_detector(name: str, entry: settings.Detector, device: str) -> Detector:
+def load_detector(name: str, entry: settings.Detector, device: str, precision: str = "fp32") -> Detector:
     """Build the detector of a `detectors:` entry.
 
     Raises:
-        UsageError: no such config or weights, or a model that is no Faster R-CNN.
+        UsageError: no such config or weights, weights of another network, or a model that is no Faster R-CNN.
     """
-    builtin = entry.config == "builtin"
-    config = BUILTIN / "config.yaml" if builtin else Path(entry.config)
-    cfg = load_config(config)
-    weights = entry.weights or (BUILTIN / "model.safetensors" if builtin else cfg.MODEL.WEIGHTS)
-    if not weights or "://" in str(weights):
-        raise UsageError(
-            f"--detector {name}: its weights {str(weights)!r} are no local file; give one with --weights FILE"
-        )
+    load_config(name, entry.config)  # a bad config is told before the weights are read
+    path = _weights_of(name, entry)
+    state = read_weights(path)
+    try:
+        family = family_of(state)
+    except ValueError as error:
+        raise UsageError(f"--weights {path}: {error}") from None
+    preset = choose_preset(entry.preset, family, path)
+    cfg = configure(name, entry.config, preset, device)
+    model = build(name, cfg)
+    classes, attributes = _classes(name, cfg, entry), _attributes(name, cfg, entry)
+    fill(model, family, preset.name, state, path)
+    if preset.fixed:
+        _set_eps(model, preset.batch_norm_eps)
+    fold_batch_norms(model)
+    model.to(memory_format=torch.channels_last)
+    _set_precision(precision)
+    cfg.MODEL.DEVICE = "cpu"  # the record is of the numbers, not of the place
+    record = DetectorRecord(
+        name=name,
+        preset=preset.name,
+        config=cfg.dump(),
+        weights=path.name,
+        weights_sha256=sha256(path),
+        classes=classes,
+        attributes=attributes,
+        feature_dim=model.roi_heads.box_predictor.cls_score.in_features,
+    )
+    return Detector(model=model, cfg=cfg, preset=preset, precision=precision, record=record)
+
+
+def configure(name: str, config: str, preset: Preset, device: str) -> CfgNode:
+    """Return the config as it is built: the file's values, and over them those that the preset fixes."""
+    cfg = load_config(name, config)
+    for key, value in preset.fixed.items():
+        cfg.merge_from_list([key, value])
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "", device, ""
+    return cfg
+
+
+def load_config(name: str, config: str) -> CfgNode:
+    """Read a detectron2 config: a file, one that comes with this package, or a name in detectron2's model zoo.
+
+    YAML tags that would run code are refused.
+    """
+    path = CONFIGS.get(config) or zoo_config(config) or Path(config)
+    if not path.is_file():
+        raise UsageError(f"--detector {name}: no such detectron2 config file: {config}")
+    cfg = get_cfg()
+    add_config(cfg)
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=False)
+    except Exception as error:  # yaml, yacs and fvcore each raise their own kinds; all mean that the file is no config
+        raise UsageError(f"--detector {path}: not a detectron2 config: {str(error) or error!r}") from None
+    return cfg
+
+
+def _weights_of(name: str, entry: settings.Detector) -> Path:
+    """Return the file of an entry's weights: those it names, else the built-in ones, the zoo's, or the config's."""
+    if entry.weights:
+        return local_file(name, entry.weights)
+    if entry.config == "builtin":
+        return BUILTIN / "model.safetensors"
+    if zoo_config(entry.config):
+        from detectron2 import model_zoo
+
+        try:
+            return local_file(name, model_zoo.get_checkpoint_url(entry.config.removesuffix(".yaml") + ".yaml"))
+        except RuntimeError:
+            raise UsageError(f"--detector {name}: the model zoo has no weights for it; give --weights FILE") from None
+    weights = load_config(name, entry.config).MODEL.WEIGHTS
+    if not weights or "://" in weights:
+        raise UsageError(f"--detector {name}: its weights {weights!r} are no local file; give one with --weights FILE")
+    return Path(weights)
+
+
+def choose_preset(name: str | None, family: Family, path: Path) -> Preset:
+    """Return the preset asked for, or the one that a file's family goes with.
+
+    Raises:
+        UsageError: the preset asked for reads other files.
+    """
+    if name is None:
+        return PRESETS[family.presets[0]]
+    if name not in family.presets and family is not DETECTRON2:
+        allowed = " or ".join(family.presets)
+        raise UsageError(f"--preset {name}: --weights {path} is of family {family.name}, which goes with {allowed}")
+    return PRESETS[name]
+
+
+def build(name: str, cfg: CfgNode) -> Any:
+    """Build the network, in evaluation mode.
+
+    Raises:
+        UsageError: detectron2 cannot, or it is no Faster R-CNN.
+    """
     torch.backends.cudnn.deterministic = True  # the same command ends with the same bytes
     try:
         model = build_model(cfg).eval().requires_grad_(False)
     except (KeyError, AssertionError, ValueError, RuntimeError) as error:
         raise UsageError(f"--detector {name}: detectron2 cannot build it: {error!r}") from None
     _check_architecture(name, model)
-    classes = _classes(name, cfg, entry.classes)
-    load_weights(model, Path(weights))
-    cfg.MODEL.DEVICE = "cpu"  # the record is of the numbers, not of the place
-    record = DetectorRecord(
-        name=name,
-        preset=entry.preset,
-        config=cfg.dump(),
-        weights=Path(weights).name,
-        weights_sha256=sha256(Path(weights)),
-        classes=classes,
-        feature_dim=model.roi_heads.box_predictor.cls_score.in_features,
-    )
-    return Detector(model=model, cfg=cfg, record=record)
-
-
-def load_config(path: Path) -> CfgNode:
-    """Read a detectron2 config file; YAML tags that would run code are refused."""
-    if not path.is_file():
-        raise UsageError(f"--detector {path}: no such detectron2 config file")
-    cfg = get_cfg()
-    try:
-        cfg.merge_from_file(str(path), allow_unsafe=False)
-    except Exception as error:  # yaml, yacs and fvcore each raise their own kinds; all mean that the file is no config
-        raise UsageError(f"--detector {path}: not a detectron2 config: {str(error) or error!r}") from None
-    return cfg
+    return model
 
 
 def _check_architecture(name: str, model: nn.Module) -> None:
@@ -93,18 +167,54 @@ def _check_architecture(name: str, model: nn.Module) -> None:
         )
 
 
-def _classes(name: str, cfg: CfgNode, file: str | None) -> list[str]:
-    """Class names from a file of one a line, else those that detectron2 knows for the config's training set."""
+def _set_eps(model: nn.Module, eps: float) -> None:
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = eps
+
+
+def fold_batch_norms(model: nn.Module) -> None:
+    """Put batch norms into the convolutions before them: the same numbers but for rounding, and a pass less."""
+    for conv in model.modules():
+        norm = getattr(conv, "norm", None)
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+            old: Any = norm
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, old.running_mean, old.running_var, old.eps, old.weight, old.bias
+            )
+            conv.register_module("norm", None)
+
+
+def _set_precision(precision: str) -> None:
+    allowed = precision != "fp32"  # torch would use TF32 in convolutions without being asked
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def _classes(name: str, cfg: CfgNode, entry: settings.Detector) -> list[str]:
     count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if file is not None:
-        try:
-            classes = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--classes {file}: cannot be read as one name a line: {error}") from None
+    if entry.classes:
+        names, where = read_names("--classes", Path(entry.classes), "label_to_idx"), f"--classes {entry.classes} has"
+    elif (count, cfg.MODEL.ROI_ATTRIBUTE_HEAD.NUM_CLASSES) == VISUAL_GENOME:
+        return read_names("--classes", HERE / "vg/objects.txt", "")
     else:
-        known = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
-        classes = list(getattr(known, "thing_classes", []))
-    if len(classes) != count:
-        where = f"--classes {file} has" if file else f"its training set {cfg.DATASETS.TRAIN} is known with"
-        raise UsageError(f"--detector {name}: it has {count} classes, but {where} {len(classes)}; give --classes FILE")
-    return classes
+        names, where = known_names(cfg), f"its training set {cfg.DATASETS.TRAIN} is known with"
+    if len(names) != count:
+        raise UsageError(
+            f"--detector {name}: it has {count} classes, but {where} {len(names)}; give --classes FILE, one name a line"
+        )
+    return names
+
+
+def _attributes(name: str, cfg: CfgNode, entry: settings.Detector) -> list[str]:
+    count = cfg.MODEL.ROI_ATTRIBUTE_HEAD.NUM_CLASSES
+    file = entry.attributes or (entry.classes if str(entry.classes).endswith(".json") else None)
+    if file and count:
+        names = read_names("--attributes", Path(file), "attribute_to_idx")
+    else:
+        names = read_names("--attributes", HERE / "vg/attributes.txt", "") if count == VISUAL_GENOME[1] else []
+    if len(names) != count:
+        raise UsageError(
+            f"--detector {name}: it has {count} attributes, but {file or 'this package'} has {len(names)} names for "
+            "them; give --attributes FILE, one name a line"
+        )
+    return names

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import detectron2
 import numpy as np
-import numpy.typing as npt
 import PIL
 import torch
 import torchvision
@@ -23,39 +22,41 @@ from oscar_common.sample import ImageRecord, Sample
 from oscar_common.settings import Extract
 from oscar_extract.detector import Detector
 from oscar_extract.images import RefusedImage, read_image
+from oscar_extract.memory import Limit, detect_within
 from oscar_extract.plan import Plan, PlannedImage
-from oscar_extract.regions import Selection, detect, resize
+from oscar_extract.regions import Input, make_input
+from oscar_extract.selection import Selection
 from oscar_extract.sources import readable
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
 from oscar_shards.write import Reject, rejects_path, remove_shards, shard_path, write_shard
 
 PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches; bounds the memory
 SOFTWARE = (oscar_common, torch, torchvision, detectron2, PIL, np)
-COMPARED = ("min_boxes", "max_boxes", "score_threshold", "batch_size")  # settings that change a shard's bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A decoded image, resized for the detector: uint8 [h, w, 3]. `record` has its own width and height."""
+    """A decoded image, ready for the detector."""
 
     planned: PlannedImage
-    pixels: npt.NDArray[np.uint8]
+    input: Input
     record: ImageRecord
 
 
-def run_job(plan: Plan, detector: Detector, settings: Extract, out: Path) -> str:
+def run_job(plan: Plan, detector: Detector, selection: Selection, settings: Extract, out: Path) -> str:
     """Write all shards of the plan that are not in `out` yet, and say how long it took.
 
     Raises:
         UsageError: `out` holds shards of another detector, plan or settings.
     """
-    prepare(out, make_manifest(plan, detector, settings), settings.overwrite)
+    prepare(out, make_manifest(plan, detector, selection, settings), settings.overwrite)
     tars = [shard_path(out, settings.name, n) for n in range(plan.record.num_shards)]
     todo = [n for n, tar in enumerate(tars) if not _done(tar, settings.retry_rejects)]
     done = plan.record.num_images - sum(len(plan.shard(n)) for n in todo)
+    limit = Limit(images=settings.batch_size)
     with meter("images", plan.record.num_images, done) as progress:
         for number in todo:
-            items = counted(extract(plan, number, detector, settings), progress)
+            items = counted(extract(plan, number, detector, selection, settings, limit), progress)
             write_shard(tars[number], items, detector.record.feature_dim)
     return f"{progress.seconds:,.0f} s, {progress.rate:.1f} images/s" if todo else "nothing was left to do"
 
@@ -71,12 +72,12 @@ def _done(tar: Path, retry_rejects: bool) -> bool:
     return tar.exists() and not (retry_rejects and rejects_path(tar).exists())
 
 
-def make_manifest(plan: Plan, detector: Detector, settings: Extract) -> Manifest:
+def make_manifest(plan: Plan, detector: Detector, selection: Selection, settings: Extract) -> Manifest:
     """Return what manifest.json will say. Nothing in it depends on time, place or chance."""
     return Manifest(
         name=settings.name,
         detector=detector.record,
-        settings={name: getattr(settings, name) for name in COMPARED},
+        settings=asdict(selection) | {"batch_size": settings.batch_size, "precision": settings.precision},
         plan=plan.record,
         software={"python": platform.python_version(), "device": str(detector.model.device.type)}
         | {module.__name__: module.__version__ for module in SOFTWARE},
@@ -125,28 +126,34 @@ def _describe(manifest: Manifest) -> str:
     return f"{detector.name} ({hashes})"
 
 
-def extract(plan: Plan, number: int, detector: Detector, settings: Extract) -> Iterator[Sample | Reject]:
+def extract(
+    plan: Plan, number: int, detector: Detector, selection: Selection, settings: Extract, limit: Limit
+) -> Iterator[Sample | Reject]:
     """Yield the samples and rejects of one shard, in an order that depends on the images and the batch size alone."""
-    selection = Selection(
-        min_boxes=settings.min_boxes, max_boxes=settings.max_boxes, score_threshold=settings.score_threshold
-    )
-    for item in in_batches(load_all(plan, number, detector, settings.decode_threads), settings.batch_size):
+    for item in in_batches(load_all(plan, number, detector, settings), settings.batch_size):
         if isinstance(item, Reject):
             yield item
             continue
-        found = detect(detector, [i.pixels for i in item], [(i.record.height, i.record.width) for i in item], selection)
+        found = detect_within(limit, detector, [image.input for image in item], selection)
         for image, regions in zip(item, found, strict=True):
-            if not regions.tags:
+            if regions is None:
+                message = f"{image.record.width}x{image.record.height} pixels alone need more memory than there is"
+                yield Reject(path=image.record.path, reason="out-of-memory", message=message)
+            elif not regions.tags:
                 yield Reject(path=image.record.path, reason="no-regions", message="the detector proposes no region")
-                continue
-            yield Sample(key=image.planned.key, image=image.record, regions=regions, texts=image.planned.texts)
+            else:
+                yield Sample(key=image.planned.key, image=image.record, regions=regions, texts=image.planned.texts)
 
 
-def load_all(plan: Plan, number: int, detector: Detector, threads: int) -> Iterator[Loaded | Reject]:
-    """Decode and resize a shard's images in threads, a bounded number ahead, and yield them in the plan's order."""
-    with ThreadPoolExecutor(threads) as pool:
+def load_all(plan: Plan, number: int, detector: Detector, settings: Extract) -> Iterator[Loaded | Reject]:
+    """Decode and resize a shard's images in threads, a bounded number ahead, and yield them in the plan's order.
+
+    The threads go on while the detector works: two batches are ahead of it.
+    """
+    count = 2 * max(settings.decode_threads, settings.batch_size)
+    with ThreadPoolExecutor(settings.decode_threads) as pool:
         images = iter(plan.shard(number))
-        ahead = deque(pool.submit(load, plan, i, detector) for i in islice(images, 2 * threads))
+        ahead = deque(pool.submit(load, plan, i, detector) for i in islice(images, count))
         while ahead:
             yield ahead.popleft().result()
             ahead.extend(pool.submit(load, plan, i, detector) for i in islice(images, 1))
@@ -156,14 +163,14 @@ def load(plan: Plan, image: PlannedImage, detector: Detector) -> Loaded | Reject
     """Decode and resize one image; one that cannot be used becomes a reject with its reason."""
     try:
         pixels, sha256 = read_image(plan.folder / image.path)
-        resized = resize(detector, pixels)
+        prepared = make_input(detector, pixels)
     except RefusedImage as refused:
         return Reject(path=readable(image.path), reason=refused.reason, message=str(refused))
     height, width = pixels.shape[:2]
     record = ImageRecord(
         source=plan.source, id=image.id, path=readable(image.path), width=width, height=height, sha256=sha256
     )
-    return Loaded(planned=image, pixels=resized, record=record)
+    return Loaded(planned=image, input=prepared, record=record)
 
 
 def in_batches(items: Iterable[Loaded | Reject], size: int) -> Iterator[list[Loaded] | Reject]:
@@ -171,15 +178,16 @@ def in_batches(items: Iterable[Loaded | Reject], size: int) -> Iterator[list[Loa
 
     When too many wait, the group that has waited longest goes as it is.
     """
-    waiting: dict[tuple[int, ...], list[Loaded]] = {}
+    waiting: dict[tuple[int, int], list[Loaded]] = {}
     for item in items:
         if isinstance(item, Reject):
             yield item
             continue
-        group = waiting.setdefault(item.pixels.shape, [])
+        shape = (item.input.target.height, item.input.target.width)
+        group = waiting.setdefault(shape, [])
         group.append(item)
         if len(group) == size:
-            yield waiting.pop(item.pixels.shape)
+            yield waiting.pop(shape)
         elif sum(map(len, waiting.values())) > PENDING_BATCHES * size:
             yield waiting.pop(next(iter(waiting)))
     yield from waiting.values()

@@ -1,134 +1,166 @@
-"""The numerics of preset `detectron2`: from pixels to the regions that are kept, on detectron2's own modules.
+"""From a batch of images to their regions, in the steps of the detector's preset.
 
-Resize as detectron2's DefaultPredictor does (shorter side MIN_SIZE_TEST, longer at most MAX_SIZE_TEST, Pillow bilinear
-on uint8). A proposal becomes one box: the regressed box of its most likely class. Then NMS within each class at
-NMS_THRESH_TEST, confidence order, and of these all with at least the score threshold, but never fewer than `min_boxes`
-nor more than `max_boxes`. A region's feature is what the box head pools *in that box*: mean of res5 for C4 models,
-the output of the last fully connected layer for FPN models.
+All images of a batch have one shape at the detector's input, so nothing is padded, and a batch gives what its images
+give alone. Between the pixels going in and the kept regions coming out, everything stays on the detector's device.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.layers import batched_nms
 from detectron2.modeling.roi_heads import Res5ROIHeads
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from oscar_common.sample import Regions
+from oscar_common.sample import Attribute, Regions
 from oscar_extract.detector import Detector
-from oscar_extract.images import RefusedImage
+from oscar_extract.resize import Target, normalize, shrink, target_of
+from oscar_extract.selection import Candidates, Kept, Selection
 
 FLOAT16_MAX = 65504.0
+CHUNK = {"cpu": 32, "cuda": 1024}  # regions that go through the box head at once: bounds the memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
-    """How many regions of an image are kept."""
+class Input:
+    """One image on its way into the detector: uint8 RGB pixels, resized where that is done on uint8.
 
-    min_boxes: int
-    max_boxes: int
-    score_threshold: float
+    `height` and `width` are the original image's.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    target: Target
+    height: int
+    width: int
 
 
-def resize(detector: Detector, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Resize uint8 RGB [H, W, 3] to the detector's input, uint8 [h, w, 3] in its channel order.
+def make_input(detector: Detector, pixels: npt.NDArray[np.uint8]) -> Input:
+    """Make decoded pixels, uint8 RGB [H, W, 3], ready for a batch.
 
     Raises:
         RefusedImage: so thin that a side would vanish.
     """
-    size = detector.cfg.INPUT
-    transform = ResizeShortestEdge([size.MIN_SIZE_TEST] * 2, size.MAX_SIZE_TEST).get_transform(pixels)
-    if min(transform.new_h, transform.new_w) < 1:
-        raise RefusedImage("too-thin", f"{pixels.shape[1]}x{pixels.shape[0]} pixels would be resized to a line")
-    ordered = pixels[:, :, ::-1] if size.FORMAT == "BGR" else pixels
-    resized: npt.NDArray[np.uint8] = transform.apply_image(ordered)
-    return resized
+    height, width = pixels.shape[:2]
+    target = target_of(detector.preset.resize, detector.cfg, height, width)
+    return Input(pixels=shrink(detector.preset.resize, pixels, target), target=target, height=height, width=width)
 
 
 @torch.inference_mode()
-def detect(
-    detector: Detector, images: list[npt.NDArray[np.uint8]], sizes: list[tuple[int, int]], selection: Selection
+def detect(detector: Detector, inputs: list[Input], selection: Selection) -> list[Regions]:
+    """Find the regions of images whose targets have one shape."""
+    model, preset, targets = detector.model, detector.preset, [i.target for i in inputs]
+    with autocast(detector):
+        images = load_batch(detector, inputs)
+        maps = model.backbone(images.tensor)
+        proposals = preset.propose(model, images, maps, targets)
+        found = classify(model.roi_heads, maps, proposals, targets)
+        kept = preset.select(model.roi_heads.box_predictor, found, selection)
+        return collect(detector, inputs, maps, found, kept)
+
+
+def load_batch(detector: Detector, inputs: list[Input]) -> ImageList:
+    """Bring images of one shape to the device, float32 [B, 3, h, w], padded, if at all, as each alone would be."""
+    model, rule = detector.model, detector.preset.resize
+    images = [normalize(rule, detector.cfg, i.pixels, i.target, model.device) for i in inputs]
+    batch = ImageList.from_tensors(images, model.backbone.size_divisibility)
+    batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
+    return batch
+
+
+def autocast(detector: Detector) -> AbstractContextManager[Any]:
+    """Return the context in which the network's layers run in the detector's precision."""
+    if detector.precision != "bf16":
+        return nullcontext()
+    return torch.autocast(detector.model.device.type, torch.bfloat16)
+
+
+def classify(heads: Any, maps: dict[str, Tensor], proposals: list[Tensor], targets: list[Target]) -> Candidates:
+    """Pool and classify all proposals of a batch, in float32 from the features on."""
+    numbers = [len(p) for p in proposals]
+    features = pool(heads, maps, proposals)
+    logits, deltas = heads.box_predictor(features)
+    boxes = pad_sequence(proposals, batch_first=True)
+    count = torch.tensor(numbers, device=boxes.device)
+    features, logits, deltas = (
+        pad_sequence(t.float().split(numbers), batch_first=True) for t in (features, logits, deltas)
+    )
+    valid = torch.arange(boxes.shape[1], device=boxes.device) < count[:, None]
+    return Candidates(boxes=boxes, valid=valid, features=features, logits=logits, deltas=deltas, targets=targets)
+
+
+def pool(heads: Any, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+    """Return the box head's feature of every box of every image in turn, [sum K, P].
+
+    That is the mean of res5 for C4 models, and the output of the last fully connected layer for FPN models.
+    """
+    size = CHUNK.get(boxes[0].device.type, min(CHUNK.values()))
+    if not isinstance(heads, Res5ROIHeads):
+        pooled = heads.box_pooler([maps[f] for f in heads.box_in_features], [Boxes(b) for b in boxes])
+        return torch.cat([heads.box_head(part) for part in pooled.split(size * 8)])
+    parts = [
+        heads.res5(heads.pooler([maps[f] for f in heads.in_features], chunk)).mean(dim=[2, 3])
+        for chunk in _chunks(boxes, size)
+    ]
+    return torch.cat(parts)
+
+
+def _chunks(boxes: list[Tensor], size: int) -> list[list[Boxes]]:
+    """Cut the boxes of a batch into lists of at most `size` in all, each with an entry, if an empty one, per image."""
+    image = torch.cat([torch.full((len(b),), n) for n, b in enumerate(boxes)])
+    everything = torch.cat(boxes)
+    chunks = []
+    for start in range(0, max(len(everything), 1), size):
+        numbers = torch.bincount(image[start : start + size], minlength=len(boxes)).tolist()
+        chunks.append([Boxes(b) for b in everything[start : start + size].split(numbers)])
+    return chunks
+
+
+def collect(
+    detector: Detector, inputs: list[Input], maps: dict[str, Tensor], found: Candidates, kept: Kept
 ) -> list[Regions]:
-    """Find the regions of images of one shape, uint8 [h, w, 3] each; `sizes` are their original (height, width).
-
-    Nothing is padded beyond what one image would be, so that a batch gives what its images give alone.
-    """
-    model, heads = detector.model, detector.model.roi_heads
-    batch = model.preprocess_image(
-        [{"image": torch.as_tensor(i.astype(np.float32).transpose(2, 0, 1))} for i in images]
-    )
-    maps = model.backbone(batch.tensor)
-    proposals, _ = model.proposal_generator(batch, maps, None)
-    predictions = heads.box_predictor(pool(heads, maps, [p.proposal_boxes for p in proposals]))
-    probabilities = heads.box_predictor.predict_probs(predictions, proposals)
-    regressed = heads.box_predictor.predict_boxes(predictions, proposals)
-    kept = [
-        select(p, b, shape, heads.box_predictor.test_nms_thresh, selection)
-        for p, b, shape in zip(probabilities, regressed, batch.image_sizes, strict=True)
-    ]
-    features = pool(heads, maps, [Boxes(boxes) for boxes, _, _ in kept]).split([len(boxes) for boxes, _, _ in kept])
+    """Bring a batch's kept regions to the host, to the original pixels and to the types of a sample."""
+    head = getattr(detector.model.roi_heads, "attribute_head", None)
+    described = detector.preset.describe(head, found, kept) if head else None
+    features = _features(detector, maps, found, kept).float().clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+    numbers = kept.number.tolist()
+    rows = features.cpu().split(numbers)
+    boxes, scores, classes = kept.boxes.cpu(), kept.scores.cpu(), kept.classes.cpu()
+    attributes = [t.cpu() for t in described] if described else None
     return [
-        _regions(detector, boxes, scores, classes, f, shape, size)
-        for (boxes, scores, classes), f, shape, size in zip(kept, features, batch.image_sizes, sizes, strict=True)
+        Regions(
+            boxes=_original(boxes[i, :number], item),
+            features=row.numpy(),
+            tags=[detector.record.classes[c] for c in classes[i, :number].tolist()],
+            scores=[round(s, 6) for s in scores[i, :number].tolist()],
+            attributes=_attributes(detector, *(t[i, :number] for t in attributes)) if attributes else [],
+        )
+        for i, (item, number, row) in enumerate(zip(inputs, numbers, rows, strict=True))
     ]
 
 
-def pool(heads: Any, maps: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
-    """Return the box head's feature of every box of every image in turn, float32 [sum K, P]."""
-    if isinstance(heads, Res5ROIHeads):
-        pooled: Tensor = heads._shared_roi_transform([maps[f] for f in heads.in_features], boxes)
-        return pooled.mean(dim=[2, 3])
-    features: Tensor = heads.box_head(heads.box_pooler([maps[f] for f in heads.box_in_features], boxes))
-    return features
+def _features(detector: Detector, maps: dict[str, Tensor], found: Candidates, kept: Kept) -> Tensor:
+    """Return the features of the kept regions of every image in turn, [sum K, P]."""
+    there = torch.arange(kept.index.shape[1], device=kept.index.device) < kept.number[:, None]
+    if detector.preset.pool_again:
+        return pool(detector.model.roi_heads, maps, [b[t] for b, t in zip(kept.boxes, there, strict=True)])
+    images = torch.arange(len(there), device=there.device)[:, None]
+    return found.features[images, kept.index][there]
 
 
-def select(
-    probabilities: Tensor, regressed: Tensor, shape: tuple[int, int], nms_threshold: float, selection: Selection
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the regions of one image.
-
-    Args:
-        probabilities: [R, C + 1] of the R proposals, background last.
-        regressed: [R, 4 C], or [R, 4] if the regression is class-agnostic; xyxy, pixels of the resized image.
-        shape: (height, width) of the resized image.
-
-    Returns:
-        boxes [K, 4], scores [K], classes [K], in descending order of score.
-    """
-    scores, classes = probabilities[:, :-1].max(dim=1)
-    candidates = regressed.view(len(regressed), regressed.shape[1] // 4, 4)
-    of_class = classes if candidates.shape[1] > 1 else torch.zeros_like(classes)
-    boxes = Boxes(candidates[torch.arange(len(classes), device=classes.device), of_class])
-    boxes.clip(shape)
-    sound = boxes.nonempty() & torch.isfinite(boxes.tensor).all(dim=1) & torch.isfinite(scores)
-    tensor, scores, classes = boxes.tensor[sound], scores[sound], classes[sound]
-    keep = batched_nms(tensor, scores, classes, nms_threshold)
-    above = int((scores[keep] >= selection.score_threshold).sum())
-    keep = keep[: min(max(above, selection.min_boxes), selection.max_boxes)]
-    return tensor[keep], scores[keep], classes[keep]
+def _original(boxes: Tensor, item: Input) -> npt.NDArray[np.float32]:
+    scale = boxes.new_tensor([item.target.scale_x, item.target.scale_y] * 2)
+    limit = boxes.new_tensor([item.width, item.height] * 2)
+    original: npt.NDArray[np.float32] = (boxes / scale).clamp(min=0).minimum(limit).numpy()
+    return original
 
 
-def _regions(
-    detector: Detector,
-    boxes: Tensor,
-    scores: Tensor,
-    classes: Tensor,
-    features: Tensor,
-    shape: tuple[int, int],
-    size: tuple[int, int],
-) -> Regions:
-    """Bring one image's regions to the original pixels and the types of a sample."""
-    (h, w), (height, width) = shape, size
-    original = boxes * boxes.new_tensor([width / w, height / h] * 2)
-    limit = boxes.new_tensor([width, height] * 2)
-    return Regions(
-        boxes=original.clamp(min=0).minimum(limit).cpu().numpy(),
-        features=features.clamp(-FLOAT16_MAX, FLOAT16_MAX).half().cpu().numpy(),
-        tags=[detector.record.classes[c] for c in classes.tolist()],
-        scores=[round(s, 6) for s in scores.tolist()],
-    )
+def _attributes(detector: Detector, indices: Tensor, probabilities: Tensor) -> list[list[Attribute]]:
+    names = detector.record.attributes
+    return [
+        [Attribute(id=i, name=names[i], score=round(p, 6)) for i, p in zip(row, scores, strict=True) if p > 0]
+        for row, scores in zip(indices.tolist(), probabilities.tolist(), strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Weights files to a detectron2 model: nothing in them is executed, and every tensor must find its place."""
+"""Weights files: read without executing anything in them, and put into a model, where every tensor finds its place."""
 
 import pickle
 import re
@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oscar_common.errors import UsageError
+from oscar_extract.checkpoint import Family, convert
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
-# Written by some versions of detectron2 and computed from the config by others; batch norm's counter is for training.
+# Anchors and means come from the preset and the config, whatever a file holds; batch norm's counter is for training.
 COMPUTED = re.compile(r"(anchor_generator\.cell_anchors\.\d+|pixel_mean|pixel_std|num_batches_tracked)$")
 SHOWN = 6  # differences listed in an error
 
@@ -32,32 +33,12 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill `model` from a .safetensors, .pth or .pkl file in detectron2's names.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors, .pth, .bin or .pkl file by name, as float32 where they are floating.
 
     Raises:
-        UsageError: no such file, not a weights file, something other than arrays in it, or tensors that differ from the
-            model's (the first few are listed).
+        UsageError: no such file, not a weights file, or something other than arrays in it.
     """
-    state = {re.sub(r"^module\.", "", name): t for name, t in _tensors(path).items() if not COMPUTED.search(name)}
-    wanted = {name: t for name, t in model.state_dict().items() if not COMPUTED.search(name)}
-    problems = [
-        *(f"missing {n} {list(wanted[n].shape)}" for n in wanted if n not in state),
-        *(f"unused {n} {list(state[n].shape)}" for n in state if n not in wanted),
-        *(
-            f"{n} is {list(state[n].shape)}, not {list(wanted[n].shape)}"
-            for n in wanted
-            if n in state and state[n].shape != wanted[n].shape
-        ),
-    ]
-    if problems:
-        rest = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise UsageError(f"--weights {path}: does not fit the --detector config: {'; '.join(problems[:SHOWN])}{rest}")
-    model.load_state_dict(state, strict=False)
-
-
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file by name, as float32 where they are floating."""
     if path.suffix not in SUFFIXES:
         raise UsageError(f"--weights {path}: unknown form {path.suffix!r}; allowed: {' '.join(SUFFIXES)}")
     try:
@@ -73,8 +54,8 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise UsageError(f"--weights {path}: holds a {type(content).__name__}, not named tensors")
-    tensors = {n: torch.as_tensor(t) for n, t in content.items() if isinstance(t, torch.Tensor | np.ndarray)}
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    tensors = {n: torch.as_tensor(t) for n, t in content.items() if isinstance(t, Tensor | np.ndarray)}
+    return {re.sub(r"^module\.", "", n): t.float() if t.is_floating_point() else t for n, t in tensors.items()}
 
 
 def _read(path: Path) -> Any:
@@ -86,3 +67,33 @@ def _read(path: Path) -> Any:
         with path.open("rb") as file:
             return _ArraysOnly(file, encoding="latin1").load()
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def fill(model: nn.Module, family: Family, preset: str, state: dict[str, Tensor], path: Path) -> None:
+    """Put the tensors of `path` into the model.
+
+    Raises:
+        UsageError: tensors that differ from the model's; the first few are listed, by the file's names.
+    """
+    try:
+        converted = convert(family, preset, state)
+    except ValueError as error:
+        raise UsageError(f"--weights {path}: {error}") from None
+    found = {name: t for name, t in converted.items() if not COMPUTED.search(name)}
+    wanted = {name: t for name, t in model.state_dict().items() if not COMPUTED.search(name)}
+    problems = [
+        *(f"missing {family.theirs(n)} {list(wanted[n].shape)}" for n in wanted if n not in found),
+        *(f"unused {family.theirs(n)} {list(found[n].shape)}" for n in found if n not in wanted),
+        *(
+            f"{family.theirs(n)} is {list(found[n].shape)}, not {list(wanted[n].shape)}"
+            for n in wanted
+            if n in found and found[n].shape != wanted[n].shape
+        ),
+    ]
+    if problems:
+        rest = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        listed = "; ".join(problems[:SHOWN])
+        raise UsageError(
+            f"--weights {path}: of family {family.name}, but does not fit the --detector's config: {listed}{rest}"
+        )
+    model.load_state_dict(found, strict=False)

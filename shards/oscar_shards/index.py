@@ -11,7 +11,7 @@ import pyarrow as pa
 import xxhash
 
 TEXT = pa.struct([(name, pa.string()) for name in ("kind", "source", "id", "text", "question", "answer")])
-ATTRIBUTE = pa.struct([("name", pa.string()), ("score", pa.float32())])
+ATTRIBUTE = pa.struct([("id", pa.int32()), ("name", pa.string()), ("score", pa.float32())])
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("tags", pa.list_(pa.string())),
         ("scores", pa.list_(pa.float32())),
-        ("attributes", pa.list_(ATTRIBUTE)),
+        ("attributes", pa.list_(pa.list_(ATTRIBUTE))),  # a list for every region
         ("texts", pa.list_(TEXT)),
         ("num_boxes", pa.int32()),
         # Where the raw array lies in the tar, after its .npy header: little-endian, C order, float32 [K, 4]

@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
-from detectron2.structures import Boxes
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from PIL import Image
 from support import photo
 
 from oscar_common.settings import Detector as Entry
-from oscar_extract.detector import BUILTIN, load_config, load_detector
+from oscar_extract.detector import load_config, load_detector
 from oscar_extract.images import RefusedImage
-from oscar_extract.regions import Selection, detect, pool, resize, select
+from oscar_extract.regions import detect, load_batch, make_input, pool
+from oscar_extract.resize import Target
+from oscar_extract.selection import Candidates, Selection, select_detectron2
 
 USUAL = Selection(min_boxes=10, max_boxes=100, score_threshold=0.2)
 
@@ -23,7 +26,7 @@ def detector():
 
 def regions_of(detector, image, selection=USUAL):
     pixels = np.asarray(image)
-    return detect(detector, [resize(detector, pixels)], [pixels.shape[:2]], selection)[0]
+    return detect(detector, [make_input(detector, pixels)], selection)[0]
 
 
 def iou(a, b):
@@ -58,28 +61,43 @@ def slow_select(probabilities, regressed, shape, nms_threshold, selection):
     return kept
 
 
-@pytest.mark.parametrize("columns", [4, 4 * 7])
+def one_class_head(agnostic):
+    """A box predictor of 7 classes whose deltas of 0 leave a proposal as it is."""
+    return FastRCNNOutputLayers(
+        4, box2box_transform=Box2BoxTransform((1.0,) * 4), num_classes=7, cls_agnostic_bbox_reg=agnostic
+    )
+
+
+@pytest.mark.parametrize("agnostic", [True, False])
 @pytest.mark.parametrize(
     ("low", "high", "threshold"), [(10, 100, 0.2), (36, 36, 0.5), (1, 5, 0.0), (1, 100, 1.0), (300, 300, 0.9)]
 )
-def test_selection_is_the_rule(columns, low, high, threshold):
+def test_selection_is_the_rule(agnostic, low, high, threshold):
+    """Of two images at once, the second with fewer proposals."""
     generator = torch.Generator().manual_seed(low)
-    probabilities = torch.softmax(torch.randn(200, 8, generator=generator) * 2, dim=1)
-    corner = torch.rand(200, columns // 4, 2, generator=generator) * 160 - 20
-    regressed = torch.cat([corner, corner + torch.rand(200, columns // 4, 2, generator=generator) * 80], dim=2).flatten(
-        1
-    )
+    logits = torch.randn(2, 200, 8, generator=generator) * 2
+    corner = torch.rand(2, 200, 2, generator=generator) * 160 - 20
+    boxes = torch.cat([corner, corner + torch.rand(2, 200, 2, generator=generator) * 80], dim=2)
+    deltas = torch.randn(2, 200, 4 if agnostic else 28, generator=generator) * 0.1
+    numbers = (200, 150)
     selection = Selection(min_boxes=low, max_boxes=high, score_threshold=threshold)
-    boxes, scores, classes = select(probabilities, regressed, (120, 150), 0.5, selection)
-    expected = slow_select(probabilities, regressed, (120, 150), 0.5, selection)
-    assert classes.tolist() == [c for _, c, _ in expected]
-    assert scores.tolist() == [s for s, _, _ in expected]
-    np.testing.assert_allclose(boxes.numpy(), [b for _, _, b in expected], rtol=1e-6)
-
-
-def test_no_proposal_gives_no_region():
-    boxes, scores, classes = select(torch.empty(0, 81), torch.empty(0, 320), (10, 10), 0.5, USUAL)
-    assert len(boxes) == len(scores) == len(classes) == 0
+    head = one_class_head(agnostic)
+    found = Candidates(
+        boxes=boxes,
+        valid=torch.arange(200) < torch.tensor(numbers)[:, None],
+        features=torch.zeros(2, 200, 4),
+        logits=logits,
+        deltas=deltas,
+        targets=[Target(height=120, width=150, scale_y=1.0, scale_x=1.0)] * 2,
+    )
+    kept = select_detectron2(head, found, selection)
+    for image, number in enumerate(numbers):
+        regressed = head.box2box_transform.apply_deltas(deltas[image, :number], boxes[image, :number])
+        expected = slow_select(logits[image, :number].softmax(dim=1), regressed, (120, 150), 0.5, selection)
+        assert kept.number[image] == len(expected)
+        assert kept.classes[image, : len(expected)].tolist() == [c for _, c, _ in expected]
+        np.testing.assert_allclose(kept.scores[image, : len(expected)], [s for s, _, _ in expected], rtol=1e-6)
+        np.testing.assert_allclose(kept.boxes[image, : len(expected)], [b for _, _, b in expected], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "camera"])
@@ -88,7 +106,7 @@ def test_what_detectron2_itself_finds_is_found(detector, name, tmp_path):
 
     Below that, detectron2 may give one proposal several classes; a region has one.
     """
-    cfg = load_config(BUILTIN / "config.yaml")
+    cfg = load_config("builtin", "builtin")
     cfg.MODEL.DEVICE, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = "cpu", 0.5
     torch.save({"model": detector.model.state_dict()}, tmp_path / "w.pth")
     cfg.MODEL.WEIGHTS = str(tmp_path / "w.pth")
@@ -109,13 +127,11 @@ def test_a_feature_is_what_the_box_head_pools_in_its_box(detector):
     """Recomputed one region at a time, through detectron2's pooler and box head, from the stored boxes."""
     image = photo("coffee")
     found = regions_of(detector, image)
-    pixels = resize(detector, np.asarray(image))
-    batch = detector.model.preprocess_image([{"image": torch.as_tensor(pixels.astype(np.float32).transpose(2, 0, 1))}])
-    maps = detector.model.backbone(batch.tensor)
-    height, width = pixels.shape[:2]
-    scale = torch.tensor([width / image.width, height / image.height] * 2)
+    item = make_input(detector, np.asarray(image))
+    maps = detector.model.backbone(load_batch(detector, [item]).tensor)
+    scale = torch.tensor([item.target.scale_x, item.target.scale_y] * 2)
     for n in range(len(found.tags)):
-        alone = pool(detector.model.roi_heads, maps, [Boxes(torch.tensor(found.boxes[n : n + 1]) * scale)])
+        alone = pool(detector.model.roi_heads, maps, [torch.tensor(found.boxes[n : n + 1]) * scale])
         np.testing.assert_allclose(found.features[n], alone[0].detach().numpy(), atol=2e-2, rtol=2e-2)
     assert found.features.dtype == np.float16
     assert found.features.shape == (len(found.tags), detector.record.feature_dim)
@@ -123,9 +139,8 @@ def test_a_feature_is_what_the_box_head_pools_in_its_box(detector):
 
 def test_batching_does_not_change_a_region(detector):
     images = [photo("coffee"), photo("coffee").transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
-    pixels = [resize(detector, np.asarray(i)) for i in images]
-    sizes = [(i.height, i.width) for i in images]
-    for together, image in zip(detect(detector, pixels, sizes, USUAL), images, strict=True):
+    inputs = [make_input(detector, np.asarray(i)) for i in images]
+    for together, image in zip(detect(detector, inputs, USUAL), images, strict=True):
         alone = regions_of(detector, image)
         assert together.tags == alone.tags
         np.testing.assert_allclose(together.boxes, alone.boxes, atol=0.05)
@@ -153,4 +168,4 @@ def test_odd_shapes_pass(detector, size):
 
 def test_a_line_is_refused(detector):
     with pytest.raises(RefusedImage, match="resized to a line"):
-        resize(detector, np.zeros((1, 30000, 3), np.uint8))
+        make_input(detector, np.zeros((1, 30000, 3), np.uint8))

@@ -11,12 +11,17 @@ from torch import nn
 
 from oscar_common.errors import UsageError
 from oscar_common.settings import Detector as Entry
+from oscar_extract.checkpoint import DETECTRON2
 from oscar_extract.detector import load_config, load_detector
-from oscar_extract.weights import load_weights
+from oscar_extract.weights import fill, read_weights
 
 
 def model():
     return nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)})
+
+
+def load_weights(empty, path):
+    fill(empty, DETECTRON2, "detectron2", read_weights(path), path)
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def test_a_file_of_another_kind_is_named(tmp_path, name, content, message):
 def test_a_config_executes_nothing(tmp_path):
     (tmp_path / "c.yaml").write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path}/executed']\n")
     with pytest.raises(UsageError, match="not a detectron2 config"):
-        load_config(tmp_path / "c.yaml")
+        load_config("mine", str(tmp_path / "c.yaml"))
     assert not (tmp_path / "executed").exists()
 
 

@@ -32,7 +32,7 @@ def make_sample(rng, number: int) -> Sample:
             features=rng.normal(size=(k, P)).astype(np.float16),
             tags=["cat", "dog", "cat", "hair drier"][:k] + ["tree"] * (k - 4),
             scores=rng.uniform(size=k).round(6).tolist(),
-            attributes=[Attribute(name="red", score=0.5)] * k,
+            attributes=[[Attribute(id=3, name="red", score=0.5)]] * k,
         ),
         texts=[
             Text(kind="caption", source="c", id="1", text="Ein Käfer."),
@@ -96,7 +96,7 @@ def test_the_index_agrees_with_the_tar_byte_for_byte(folder):
             piece = raw[row[f"{name}_offset"] : row[f"{name}_offset"] + row[f"{name}_bytes"]]
             assert piece == array.tobytes()
             assert xxhash.xxh3_64_intdigest(piece) == row[f"{name}_xxh3"]
-        assert row["attributes"] == [{"name": "red", "score": 0.5}] * row["num_boxes"]
+        assert row["attributes"] == [[{"id": 3, "name": "red", "score": 0.5}]] * row["num_boxes"]
 
 
 def test_arrays_are_read_at_their_offsets(folder):
