@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from small_detectors import state_of
 from support import photo
 
 
@@ -19,6 +21,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(exist_ok=True)
             image.save(path, quality=90)
     return folder
+
+
+@pytest.fixture(scope="session")
+def states() -> dict[str, dict[str, torch.Tensor]]:
+    """Random state dicts of the published detectors' families, in their own names; not to be changed."""
+    return {family: state_of(family) for family in ("milvlg-caffe", "airsplay", "milvlg-d2", "vinvl")}
 
 
 @pytest.fixture

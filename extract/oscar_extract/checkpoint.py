@@ -112,20 +112,25 @@ def family_of(state: Mapping[str, Tensor]) -> Family:
     Raises:
         ValueError: a published network that this project does not build.
     """
-    objectness, deltas = (len(state.get(RPN + n, ())) for n in ("objectness_logits.weight", "anchor_deltas.weight"))
-    hidden = len(state.get(RPN + "conv.weight", ()))
-    parts = {name.rpartition(".")[0] for name in state}
+    hidden, objectness, deltas = (
+        _rows(state, f"{RPN}{n}.weight") for n in ("conv", "objectness_logits", "anchor_deltas")
+    )
+    parts = {name.rpartition(".")[0].removeprefix(PREDICTOR) for name in state}
     if any(part.startswith("backbone.body.") for part in parts):
         return VINVL
     if parts & {"roi_heads.res5_bn", "backbone.stem.norm"}:
         raise ValueError("it is MILVLG's R152 of pre-activation blocks, which is not supported; take an R101 file")
     if any(part.startswith("roi_heads.attribute_predictor.") for part in parts):
         return MILVLG_D2
-    if objectness and 2 * objectness == deltas:
-        return MILVLG_CAFFE  # two channels an anchor: background and foreground
-    if parts & {PREDICTOR + name for name in ("cls_embedding", "fc_attr", "attr_score")}:
+    if parts & {"cls_embed", "attr_linear1", "attr_linear2"} or (objectness and 2 * objectness == deltas):
+        return MILVLG_CAFFE  # two channels an anchor, background and foreground
+    if parts & {"cls_embedding", "fc_attr", "attr_score"}:
         return AIRSPLAY
     return AIRSPLAY if (objectness, hidden) == (ANCHORS, 512) and HEAD + "score" not in parts else DETECTRON2
+
+
+def _rows(state: Mapping[str, Tensor], name: str) -> int:
+    return state[name].shape[0] if name in state and state[name].dim() else 0
 
 
 def convert(family: Family, preset: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,7 +155,9 @@ def _without_twins(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _reorder(family: Family, order: list[int] | None, name: str, tensor: Tensor) -> Tensor:
     """Bring one tensor into this project's order; one of another shape than its family's stays as it is."""
-    part, rows = name.rpartition(".")[0], len(tensor) if tensor.dim() else 0
+    if tensor.dim() == 0:
+        return tensor
+    part, rows = name.rpartition(".")[0], len(tensor)
     if family is MILVLG_CAFFE and part == RPN + "objectness_logits" and rows == 2 * ANCHORS:
         background, foreground = tensor.chunk(2)
         tensor, rows = foreground - background, ANCHORS  # softmax over two logits is the sigmoid of their difference

@@ -113,12 +113,16 @@ def _weights_of(name: str, entry: settings.Detector) -> Path:
         from detectron2 import model_zoo
 
         try:
-            return local_file(name, model_zoo.get_checkpoint_url(entry.config.removesuffix(".yaml") + ".yaml"))
+            url = model_zoo.get_checkpoint_url(entry.config.removesuffix(".yaml") + ".yaml")
         except RuntimeError:
             raise UsageError(f"--detector {name}: the model zoo has no weights for it; give --weights FILE") from None
+        return local_file(name, url)
     weights = load_config(name, entry.config).MODEL.WEIGHTS
     if not weights or "://" in weights:
-        raise UsageError(f"--detector {name}: its weights {weights!r} are no local file; give one with --weights FILE")
+        raise UsageError(
+            f"--detector {name}: no file of its weights is known{f', only {weights}' if weights else ''}; "
+            "give one with --weights FILE (docs/numerics.md says where they come from)"
+        )
     return Path(weights)
 
 

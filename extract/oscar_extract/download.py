@@ -1,14 +1,15 @@
 """Weights that are not on this machine: from the Hugging Face hub or detectron2's model zoo, kept in their caches."""
 
 import importlib.util
-import logging
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import NoReturn
 
 from oscar_common.errors import UsageError
 
 HUB = "hf://"  # hf://OWNER/NAME/FILE
-TIMEOUT = 10  # seconds to wait for the hub's answer
+TIMEOUT = 10  # seconds to wait for a server's first answer
 
 
 def zoo_config(name: str) -> Path | None:
@@ -34,31 +35,41 @@ def local_file(name: str, weights: str) -> Path:
 
 
 def _from_hub(name: str, repository: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    url = hf_hub_url(repository, file)
     try:
         return Path(hf_hub_download(repository, file, local_files_only=True))
     except LocalEntryNotFoundError:
-        pass
+        _check_reachable(name, url)
     try:
-        return Path(hf_hub_download(repository, file, etag_timeout=TIMEOUT))
-    except Exception as error:  # the hub's client has a dozen kinds for "no network", "no such file" and "not allowed"
-        _give_up(name, f"https://huggingface.co/{repository}/resolve/main/{file}", error)
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # the hub's client has a dozen kinds for "no such file", "not allowed" and "cut off"
+        _give_up(name, url, error)
 
 
 def _from_url(name: str, url: str) -> Path:
     from detectron2.utils.file_io import PathManager
 
-    logging.getLogger("iopath").setLevel(logging.ERROR)
     try:
         return Path(PathManager.get_local_path(url))
     except Exception as error:  # urllib, sockets and iopath, each with its own kinds
         _give_up(name, url, error)
 
 
+def _check_reachable(name: str, url: str) -> None:
+    """Say at once that there is no network; the libraries' own downloads try for half a minute."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT).close()
+    except urllib.error.HTTPError:
+        pass  # a server answers; the download says what it has against us
+    except OSError as error:
+        _give_up(name, url, error)
+
+
 def _give_up(name: str, url: str, error: Exception) -> NoReturn:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(getattr(error, "reason", error)).splitlines()[0] or type(error).__name__
     raise UsageError(
         f"--detector {name}: its weights are not on this machine and cannot be downloaded ({reason}); fetch {url} "
         "where there is a network, and give the file with --weights FILE"

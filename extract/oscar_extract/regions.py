@@ -55,7 +55,7 @@ def detect(detector: Detector, inputs: list[Input], selection: Selection) -> lis
     model, preset, targets = detector.model, detector.preset, [i.target for i in inputs]
     with autocast(detector):
         images = load_batch(detector, inputs)
-        maps = model.backbone(images.tensor)
+        maps = feature_maps(model, images)
         proposals = preset.propose(model, images, maps, targets)
         found = classify(model.roi_heads, maps, proposals, targets)
         kept = preset.select(model.roi_heads.box_predictor, found, selection)
@@ -76,6 +76,11 @@ def autocast(detector: Detector) -> AbstractContextManager[Any]:
     if detector.precision != "bf16":
         return nullcontext()
     return torch.autocast(detector.model.device.type, torch.bfloat16)
+
+
+def feature_maps(model: Any, images: ImageList) -> dict[str, Tensor]:
+    """Return the backbone's maps, float32 in any precision: detectron2 rounds boxes to the type of the map to pool."""
+    return {name: m.float() for name, m in model.backbone(images.tensor).items()}
 
 
 def classify(heads: Any, maps: dict[str, Tensor], proposals: list[Tensor], targets: list[Target]) -> Candidates:

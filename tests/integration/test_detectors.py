@@ -1,0 +1,132 @@
+"""`oscar-extract` with the published detectors, as a user runs it: their files, their presets, their absence."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import webdataset
+from safetensors.torch import save_file
+from small_detectors import entry_of, save
+from support import error_line, extract, oscar, photo
+
+from oscar_common.settings import Detector as Entry
+from oscar_extract.detector import build, configure, load_detector
+from oscar_extract.download import zoo_config
+from oscar_extract.preset import PRESETS
+from oscar_extract.regions import detect, make_input
+
+NOWHERE = "http://127.0.0.1:9"  # the port that discards, where nothing listens
+
+
+@pytest.fixture(scope="module")
+def made(states, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path]:
+    """Shards of the photos, by a small bottom-up attention network from a pickle in airsplay's names."""
+    folder = tmp_path_factory.mktemp("vg")
+    entry = entry_of("airsplay", folder, save(states["airsplay"], folder / "from_caffe_attr.pkl"))
+    line = ["--images", photos, "--detector", entry.config, "--weights", entry.weights, "--device", "cpu"]
+    line += ["--batch-size", 4, "--out", folder / "shards"]
+    done = extract(*line)
+    assert done.returncode == 0, done.stderr
+    return line, folder / "shards"
+
+
+def test_samples_carry_tags_and_attributes_of_visual_genome(made):
+    shards = made[1]
+    detector = json.loads((shards / "manifest.json").read_bytes())["detector"]
+    assert (detector["preset"], detector["weights"]) == ("bua", "from_caffe_attr.pkl")
+    assert (len(detector["classes"]), len(detector["attributes"])) == (1600, 400)
+    samples = list(webdataset.WebDataset([str(p) for p in shards.glob("*.tar")], shardshuffle=False).decode())
+    assert len(samples) > 10
+    for sample in samples:
+        content = sample["json"]
+        assert 10 <= len(content["tags"]) == len(content["attributes"]) == len(sample["features.npy"]) <= 100
+        assert set(content["tags"]) <= set(detector["classes"])
+        for (attribute,) in content["attributes"]:
+            assert attribute["name"] == detector["attributes"][attribute["id"]]
+            assert 0 < attribute["score"] <= 1
+    rows = [r for p in shards.glob("shard-??????.parquet") for r in pq.read_table(p).to_pylist()]
+    by_key = {s["__key__"]: s["json"]["attributes"] for s in samples}
+    assert {r["key"]: [[a["id"] for a in of] for of in r["attributes"]] for r in rows} == {
+        key: [[a["id"] for a in of] for of in attributes] for key, attributes in by_key.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(["--preset", "lxmert"], "preset lxmert"), (["--precision", "bf16"], "precision fp32, this is bf16"),
+     (["--max-boxes", 50], "max_boxes 100, this is 50"), (["--preset", "vinvl"], "goes with bua or lxmert")],
+)  # fmt: skip
+def test_other_numerics_never_mix_with_what_is_there(made, change, named):
+    done = extract(*made[0], *change)
+    assert done.returncode == 2
+    assert named in error_line(done)
+
+
+def test_offline_the_hubs_file_is_named_with_its_place(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    done = oscar("oscar-extract", "--images", photos, "--out", tmp_path / "out", "--detector", "vg-r101")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    line = error_line(done)
+    assert f"fetch {NOWHERE}/unc-nlp/frcnn-vg-finetuned/resolve/main/pytorch_model.bin where there is a network" in line
+    assert "--weights FILE" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_hubs_cache_is_taken_without_network(states, tmp_path, monkeypatch):
+    """Laid out as the hub's client does; the network is refused."""
+    import huggingface_hub.constants
+
+    cached = tmp_path / "models--owner--name"
+    (cached / "snapshots/abc").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("abc")
+    save(states["airsplay"], cached / "snapshots/abc/pytorch_model.bin")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", None)
+    entry = entry_of("airsplay", tmp_path, "hf://owner/name/pytorch_model.bin")
+    assert load_detector("mine", entry, "cpu").preset.name == "bua"
+
+
+def test_vinvl_asks_for_its_files(photos, tmp_path):
+    line = ["--images", photos, "--out", tmp_path / "out", "--detector", "vinvl-x152"]
+    assert "give one with --weights FILE" in error_line(extract(*line))
+    torch.save({"model": {"backbone.body.stem.conv1.weight": torch.zeros(64, 3, 7, 7)}}, tmp_path / "vinvl.pth")
+    done = extract(*line, "--weights", tmp_path / "vinvl.pth")
+    assert done.returncode == 2
+    assert "it has 1594 classes" in error_line(done)
+    assert "--classes FILE" in error_line(done)
+
+
+ZOO = {"COCO-Detection/faster_rcnn_R_50_C4_1x": 2048, "COCO-Detection/faster_rcnn_R_50_FPN_1x": 1024}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_detectron2s_model_zoo_by_name(tmp_path, name):
+    """With random weights, and small inputs by way of a config that extends the zoo's."""
+    base = zoo_config(name)
+    config = tmp_path / "small.yaml"
+    small = "INPUT: {MIN_SIZE_TEST: 96, MAX_SIZE_TEST: 160}\nMODEL: {RPN: {POST_NMS_TOPK_TEST: 20}}\n"
+    config.write_text(f"_BASE_: {base}\n{small}")
+    model = build(name, configure(name, str(config), PRESETS["detectron2"], "cpu"))
+    for module_name, module in model.named_modules():
+        if module_name.endswith("conv3.norm"):
+            module.weight.fill_(0.2)
+    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    detector = load_detector(name, Entry(config=str(config), weights=str(tmp_path / "weights.safetensors")), "cpu")
+    (found,) = detect(detector, [make_input(detector, np.asarray(photo("coffee")))], detector.preset.selection)
+    assert detector.record.classes[:2] == ["person", "bicycle"]
+    assert found.features.shape == (len(found.tags), ZOO[name])
+    assert len(found.tags) > 0
+    assert np.isfinite(found.features.astype(np.float32)).all()
+    assert found.attributes == []
+
+
+def test_a_name_that_is_nearly_right_is_suggested(photos, tmp_path):
+    done = extract("--images", photos, "--out", tmp_path / "out", "--detector", "vg-r102")
+    assert done.returncode == 2
+    assert "vg-r101" in error_line(done)

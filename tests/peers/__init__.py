@@ -1,0 +1,1 @@
+"""Four public extractors, each written out slowly and literally, to hold the package's own against."""
