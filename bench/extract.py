@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -36,8 +37,9 @@ from oscar_common.sample import ImageRecord, Sample
 from oscar_common.settings import Detector as Entry
 from oscar_extract.detector import Detector, build, configure, load_detector
 from oscar_extract.images import read_image
+from oscar_extract.nms import intersection_over_union
 from oscar_extract.preset import PRESETS, Preset
-from oscar_extract.regions import Input, autocast, classify, collect, feature_maps, load_batch, make_input
+from oscar_extract.regions import Input, classify, collect, detect, feature_maps, load_batch, make_input
 from oscar_extract.selection import Candidates, Selection
 from oscar_shards.write import write_shard
 
@@ -101,6 +103,8 @@ def main(
             detector.model.roi_heads.res5.compile(dynamic=True)
         rounds = [[files[(r * batch_size + i) % len(files)] for i in range(batch_size)] for r in range(batches + 1)]
         report = measure(detector, rounds, place, reference)
+        if precision != "fp32":
+            report["against_fp32"] = parity(detector, load_detector(name, entry, device, "fp32"), rounds[0])
     report |= {
         "detector": name,
         "preset": detector.preset.name,
@@ -153,12 +157,12 @@ def random_weights(name: str, preset: Preset, path: Path, files: list[Path], dev
         if module_name.endswith("conv3.norm"):
             module.weight.fill_(0.2)
     torch.nn.init.normal_(model.proposal_generator.rpn_head.objectness_logits.weight, std=0.1)
-    heads, head = model.roi_heads, model.roi_heads.box_predictor.cls_score
+    head = model.roi_heads.box_predictor.cls_score
     sketch = Detector(model=model, cfg=cfg, preset=preset, precision="fp32", record=None)  # type: ignore[arg-type]
     images = load_batch(sketch, [make_input(sketch, read_image(files[0])[0])])
-    maps = feature_maps(model, images)
+    maps = feature_maps(sketch, images)
     boxes = preset.propose(model, images, maps, [make_input(sketch, read_image(files[0])[0]).target])
-    features = classify(heads, maps, boxes, []).features[0]
+    features = classify(sketch, maps, boxes, []).features[0]
     mean, spread = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     weight = torch.randn_like(head.weight) * 4 / len(mean) ** 0.5 / spread
     head.weight.copy_(weight)
@@ -207,19 +211,18 @@ def timed_batch(
     model, preset = detector.model, detector.preset
     with clock.stage("decode"):
         inputs = [make_input(detector, read_image(file)[0]) for file in files]
-    with autocast(detector):
-        with clock.stage("to device"):
-            images = load_batch(detector, inputs)
-        with clock.stage("backbone"):
-            maps = feature_maps(model, images)
-        with clock.stage("rpn"):
-            proposals = preset.propose(model, images, maps, [i.target for i in inputs])
-        with clock.stage("head"):
-            found = classify(model.roi_heads, maps, proposals, [i.target for i in inputs])
-        with clock.stage("selection"):
-            kept = preset.select(model.roi_heads.box_predictor, found, selection)
-        with clock.stage("to host"):
-            regions = collect(detector, inputs, maps, found, kept)
+    with clock.stage("to device"):
+        images = load_batch(detector, inputs)
+    with clock.stage("backbone"):
+        maps = feature_maps(detector, images)
+    with clock.stage("rpn"):
+        proposals = preset.propose(model, images, maps, [i.target for i in inputs])
+    with clock.stage("head"):
+        found = classify(detector, maps, proposals, [i.target for i in inputs])
+    with clock.stage("selection"):
+        kept = preset.select(model.roi_heads.box_predictor, found, selection)
+    with clock.stage("to host"):
+        regions = collect(detector, inputs, maps, found, kept)
     records = [
         ImageRecord(source="bench", id=f.stem, path=f.name, width=i.width, height=i.height, sha256="")
         for f, i in zip(files, inputs, strict=True)
@@ -237,12 +240,11 @@ def count_flops(detector: Detector, inputs: list[Input]) -> int:
     """Return the floating point operations of backbone and head for a batch; a multiply-add is two."""
     model, preset = detector.model, detector.preset
     images = load_batch(detector, inputs)
-    with autocast(detector):
-        with FlopCounterMode(display=False) as backbone:
-            maps = feature_maps(model, images)
-        proposals = preset.propose(model, images, maps, [i.target for i in inputs])
-        with FlopCounterMode(display=False) as head:
-            classify(model.roi_heads, maps, proposals, [i.target for i in inputs])
+    with FlopCounterMode(display=False) as backbone:
+        maps = feature_maps(detector, images)
+    proposals = preset.propose(model, images, maps, [i.target for i in inputs])
+    with FlopCounterMode(display=False) as head:
+        classify(detector, maps, proposals, [i.target for i in inputs])
     return int(backbone.get_total_flops() + head.get_total_flops())
 
 
@@ -301,12 +303,34 @@ def reference_way(detector: Detector, files: list[Path], selection: Selection, o
         item = make_input(slow, read_image(file)[0])
         with clock.stage("image"):
             images = load_batch(slow, [item])
-            maps = feature_maps(model, images)
-            found = classify(model.roi_heads, maps, preset.propose(model, images, maps, [item.target]), [item.target])
+            maps = feature_maps(slow, images)
+            found = classify(slow, maps, preset.propose(model, images, maps, [item.target]), [item.target])
             fields = ("boxes", "features", "logits", "deltas")
             loop_over_classes(slow, replace(found, **{n: getattr(found, n).cpu() for n in fields}))
     milliseconds = 1e3 * statistics.median(clock.seconds["image"][1:])
     return {"ms_per_image": round(milliseconds, 2), "ours_ms": round(ours, 2), "ratio": round(milliseconds / ours, 2)}
+
+
+def parity(detector: Detector, exact: Detector, files: list[Path]) -> dict[str, float]:
+    """Compare each region in float32 with the one that overlaps it most: share, features' cosine, agreement of tags."""
+    selection, matched, cosines, tags, count = detector.preset.selection, 0, [], 0, 0
+    for file in files:
+        item = make_input(exact, read_image(file)[0])
+        (one,), (other,) = (detect(d, [item], selection) for d in (exact, detector))
+        overlaps = intersection_over_union(torch.tensor(np.concatenate([one.boxes, other.boxes])), plus=1)
+        best, twin = overlaps[: len(one.tags), len(one.tags) :].max(dim=1)
+        near = (best > 0.7).nonzero()[:, 0].tolist()
+        far = twin[near].tolist()
+        a, b = torch.tensor(one.features[near]).float(), torch.tensor(other.features[far]).float()
+        cosines += torch.nn.functional.cosine_similarity(a, b, dim=1).tolist()
+        tags += sum(one.tags[n] == other.tags[m] for n, m in zip(near, far, strict=True))
+        matched, count = matched + len(near), count + len(one.tags)
+    return {
+        "regions_with_a_twin": round(matched / count, 4),
+        "cosine_mean": round(statistics.mean(cosines), 5),
+        "cosine_least": round(min(cosines), 5),
+        "tags_equal": round(tags / matched, 4),
+    }
 
 
 def circumstances(device: str) -> dict[str, Any]:
@@ -334,7 +358,7 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(stage, f"{milliseconds:,.2f}")
     console = Console()
     console.print(table)
-    for title in ("images_per_second", "backbone_and_head", "selection", "reference_way"):
+    for title in ("images_per_second", "backbone_and_head", "selection", "reference_way", "against_fp32"):
         if title in report:
             console.print(f"{title}: " + ", ".join(f"{k} {v:,}" for k, v in report[title].items()))
 

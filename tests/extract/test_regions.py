@@ -131,7 +131,7 @@ def test_a_feature_is_what_the_box_head_pools_in_its_box(detector):
     maps = detector.model.backbone(load_batch(detector, [item]).tensor)
     scale = torch.tensor([item.target.scale_x, item.target.scale_y] * 2)
     for n in range(len(found.tags)):
-        alone = pool(detector.model.roi_heads, maps, [torch.tensor(found.boxes[n : n + 1]) * scale])
+        alone = pool(detector, maps, [torch.tensor(found.boxes[n : n + 1]) * scale])
         np.testing.assert_allclose(found.features[n], alone[0].detach().numpy(), atol=2e-2, rtol=2e-2)
     assert found.features.dtype == np.float16
     assert found.features.shape == (len(found.tags), detector.record.feature_dim)

@@ -89,7 +89,7 @@ def extract(
     boxes = (proposals / prepared.scale_x).numpy()
 
     # The best score that a proposal keeps in any class. All classes suppress on the same boxes, on the original image.
-    removes = np.stack([overlaps(box, boxes) >= 0.3 for box in boxes])
+    removes = [overlaps(box, boxes) >= 0.3 for box in boxes]
     best = np.zeros(len(boxes), dtype=np.float32)
     for label in range(1, probabilities.shape[1]):
         for n in suppress(probabilities[:, label], removes.__getitem__):

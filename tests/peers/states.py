@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peers import bua, bua_d2, lxmert, vinvl
-from peers.networks import State, Trunk, attribute_logits, convolve, linear
+from peers.networks import State, Trunk, convolve, linear
 
 EMBEDDED, HIDDEN = 256, 512
 SMALL = {"min_size": 160, "max_size": 260}  # of the photos that the heads are fitted to
@@ -30,7 +30,7 @@ class Family:
     background: int  # where the class scores have it: 0 or -1
     attribute_background: int | None
     boxes_of_background: bool
-    anchors: str  # the buffer that holds them, "" where there is none
+    anchors: str  # the buffer that holds them
 
     @property
     def cls_score(self) -> str:
@@ -66,7 +66,7 @@ FAMILIES = {
         background=-1,
         attribute_background=-1,
         boxes_of_background=False,
-        anchors="",
+        anchors=DETECTRON2_ANCHORS,
     ),
     "milvlg-d2": Family(
         peer=bua_d2,
@@ -105,44 +105,39 @@ def random_state(
 ) -> State:
     """Every tensor of a network whose res2 has bottlenecks of `width` channels, and res5 P = 32 · width.
 
-    A random trunk makes all regions look alike. So the heads are fitted to what two photos give: each output is shifted
-    and scaled to have mean 0 and a certain spread over regions, and classes are spread until about half of them score
-    above 0.2.
+    To a random trunk all regions look alike. So the heads are fitted to what four photos give: each output is shifted
+    and scaled to have mean 0 and a certain spread over regions; see `Maker.scores` for the classes.
     """
     kind = FAMILIES[family]
+    peer = kind.peer
     make = Maker(np.random.default_rng(seed))
-    state = make.trunk(kind.peer, depth_blocks, width, groups)
-    mapped = 16 * width
-    make.layer(state, kind.rpn[0], kind.rpn_channels or mapped, mapped, 3)
-
-    images = photos()
+    state = make.state
+    make.trunk(peer.TRUNK, depth_blocks, width, groups)
+    make.layer(kind.rpn[0], kind.rpn_channels or 16 * width, 16 * width, 3)
     with torch.no_grad():
-        prepared = [kind.peer.prepare(image, **SMALL) for image in images]
-        maps = [kind.peer.TRUNK.maps(state, one.pixels) for one in prepared]
+        prepared = [peer.prepare(image, **SMALL) for image in photos()]
+        maps = [peer.TRUNK.maps(state, one.pixels) for one in prepared]
         hidden = torch.cat([F.relu(convolve(state, kind.rpn[0], one, padding=1)).flatten(2)[0].T for one in maps])
-        anchors = len(kind.peer.CELL)
-        for name, numbers, spread in ((kind.rpn[1], kind.logits_per_anchor, 1.5), (kind.rpn[2], 4, 0.2)):
-            make.fitted(state, name, hidden, anchors * numbers, spread)
+        for name, numbers, spread in ((kind.rpn[1], kind.logits_per_anchor, 1.5), (kind.rpn[2], 4, 0.1)):
+            make.fitted(name, hidden, len(peer.CELL) * numbers, spread)
             state[f"{name}.weight"] = state[f"{name}.weight"][:, :, None, None]
 
-        proposals = [kind.peer.propose(state, *one)[::4] for one in zip(maps, prepared, strict=True)]
-        features = torch.cat([kind.peer.pool(state, *one) for one in zip(maps, proposals, strict=True)])
-        make.scores(state, kind.cls_score, features, classes + 1, kind.background)
-        make.fitted(state, kind.bbox_pred, features, 4 * (classes + kind.boxes_of_background), 1.0)
+        proposals = [peer.propose(state, *one)[::4] for one in zip(maps, prepared, strict=True)]
+        features = torch.cat([peer.pool(state, *one) for one in zip(maps, proposals, strict=True)])
+        make.scores(kind.cls_score, features, classes + 1, kind.background)
+        make.fitted(kind.bbox_pred, features, 4 * (classes + kind.boxes_of_background), 1.0)
 
         embedding, inner, output = kind.attributes
         state[f"{embedding}.weight"] = make.normal(classes + 1, EMBEDDED)
-        make.fitted(state, inner, features, HIDDEN, 1.0)
+        make.fitted(inner, features, HIDDEN, 1.0)
         of_class = make.normal(HIDDEN, EMBEDDED) / EMBEDDED**0.5
         state[f"{inner}.weight"] = torch.cat([state[f"{inner}.weight"], of_class], dim=1)
         rows = linear(state, kind.cls_score, features).argmax(dim=1)
-        state |= {f"{output}.weight": torch.eye(HIDDEN), f"{output}.bias": torch.zeros(HIDDEN)}  # to see what it is fed
-        hidden = F.relu(attribute_logits(state, kind.attributes, features, rows))
-        has_background = kind.attribute_background is not None
-        make.scores(state, output, hidden, attributes + has_background, kind.attribute_background)
+        together = torch.cat([features, state[f"{embedding}.weight"][rows]], dim=1)
+        hidden = F.relu(linear(state, inner, together))
+        make.scores(output, hidden, attributes + (kind.attribute_background is not None), kind.attribute_background)
 
-    if kind.anchors:
-        state[kind.anchors] = kind.peer.CELL.clone()
+    state[kind.anchors] = peer.CELL.clone()
     if family == "milvlg-d2":
         state["pixel_mean"] = torch.from_numpy(bua_d2.MEAN)[:, None, None].clone()
         state["pixel_std"] = torch.ones(3, 1, 1)
@@ -163,10 +158,11 @@ def photos() -> list[np.ndarray]:
 
 
 class Maker:
-    """Draws tensors."""
+    """Draws tensors, and puts them into a state."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
+        self.state: State = {}
 
     def normal(self, *shape: int) -> Tensor:
         return torch.from_numpy(self.rng.standard_normal(shape, dtype=np.float32))
@@ -174,66 +170,60 @@ class Maker:
     def between(self, low: float, high: float, number: int) -> Tensor:
         return torch.from_numpy(self.rng.uniform(low, high, number).astype(np.float32))
 
-    def trunk(self, peer: ModuleType, depth_blocks: tuple[int, int, int, int], width: int, groups: int) -> State:
-        """Convolutions that keep the size of what passes (He), norms that change little but are not the identity."""
-        names = peer.TRUNK
-        state: State = {}
-        self.normed(state, names, names.stem, width, 3, 7, variance=2e4)  # what 0 to 255 without its mean gives
+    def trunk(self, trunk: Trunk, depth_blocks: tuple[int, int, int, int], width: int, groups: int) -> None:
+        """Convolutions that keep the size of what passes, norms that change little but are not the identity."""
+        self.normed(trunk, trunk.stem, width, 3, 7, variance=2e4)  # what 0 to 255 without its mean gives
         channels = width
-        for number, (stage, blocks) in enumerate(zip(names.stages, depth_blocks, strict=True)):
+        for number, (stage, blocks) in enumerate(zip(trunk.stages, depth_blocks, strict=True)):
             inner, outer = width * 2**number, 4 * width * 2**number
             for block in range(blocks):
                 name = f"{stage}.{block}"
-                self.normed(state, names, f"{name}.conv1", inner, channels, 1)
-                self.normed(state, names, f"{name}.conv2", inner, inner // groups, 3)
-                self.normed(state, names, f"{name}.conv3", outer, inner, 1, gain=0.3)
+                self.normed(trunk, f"{name}.conv1", inner, channels, 1)
+                self.normed(trunk, f"{name}.conv2", inner, inner // groups, 3)
+                self.normed(trunk, f"{name}.conv3", outer, inner, 1, gain=0.3)
                 if block == 0:
-                    self.normed(state, names, f"{name}.{names.shortcut}", outer, channels, 1)
+                    self.normed(trunk, f"{name}.{trunk.shortcut}", outer, channels, 1)
                 channels = outer
-        return state
 
     def normed(
-        self,
-        state: State,
-        names: Trunk,
-        conv: str,
-        out: int,
-        into: int,
-        size: int,
-        gain: float = 1.0,
-        variance: float = 1.0,
+        self, trunk: Trunk, conv: str, out: int, into: int, size: int, gain: float = 1.0, variance: float = 1.0
     ) -> None:
-        state[f"{conv}.weight"] = self.normal(out, into, size, size) * (2 / (into * size**2)) ** 0.5
-        norm = names.norm(conv)
-        state[f"{norm}.weight"] = gain * self.between(0.8, 1.2, out)
-        state[f"{norm}.bias"] = 0.1 * self.normal(out)
-        state[f"{norm}.running_mean"] = 0.1 * variance**0.5 * self.normal(out)
-        state[f"{norm}.running_var"] = variance * self.between(0.7, 1.4, out)
+        """A convolution and its norm, which expects values of that variance."""
+        self.state[f"{conv}.weight"] = self.he(out, into, size)
+        norm = trunk.norm(conv)
+        self.state[f"{norm}.weight"] = gain * self.between(0.8, 1.2, out)
+        self.state[f"{norm}.bias"] = 0.1 * self.normal(out)
+        self.state[f"{norm}.running_mean"] = 0.1 * variance**0.5 * self.normal(out)
+        self.state[f"{norm}.running_var"] = variance * self.between(0.7, 1.4, out)
 
-    def layer(self, state: State, name: str, out: int, into: int, size: int) -> None:
-        state[f"{name}.weight"] = self.normal(out, into, size, size) * (2 / (into * size**2)) ** 0.5
-        state[f"{name}.bias"] = 0.1 * self.normal(out)
+    def layer(self, name: str, out: int, into: int, size: int) -> None:
+        self.state[f"{name}.weight"] = self.he(out, into, size)
+        self.state[f"{name}.bias"] = 0.1 * self.normal(out)
 
-    def fitted(self, state: State, name: str, inputs: Tensor, out: int, spread: float) -> None:
+    def he(self, out: int, into: int, size: int) -> Tensor:
+        return self.normal(out, into, size, size) * (2 / (into * size**2)) ** 0.5
+
+    def fitted(self, name: str, inputs: Tensor, out: int, spread: float) -> None:
         """A linear layer: of inputs [N, channels], each of its outputs has mean 0 and standard deviation `spread`."""
         weight = self.normal(out, inputs.shape[1])
         middle = inputs.mean(dim=0)
         weight *= spread / ((inputs - middle) @ weight.T).std(dim=0)[:, None]
-        state[f"{name}.weight"], state[f"{name}.bias"] = weight, -weight @ middle
+        self.state[f"{name}.weight"], self.state[f"{name}.bias"] = weight, -weight @ middle
 
-    def scores(self, state: State, name: str, inputs: Tensor, out: int, background: int | None) -> None:
-        """A linear layer whose softmax has its best foreground class above 0.2 for half of the inputs [N, channels].
+    def scores(self, name: str, inputs: Tensor, out: int, background: int | None) -> None:
+        """A linear layer whose softmax has its best foreground class above 0.2 for a quarter of inputs [N, channels].
 
-        The background, which is one of the `out`, is the best of all for one in five.
+        For half of them the background, one of the `out` if there is one, is better than that. Other photos give
+        higher scores: about half of them above 0.2, and the background the best in one of ten.
         """
-        self.fitted(state, name, inputs, out, 1.0)
-        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+        self.fitted(name, inputs, out, 1.0)
+        weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
         foreground = torch.ones(out, dtype=torch.bool)
         if background is not None:
             foreground[background] = False
             weight[background] *= 0.3
             bias[background] *= 0.3
-        logits = linear(state, name, inputs)
+        logits = linear(self.state, name, inputs)
         if background is not None:
             lead = logits[:, foreground].max(dim=1).values - logits[:, background]
             logits[:, background] += lead.quantile(0.5)
@@ -246,7 +236,7 @@ class Maker:
         for _ in range(20):
             spread = (low * high) ** 0.5
             low, high = (spread, high) if best(spread).quantile(0.75) < 0.2 else (low, spread)
-        state[f"{name}.weight"], state[f"{name}.bias"] = spread * weight, spread * bias
+        self.state[f"{name}.weight"], self.state[f"{name}.bias"] = spread * weight, spread * bias
 
 
 def airsplay_from_caffe(state: State) -> State:
@@ -257,8 +247,7 @@ def airsplay_from_caffe(state: State) -> State:
     theirs, ours = FAMILIES["airsplay"], FAMILIES["milvlg-caffe"]
     by_size = [4 * ratio + size for size in range(4) for ratio in range(3)]
     objectness, deltas = ours.rpn[1:]
-    embedding, *layers = zip(ours.attributes, theirs.attributes, strict=True)
-    rename = dict(layers)
+    renamed = dict(zip(ours.attributes, theirs.attributes, strict=True))
     converted: State = {}
     for name, tensor in state.items():
         layer, kind = name.rsplit(".", 1)
@@ -269,10 +258,11 @@ def airsplay_from_caffe(state: State) -> State:
             tensor = tensor.unflatten(0, (12, 4))[by_size].flatten(0, 1)
         elif layer == ours.bbox_pred:
             tensor = tensor[4:]
-        elif layer in (ours.cls_score, embedding[0], ours.attributes[2]):
+        elif layer in (ours.cls_score, ours.attributes[0], ours.attributes[2]):
             tensor = torch.cat([tensor[1:], tensor[:1]])
-        elif name == ours.anchors or kind == "num_batches_tracked":
+        elif name == ours.anchors:
+            tensor = lxmert.CELL
+        elif kind == "num_batches_tracked":
             continue
-        layer = embedding[1] if layer == embedding[0] else rename.get(layer, layer)
-        converted[f"{layer}.{kind}"] = tensor.clone()
+        converted[f"{renamed.get(layer, layer)}.{kind}"] = tensor.clone()
     return converted
