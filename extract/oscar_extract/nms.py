@@ -7,9 +7,11 @@ that the host would have to wait for.
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import nms
 
 BITS = 64
+ROUNDS = 32
 
 
 def intersection_over_union(boxes: Tensor, plus: float) -> Tensor:
@@ -64,12 +66,61 @@ def _unpack(words: Tensor, count: int) -> Tensor:
     return bits[..., :count].bool()
 
 
-def nms_of_pixels(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Run torchvision's NMS with Caffe's arithmetic: a box is x2 - x1 + 1 wide, and IoU >= threshold suppresses.
+def strict(threshold: float) -> float:
+    """Return the float32 that a float32 IoU exceeds when it exceeds the float64 threshold, as torchvision compares."""
+    nearest = torch.tensor(threshold)
+    return (nearest if nearest.item() <= threshold else torch.nextafter(nearest, torch.tensor(0.0))).item()
 
-    Returns the indices of the survivors of `boxes` [R, 4], in descending order of score.
+
+def first_survivors(
+    boxes: Tensor, valid: Tensor, threshold: float, plus: int, count: int, wait: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run greedy NMS over boxes that come in descending order of score, in every image.
+
+    Args:
+        boxes: [B, N, 4], xyxy. valid: bool [B, N], which of them there are.
+        threshold: of IoU. plus: see `intersection_over_union`; with 1, as in Caffe, an IoU of the threshold suppresses.
+        count: how many survivors are wanted.
+        wait: whether the host may wait for a GPU.
+
+    Returns:
+        index: [B, R], the survivors; R is `count`, or less if no image has so many.
+        found: bool [B, R], which of them are real. settled: bool [B], see `survivors_in_rounds`.
     """
-    wider = boxes + boxes.new_tensor([0, 0, 1, 1])
-    below = torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)).item()
-    survivors: Tensor = nms(wider, scores, below)
-    return survivors
+    below = torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)).item() if plus else strict(threshold)
+    wider = boxes + boxes.new_tensor([0, 0, plus, plus])
+    if boxes.device.type != "cpu" and not wait:
+        return survivors_in_rounds(wider, valid, below, count)
+    kept = []
+    for of_image, there in zip(wider, valid, strict=True):
+        rows = there.nonzero()[:, 0]
+        kept.append(rows[nms(of_image[rows], -rows.float(), below)[:count]])
+    index, found = pad(kept)
+    return index, found, valid.new_ones(len(boxes))
+
+
+def survivors_in_rounds(boxes: Tensor, valid: Tensor, threshold: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `first_survivors` says without the host, which torchvision's NMS tells how many boxes survive.
+
+    A box survives if no survivor before it overlaps it: after t rounds that is settled for all whose chain of
+    suppressions has up to t links. `settled` says if the last round changed nothing; if not, the result is no NMS.
+    """
+    kept, settled = [], []
+    for of_image, there in zip(boxes, valid, strict=True):
+        before = (intersection_over_union(of_image, plus=0) > threshold).triu(diagonal=1)
+        survives = there
+        for _ in range(ROUNDS):
+            last = survives
+            survives = there & ~(before & last[:, None]).any(dim=0)
+        kept.append(survives)
+        settled.append((survives == last).all())
+    survivors = torch.stack(kept)
+    index = survivors.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+    return index, survivors.gather(1, index), torch.stack(settled)
+
+
+def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack lists of different lengths to [B, longest, ...], and say which entries are real: bool [B, longest]."""
+    stacked = pad_sequence(rows, batch_first=True)
+    length = torch.tensor([len(r) for r in rows], device=stacked.device)
+    return stacked, torch.arange(stacked.shape[1], device=stacked.device) < length[:, None]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from oscar_extract.attributes import describe_caffe, describe_lxmert, describe_vinvl
-from oscar_extract.proposals import propose_caffe, propose_detectron2, propose_maskrcnn_benchmark
+from oscar_extract.proposals import Proposals, propose_caffe, propose_detectron2, propose_maskrcnn_benchmark
 from oscar_extract.selection import (
     Candidates,
     Kept,
@@ -61,7 +61,7 @@ class Preset:
     fixed: dict[str, Any] = field(default_factory=dict)
     batch_norm_eps: float = 1e-5
     resize: str = "detectron2"
-    propose: Callable[..., list[Tensor]] = propose_detectron2
+    propose: Callable[..., Proposals] = propose_detectron2
     select: Callable[[Any, Candidates, Selection], Kept] = select_detectron2
     pool_again: bool = False  # a region's feature is pooled in its final box, not in the proposal
     describe: Callable[..., tuple[Tensor, Tensor]] = describe_caffe

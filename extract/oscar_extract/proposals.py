@@ -1,68 +1,87 @@
 """From the RPN's outputs to proposals: the rules of the reference extractors.
 
-Proposals are xyxy in pixels of the input, in descending order of objectness, per image: a list of float32 [R, 4].
+With `wait`, a GPU may be waited for. Without it, the proposals may turn out not to be final: see `Proposals.settled`.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from detectron2.structures import ImageList
 from torch import Tensor
-from torchvision.ops import nms
 
-from oscar_extract.nms import nms_of_pixels
+from oscar_extract.nms import first_survivors, pad
 from oscar_extract.resize import Target
 
 MAX_LOG_GROWTH = math.log(1000 / 16)  # detectron2's and maskrcnn-benchmark's limit on dw and dh
 
 
-def propose_detectron2(model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target]) -> list[Tensor]:
-    """Use detectron2's own RPN."""
+@dataclass(frozen=True, kw_only=True)
+class Proposals:
+    """The proposals of a batch, in descending order of objectness.
+
+    boxes: [B, R, 4], xyxy, pixels of the input. valid: bool [B, R]. settled: bool [B], False where a GPU has not come
+    to the end of NMS (`survivors_in_rounds`).
+    """
+
+    boxes: Tensor
+    valid: Tensor
+    settled: Tensor
+
+
+def propose_detectron2(
+    model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target], wait: bool
+) -> Proposals:
+    """Use detectron2's own RPN, which waits for the GPU now and then."""
     instances, _ = model.proposal_generator(images, maps, None)
-    return [i.proposal_boxes.tensor for i in instances]
+    boxes, valid = pad([i.proposal_boxes.tensor for i in instances])
+    return Proposals(boxes=boxes, valid=valid, settled=valid.new_ones(len(valid)))
 
 
-def propose_caffe(model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target]) -> list[Tensor]:
+def propose_caffe(
+    model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target], wait: bool
+) -> Proposals:
     """Follow py-faster-rcnn's proposal layer (`lib/rpn/proposal_layer.py`) in MILVLG's reading.
 
     Decode all, clip, drop what is small in the original image, then take the best and suppress.
     """
     rpn = model.proposal_generator
     logits, deltas, anchors = _outputs(rpn, maps)
-    boxes = decode_pixels(anchors, deltas, minus=0)
-    kept = []
-    for scores, of_image, target in zip(logits, boxes, targets, strict=True):
-        clipped = clip_pixels(of_image, target)
-        sides = clipped[:, 2:] - clipped[:, :2]
-        large = (sides > 0).all(dim=1) & (sides + 1 > rpn.min_box_size * target.scale_x).all(dim=1)
-        best, order = _best(scores.masked_fill(~large, -math.inf), rpn.pre_nms_topk[False])
-        found = best.isfinite()
-        candidates = clipped[order[found]]
-        kept.append(candidates[nms_of_pixels(candidates, best[found], rpn.nms_thresh)[: rpn.post_nms_topk[False]]])
-    return kept
+    boxes = clip_pixels(decode_pixels(anchors, deltas, minus=0), targets[0])
+    scale = boxes.new_tensor([t.scale_x for t in targets])[:, None, None]
+    sides = boxes[..., 2:] - boxes[..., :2]
+    large = ((sides > 0) & (sides + 1 > rpn.min_box_size * scale)).all(dim=-1)
+    best, order = _best(logits.masked_fill(~large, -math.inf), rpn.pre_nms_topk[False])
+    return _suppress(rpn, boxes.gather(1, order[..., None].expand(-1, -1, 4)), best, 1, wait)
 
 
 def propose_maskrcnn_benchmark(
-    model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target]
-) -> list[Tensor]:
-    """Follow maskrcnn-benchmark's RPNPostProcessor: take the best, then decode, clip, and suppress with torchvision."""
+    model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target], wait: bool
+) -> Proposals:
+    """Follow maskrcnn-benchmark's RPNPostProcessor: take the best, then decode, clip, and suppress."""
     rpn = model.proposal_generator
     logits, deltas, anchors = _outputs(rpn, maps)
-    kept = []
-    for scores, of_image, target in zip(logits, deltas, targets, strict=True):
-        best, order = _best(scores, rpn.pre_nms_topk[False])
-        candidates = clip_pixels(decode_pixels(anchors[order], of_image[order], minus=1), target)
-        found = best.isfinite() & candidates.isfinite().all(dim=1)
-        candidates = candidates[found]
-        kept.append(candidates[nms(candidates, best[found], rpn.nms_thresh)[: rpn.post_nms_topk[False]]])
-    return kept
+    best, order = _best(logits, rpn.pre_nms_topk[False])
+    chosen = deltas.gather(1, order[..., None].expand(-1, -1, 4))
+    boxes = clip_pixels(decode_pixels(anchors[order], chosen, minus=1), targets[0])
+    return _suppress(rpn, boxes, best, 0, wait)
+
+
+def _suppress(rpn: Any, boxes: Tensor, scores: Tensor, plus: int, wait: bool) -> Proposals:
+    """Take the survivors among boxes [B, N, 4] in order of score; what is not finite is not there."""
+    valid = scores.isfinite() & boxes.isfinite().all(dim=-1)
+    boxes = boxes.masked_fill(~valid[..., None], 0)
+    count = rpn.post_nms_topk[False]
+    index, found, settled = first_survivors(boxes, valid, rpn.nms_thresh, plus, count, wait)
+    kept = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    return Proposals(boxes=kept.masked_fill(~found[..., None], 0), valid=found, settled=settled)
 
 
 def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` highest scores and their indices, descending; equal ones in their order."""
-    values, indices = scores.sort(descending=True, stable=True)
-    return values[:count], indices[:count]
+    """Return the `count` highest scores of every image and their indices, descending; equal ones in their order."""
+    values, indices = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :count], indices[:, :count]
 
 
 def _outputs(rpn: Any, maps: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,10 +14,11 @@ import torch
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes, ImageList
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from oscar_common.sample import Attribute, Regions
 from oscar_extract.detector import Detector
+from oscar_extract.nms import pad
+from oscar_extract.proposals import Proposals
 from oscar_extract.resize import Target, normalize, shrink, target_of
 from oscar_extract.selection import Candidates, Kept, Selection
 
@@ -52,13 +53,19 @@ def make_input(detector: Detector, pixels: npt.NDArray[np.uint8]) -> Input:
 @torch.inference_mode()
 def detect(detector: Detector, inputs: list[Input], selection: Selection) -> list[Regions]:
     """Find the regions of images whose targets have one shape."""
+    regions, settled = _detect(detector, inputs, selection, wait=False)
+    return regions if settled else _detect(detector, inputs, selection, wait=True)[0]
+
+
+def _detect(detector: Detector, inputs: list[Input], selection: Selection, wait: bool) -> tuple[list[Regions], bool]:
+    """Return the regions, and whether they are final: see `Proposals.settled`, which is always true with `wait`."""
     model, preset, targets = detector.model, detector.preset, [i.target for i in inputs]
     images = load_batch(detector, inputs)
     maps = feature_maps(detector, images)
-    proposals = preset.propose(model, images, maps, targets)
+    proposals = preset.propose(model, images, maps, targets, wait)
     found = classify(detector, maps, proposals, targets)
     kept = preset.select(model.roi_heads.box_predictor, found, selection)
-    return collect(detector, inputs, maps, found, kept)
+    return collect(detector, inputs, maps, found, kept), bool(proposals.settled.all())
 
 
 def load_batch(detector: Detector, inputs: list[Input]) -> ImageList:
@@ -86,16 +93,19 @@ def feature_maps(detector: Detector, images: ImageList) -> dict[str, Tensor]:
         return {name: m.float() for name, m in detector.model.backbone(images.tensor).items()}
 
 
-def classify(detector: Detector, maps: dict[str, Tensor], proposals: list[Tensor], targets: list[Target]) -> Candidates:
+def classify(detector: Detector, maps: dict[str, Tensor], proposals: Proposals, targets: list[Target]) -> Candidates:
     """Pool and classify all proposals of a batch."""
-    numbers = [len(p) for p in proposals]
-    features = pool(detector, maps, proposals)
+    shape = proposals.valid.shape
+    features = pool(detector, maps, list(proposals.boxes))
     logits, deltas = detector.model.roi_heads.box_predictor(features)
-    boxes = pad_sequence(proposals, batch_first=True)
-    count = torch.tensor(numbers, device=boxes.device)
-    features, logits, deltas = (pad_sequence(t.split(numbers), batch_first=True) for t in (features, logits, deltas))
-    valid = torch.arange(boxes.shape[1], device=boxes.device) < count[:, None]
-    return Candidates(boxes=boxes, valid=valid, features=features, logits=logits, deltas=deltas, targets=targets)
+    return Candidates(
+        boxes=proposals.boxes,
+        valid=proposals.valid,
+        features=features.view(*shape, features.shape[1]),
+        logits=logits.view(*shape, logits.shape[1]),
+        deltas=deltas.view(*shape, deltas.shape[1]),
+        targets=targets,
+    )
 
 
 def pool(detector: Detector, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
@@ -131,30 +141,30 @@ def collect(
     """Bring a batch's kept regions to the host, to the original pixels and to the types of a sample."""
     head = getattr(detector.model.roi_heads, "attribute_head", None)
     described = detector.preset.describe(head, found, kept) if head else None
-    features = _features(detector, maps, found, kept).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+    features = _features(detector, maps, found, kept).clamp(-FLOAT16_MAX, FLOAT16_MAX).half().cpu()
     numbers = kept.number.tolist()
-    rows = features.cpu().split(numbers)
     boxes, scores, classes = kept.boxes.cpu(), kept.scores.cpu(), kept.classes.cpu()
     attributes = [t.cpu() for t in described] if described else None
     return [
         Regions(
             boxes=_original(boxes[i, :number], item),
-            features=row.numpy(),
+            features=features[i, :number].numpy(),
             tags=[detector.record.classes[c] for c in classes[i, :number].tolist()],
             scores=[round(s, 6) for s in scores[i, :number].tolist()],
             attributes=_attributes(detector, *(t[i, :number] for t in attributes)) if attributes else [],
         )
-        for i, (item, number, row) in enumerate(zip(inputs, numbers, rows, strict=True))
+        for i, (item, number) in enumerate(zip(inputs, numbers, strict=True))
     ]
 
 
 def _features(detector: Detector, maps: dict[str, Tensor], found: Candidates, kept: Kept) -> Tensor:
-    """Return the features of the kept regions of every image in turn, [sum K, P]."""
-    there = torch.arange(kept.index.shape[1], device=kept.index.device) < kept.number[:, None]
+    """Return the features of the kept regions, [B, M, P]; those beyond an image's number say nothing."""
     if detector.preset.pool_again:
-        return pool(detector, maps, [b[t] for b, t in zip(kept.boxes, there, strict=True)])
-    images = torch.arange(len(there), device=there.device)[:, None]
-    return found.features[images, kept.index][there]
+        numbers = kept.number.tolist()
+        rows = pool(detector, maps, [boxes[:n] for boxes, n in zip(kept.boxes, numbers, strict=True)])
+        return pad(list(rows.split(numbers)))[0]
+    images = torch.arange(len(kept.index), device=kept.index.device)[:, None]
+    return found.features[images, kept.index]
 
 
 def _original(boxes: Tensor, item: Input) -> npt.NDArray[np.float32]:

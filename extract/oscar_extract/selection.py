@@ -12,9 +12,8 @@ from detectron2.layers import batched_nms
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
 from detectron2.structures import Instances
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from oscar_extract.nms import intersection_over_union, nms_by_class
+from oscar_extract.nms import intersection_over_union, nms_by_class, pad, strict
 from oscar_extract.resize import Target
 
 RISING = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # IoU thresholds of the LXMERT port, until enough boxes survive
@@ -85,7 +84,7 @@ def select_vinvl(predictor: Any, found: Candidates, selection: Selection) -> Kep
     NMS runs in each class; a box's score and class are the best that survive. Always in order of score.
     """
     probabilities = found.logits.softmax(dim=-1)[..., :-1]
-    overlaps = intersection_over_union(found.boxes, plus=0) > predictor.test_nms_thresh
+    overlaps = intersection_over_union(found.boxes, plus=0) > strict(predictor.test_nms_thresh)
     best, classes = _best_surviving(overlaps, probabilities, found.valid)
     order = best.argsort(dim=1, descending=True, stable=True)
     number = _clamped((best >= selection.score_threshold).sum(dim=1), best > 0, selection)
@@ -100,7 +99,7 @@ def select_lxmert(predictor: Any, found: Candidates, selection: Selection) -> Ke
     """
     scores, classes = found.logits.softmax(dim=-1)[..., :-1].max(dim=-1)
     boxes = _clip(_of_class(_regress(predictor, found), classes), found.targets)
-    overlaps = intersection_over_union(boxes, plus=0)[:, None] > boxes.new_tensor(RISING)[:, None, None]
+    overlaps = intersection_over_union(boxes, plus=0)[:, None] > boxes.new_tensor([*map(strict, RISING)])[:, None, None]
     tried = scores[:, None].expand(-1, len(RISING), -1)
     valid = found.valid[:, None].expand_as(tried)
     alone = [t.flatten(0, 1) for t in (overlaps, tried, valid)]
@@ -128,7 +127,7 @@ def select_detectron2(predictor: Any, found: Candidates, selection: Selection) -
     for b, s, c, there in zip(boxes, scores, classes, sound, strict=True):
         rows = there.nonzero()[:, 0]
         orders.append(rows[batched_nms(b[rows], s[rows], c[rows], predictor.test_nms_thresh)])
-    order, survives = _padded(orders)
+    order, survives = pad(orders)
     number = _clamped(
         ((scores.gather(1, order) >= selection.score_threshold) & survives).sum(dim=1), survives, selection
     )
@@ -145,10 +144,10 @@ def select_bua_d2(predictor: Any, found: Candidates, selection: Selection) -> Ke
         _infer(predictor, b[there], p[there], target, selection)
         for b, p, there, target in zip(boxes, probabilities, found.valid, found.targets, strict=True)
     ]
-    index, there = _padded([i for i, _ in results])
+    index, there = pad([i for i, _ in results])
     fields = ("scores", "pred_classes")
-    scores, classes = (pad_sequence([r.get(f) for _, r in results], batch_first=True) for f in fields)
-    kept = pad_sequence([r.pred_boxes.tensor for _, r in results], batch_first=True)
+    scores, classes = (pad([r.get(f) for _, r in results])[0] for f in fields)
+    kept, _ = pad([r.pred_boxes.tensor for _, r in results])
     return Kept(index=index, boxes=kept, scores=scores, classes=classes, number=there.sum(dim=1))
 
 
@@ -203,13 +202,6 @@ def _clip(boxes: Tensor, targets: list[Target]) -> Tensor:
     """Clip [B, R, 4] to the images as detectron2 does: x to 0 .. width, y to 0 .. height."""
     limit = boxes.new_tensor([[t.width, t.height] * 2 for t in targets])
     return boxes.clamp(min=0).minimum(limit[:, None])
-
-
-def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack index lists to [B, longest], and say which entries are real."""
-    index = pad_sequence(rows, batch_first=True)
-    length = torch.tensor([len(r) for r in rows], device=index.device)
-    return index, torch.arange(index.shape[1], device=index.device) < length[:, None]
 
 
 def _keep(

@@ -5,7 +5,14 @@ import pytest
 import torch
 from torchvision.ops import nms
 
-from oscar_extract.nms import intersection_over_union, nms_by_class, nms_of_pixels
+from oscar_extract.nms import (
+    ROUNDS,
+    first_survivors,
+    intersection_over_union,
+    nms_by_class,
+    strict,
+    survivors_in_rounds,
+)
 
 
 def some_boxes(count, seed=0):
@@ -14,8 +21,8 @@ def some_boxes(count, seed=0):
     return torch.cat([corner, corner + torch.rand(count, 2, generator=generator) * 120], dim=1)
 
 
-def slow_nms(boxes, scores, threshold, plus, inclusive):
-    """The greedy rule, a loop for each box and each box kept before, on Python floats."""
+def slow_nms(boxes, scores, threshold, plus):
+    """The greedy rule, a loop for each box and each box kept before; with `plus`, the threshold itself suppresses."""
     kept = []
     for index in sorted(range(len(boxes)), key=lambda n: -scores[n]):
         x1, y1, x2, y2 = boxes[index]
@@ -25,7 +32,7 @@ def slow_nms(boxes, scores, threshold, plus, inclusive):
             wide = max(min(x2, u2) - max(x1, u1) + plus, 0)
             high = max(min(y2, v2) - max(y1, v1) + plus, 0)
             iou = wide * high / (area + (u2 - u1 + plus) * (v2 - v1 + plus) - wide * high)
-            if iou > threshold or (inclusive and iou == threshold):
+            if iou > threshold or (plus and iou == threshold):
                 break
         else:
             kept.append(index)
@@ -66,15 +73,64 @@ def test_overlap_counts_pixels_or_edges(plus):
     assert found[0, 2] == 0
 
 
+def survivors(boxes, threshold, plus, in_rounds):
+    """Those of one image's boxes, which come in order of score, the second image having only half of them."""
+    both = torch.stack([boxes, boxes])
+    valid = torch.stack([torch.ones(len(boxes)), (torch.arange(len(boxes)) % 2 == 0).float()]).bool()
+    if in_rounds:
+        below = float(np.nextafter(np.float32(threshold), np.float32(0))) if plus else strict(threshold)
+        wider = both + torch.tensor([0, 0, plus, plus])
+        index, found, settled = survivors_in_rounds(wider, valid, below, len(boxes))
+    else:
+        index, found, settled = first_survivors(both, valid, threshold, plus, len(boxes), wait=True)
+    assert settled.all()
+    half = index[1][found[1]]
+    assert (half % 2 == 0).all()
+    assert half.tolist() == [2 * n for n in slow_nms(*of_pixels(boxes[::2]), threshold, plus)]
+    return index[0][found[0]].tolist()
+
+
+def of_pixels(boxes):
+    return boxes.tolist(), [-n for n in range(len(boxes))]
+
+
+@pytest.mark.parametrize("in_rounds", [False, True])
+@pytest.mark.parametrize("plus", [0, 1])
 @pytest.mark.parametrize("threshold", [0.3, 0.7])
-def test_suppression_of_pixels_is_caffes(threshold):
-    boxes, scores = some_boxes(200).round(), torch.rand(200, generator=torch.Generator().manual_seed(3))
-    expected = slow_nms(boxes.tolist(), scores.tolist(), float(np.float32(threshold)), plus=1, inclusive=True)
-    assert nms_of_pixels(boxes, scores, threshold).tolist() == expected
+def test_the_rpns_suppression_is_the_greedy_rule(threshold, plus, in_rounds):
+    """On boxes of whole pixels, so that an IoU may be the threshold."""
+    boxes = some_boxes(200).round()
+    assert survivors(boxes, threshold, plus, in_rounds) == slow_nms(*of_pixels(boxes), threshold, plus)
 
 
-def test_an_overlap_of_exactly_the_threshold_suppresses():
-    """Boxes of 30, 20 and 15 pixels in a row: the last shares 15 of 30 with the first."""
-    boxes, scores = torch.tensor([[0.0, 0, 29, 0], [10, 0, 29, 0], [15, 0, 29, 0]]), torch.tensor([0.9, 0.1, 0.8])
-    assert nms_of_pixels(boxes, scores, 0.5).tolist() == [0]
-    assert nms_of_pixels(boxes, scores, 0.51).tolist() == [0, 2]
+@pytest.mark.parametrize("in_rounds", [False, True])
+def test_an_overlap_of_exactly_the_threshold_suppresses_in_caffe(in_rounds):
+    """Rows of 30 and of 15 pixels, which share 15 of 30."""
+    boxes = torch.tensor([[0.0, 0, 29, 0], [15, 0, 29, 0]])
+    assert survivors(boxes, 0.5, 1, in_rounds) == [0]
+    assert survivors(boxes, 0.51, 1, in_rounds) == [0, 1]
+    edges = boxes + torch.tensor([0, 0, 1, 1])
+    assert survivors(edges, 0.5, 0, in_rounds) == [0, 1]
+
+
+def test_a_chain_too_long_for_the_rounds_is_not_called_settled():
+    """Each box overlaps the next alone, so the last is decided after as many rounds as there are boxes."""
+    ends = torch.arange(2.0 * ROUNDS) * 4
+    boxes = torch.stack([ends, torch.zeros_like(ends), ends + 10, torch.full_like(ends, 10)], dim=1)[None]
+    valid = torch.ones(1, len(ends), dtype=torch.bool)
+    *_, settled = survivors_in_rounds(boxes, valid, 0.4, 300)
+    assert not settled.any()
+    index, found, settled = first_survivors(boxes, valid, 0.4, 0, 300, wait=True)
+    assert settled.all()
+    assert index[found].tolist() == list(range(0, len(ends), 2))
+    few, _, settled = survivors_in_rounds(boxes[:, : ROUNDS // 2], valid[:, : ROUNDS // 2], 0.4, 300)
+    assert settled.all()
+    assert few[0, : ROUNDS // 4].tolist() == list(range(0, ROUNDS // 2, 2))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_a_float_is_compared_as_torchvision_compares_it(threshold):
+    """Above the threshold in float64, however float32 rounds it."""
+    nearest = np.float32(threshold)
+    for iou in (np.nextafter(nearest, np.float32(0)), nearest, np.nextafter(nearest, np.float32(1))):
+        assert bool(torch.tensor(iou) > strict(threshold)) == (float(iou) > threshold)

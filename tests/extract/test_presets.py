@@ -161,3 +161,26 @@ def test_every_preset_says_what_it_keeps():
         assert 0 <= preset.selection.min_boxes <= preset.selection.max_boxes
         assert dataclasses.is_dataclass(preset)
     assert PRESETS["lxmert"].selection == Selection(min_boxes=36, max_boxes=36, score_threshold=0.0)
+
+
+@pytest.mark.parametrize(("preset", "eps"), [("bua", 1e-5), ("vinvl", 0.0)])
+def test_norms_have_the_extractors_epsilon(states, tmp_path, preset, eps):
+    """With variances so small that it matters: a folded convolution is weight * gamma / sqrt(variance + epsilon)."""
+    conv, norm = {
+        "bua": ("backbone.stem.conv1", "backbone.stem.conv1.norm"),
+        "vinvl": ("backbone.body.stem.conv1", "backbone.body.stem.bn1"),
+    }[preset]
+    state = dict(states[NATIVE[preset]])
+    variance = state[f"{norm}.running_var"] = torch.full_like(state[f"{norm}.running_var"], 1e-5)
+    stem = small_detector(NATIVE[preset], tmp_path, state).model.backbone.stem.conv1
+    scale = state[f"{norm}.weight"] / (variance + eps).sqrt()
+    torch.testing.assert_close(stem.weight, state[f"{conv}.weight"] * scale[:, None, None, None])
+    torch.testing.assert_close(stem.bias, state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale)
+
+
+def test_bua_d2_lowers_its_threshold_until_enough_come(detectors):
+    detector, picture = detectors["bua-d2"], image("cat")
+    few = found_by(detector, picture, Selection(min_boxes=0, max_boxes=100, score_threshold=0.9))
+    more = found_by(detector, picture, Selection(min_boxes=40, max_boxes=100, score_threshold=0.9))
+    assert len(few.tags) < 40 <= len(more.tags) <= 100
+    assert more.scores[: len(few.tags)] == few.scores
