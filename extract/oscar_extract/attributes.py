@@ -43,7 +43,7 @@ def _logits(head: AttributeHead, found: Candidates, kept: Kept, classes: Tensor)
     images = torch.arange(len(kept.index), device=kept.index.device)[:, None]
     features = found.features[images, kept.index]
     logits: Tensor = head(features.flatten(0, 1), classes.flatten())
-    return logits.float().view(*classes.shape, -1)
+    return logits.view(*classes.shape, logits.shape[1])
 
 
 def _top(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,9 @@ def survivors_in_rounds(boxes: Tensor, valid: Tensor, threshold: float, count: i
 
 
 def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack lists of different lengths to [B, longest, ...], and say which entries are real: bool [B, longest]."""
+    """Stack lists to [B, longest, ...], the longest being 1 at least, and say which entries are real: bool [B, longest]."""
     stacked = pad_sequence(rows, batch_first=True)
+    if stacked.shape[1] == 0:
+        stacked = stacked.new_zeros(len(rows), 1, *stacked.shape[2:])
     length = torch.tensor([len(r) for r in rows], device=stacked.device)
     return stacked, torch.arange(stacked.shape[1], device=stacked.device) < length[:, None]

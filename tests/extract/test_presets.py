@@ -184,3 +184,15 @@ def test_bua_d2_lowers_its_threshold_until_enough_come(detectors):
     more = found_by(detector, picture, Selection(min_boxes=40, max_boxes=100, score_threshold=0.9))
     assert len(few.tags) < 40 <= len(more.tags) <= 100
     assert more.scores[: len(few.tags)] == few.scores
+
+
+@pytest.mark.parametrize("preset", NATIVE)
+def test_no_proposals_give_no_regions(detectors, states, preset, monkeypatch):
+    """An RPN that proposes nothing, in a batch of two; the job makes such images rejects."""
+    detector = detectors[preset]
+    rpn = detector.model.proposal_generator
+    monkeypatch.setattr(rpn, "post_nms_topk", {False: 0})
+    inputs = [make_input(detector, pixels) for pixels in turned(image("wide"), 2)]
+    for found in detect(detector, inputs, detector.preset.selection):
+        assert found.tags == found.scores == found.attributes == []
+        assert (found.boxes.shape, found.features.shape) == ((0, 4), (0, 256))
