@@ -120,7 +120,7 @@ def survivors_in_rounds(boxes: Tensor, valid: Tensor, threshold: float, count: i
 
 
 def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack lists to [B, longest, ...], the longest being 1 at least, and say which entries are real: bool [B, longest]."""
+    """Stack lists to [B, longest (1 at least), ...], and say which entries are real: bool [B, longest]."""
     stacked = pad_sequence(rows, batch_first=True)
     if stacked.shape[1] == 0:
         stacked = stacked.new_zeros(len(rows), 1, *stacked.shape[2:])
