@@ -8,7 +8,7 @@ DEMO := runs/demo
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format clean
+.PHONY: help setup demo test test-slow bench check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -46,6 +46,12 @@ test: setup ## run the tests, except the slow ones
 
 test-slow: setup ## run the slow tests
 	$(BIN)/python -m pytest -m slow
+
+bench: setup ## measure extraction, stage by stage, and write bench/results; some minutes
+	$(BIN)/python bench/extract.py --detector builtin
+	$(BIN)/python bench/extract.py --detector builtin --precision bf16
+	$(BIN)/python bench/extract.py --detector vg-r101 --batch-size 2
+	$(BIN)/python bench/extract.py --detector vg-r101 --batch-size 2 --precision bf16
 
 check: setup ## ruff (format and lint) and mypy (strict)
 	$(BIN)/ruff format --check

@@ -1,6 +1,8 @@
 """How fast stage 1 is, stage by stage, beside the references' way on the same weights and images.
 
-    python bench/extract.py --detector vg-r101 --out bench/results/extract-vg-r101-cpu.json
+    python bench/extract.py --detector vg-r101 --batch-size 2
+
+The numbers go to bench/results, a file for each detector, preset, device and precision.
 
 Without --weights, a network of the detector's shape is made, at random but calibrated so that its scores differ from
 region to region: speed does not depend on what a network has learnt. The share of the ceiling is that of the fastest
@@ -44,6 +46,7 @@ from oscar_extract.selection import Candidates, Selection
 from oscar_shards.write import write_shard
 
 PRESET_OF = {"builtin": "detectron2", "vg-r101": "bua", "vinvl-x152": "vinvl"}
+SHARD = 64  # samples in the shard whose writing is timed: what a shard costs, a sample has a share of
 STAGES = ("decode", "to device", "backbone", "rpn", "head", "selection", "to host", "write")
 
 
@@ -78,7 +81,7 @@ class Clock:
 @click.option("--batches", default=3, help="Batches that are timed, after one that warms up.")
 @click.option("--reference/--no-reference", default=True, help="Run the references' way, too.")
 @click.option("--compile/--no-compile", "compiled", default=False, help="torch.compile backbone and res5.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the numbers here as JSON.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/results"), help="Folder for the numbers.")
 def main(
     name: str,
     preset: str | None,
@@ -90,7 +93,7 @@ def main(
     batches: int,
     reference: bool,
     compiled: bool,
-    out: Path | None,
+    out: Path,
 ) -> None:
     device = choose_device(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -115,8 +118,9 @@ def main(
         **circumstances(device),
     }
     show(report)
-    if out:
-        out.write_text(json.dumps(report, indent=1) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    place = out / f"extract-{name}-{detector.preset.name}-{device}-{precision}.json"
+    place.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def sample_photos(folder: Path, count: int) -> list[Path]:
@@ -231,8 +235,10 @@ def timed_batch(
         Sample(key=f"{n:06}", image=record, regions=r, texts=[])
         for n, (record, r) in enumerate(zip(records, regions, strict=True))
     ]
+    shard = [replace(sample, key=f"{sample.key}-{n}") for n in range(SHARD // len(samples)) for sample in samples]
     with clock.stage("write"):
-        write_shard(tar, iter(samples), detector.record.feature_dim)
+        write_shard(tar, iter(shard), detector.record.feature_dim)
+    clock.seconds["write"][-1] *= len(samples) / len(shard)
     return found, inputs
 
 

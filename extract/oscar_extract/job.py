@@ -4,7 +4,7 @@ import hashlib
 import platform
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ import torchvision
 import oscar_common
 from oscar_common.errors import UsageError
 from oscar_common.progress import Meter, meter
-from oscar_common.sample import ImageRecord, Sample
+from oscar_common.sample import ImageRecord, Regions, Sample
 from oscar_common.settings import Extract
 from oscar_extract.detector import Detector
 from oscar_extract.images import RefusedImage, read_image
@@ -130,19 +130,34 @@ def extract(
     plan: Plan, number: int, detector: Detector, selection: Selection, settings: Extract, limit: Limit
 ) -> Iterator[Sample | Reject]:
     """Yield the samples and rejects of one shard, in an order that depends on the images and the batch size alone."""
-    for item in in_batches(load_all(plan, number, detector, settings), settings.batch_size):
-        if isinstance(item, Reject):
-            yield item
-            continue
-        found = detect_within(limit, detector, [image.input for image in item], selection)
-        for image, regions in zip(item, found, strict=True):
-            if regions is None:
-                message = f"{image.record.width}x{image.record.height} pixels alone need more memory than there is"
-                yield Reject(path=image.record.path, reason="out-of-memory", message=message)
-            elif not regions.tags:
-                yield Reject(path=image.record.path, reason="no-regions", message="the detector proposes no region")
-            else:
-                yield Sample(key=image.planned.key, image=image.record, regions=regions, texts=image.planned.texts)
+    batches = in_batches(load_all(plan, number, detector, settings), settings.batch_size)
+    with ThreadPoolExecutor(1) as worker:  # it detects in the next batch while this one is written
+        ahead: deque[Future[list[Sample | Reject]]] = deque()
+        for batch in batches:
+            ahead.append(worker.submit(detect_batch, detector, batch, selection, limit))
+            if len(ahead) > 1:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+
+
+def detect_batch(
+    detector: Detector, batch: list[Loaded] | Reject, selection: Selection, limit: Limit
+) -> list[Sample | Reject]:
+    """Find the regions of a batch and return its samples, and rejects where there is nothing to store."""
+    if isinstance(batch, Reject):
+        return [batch]
+    found = detect_within(limit, detector, [image.input for image in batch], selection)
+    return [_sample_or_reject(image, regions) for image, regions in zip(batch, found, strict=True)]
+
+
+def _sample_or_reject(image: Loaded, regions: Regions | None) -> Sample | Reject:
+    if regions is None:
+        message = f"{image.record.width}x{image.record.height} pixels alone need more memory than there is"
+        return Reject(path=image.record.path, reason="out-of-memory", message=message)
+    if not regions.tags:
+        return Reject(path=image.record.path, reason="no-regions", message="the detector proposes no region")
+    return Sample(key=image.planned.key, image=image.record, regions=regions, texts=image.planned.texts)
 
 
 def load_all(plan: Plan, number: int, detector: Detector, settings: Extract) -> Iterator[Loaded | Reject]:

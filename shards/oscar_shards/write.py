@@ -96,7 +96,7 @@ def sample_json(sample: Sample) -> bytes:
         "image": dataclasses.asdict(sample.image),
         "tags": sample.regions.tags,
         "scores": sample.regions.scores,
-        "attributes": [[dataclasses.asdict(a) for a in of_region] for of_region in sample.regions.attributes],
+        "attributes": [[vars(a) for a in of_region] for of_region in sample.regions.attributes],
         "texts": [{k: v for k, v in dataclasses.asdict(t).items() if v is not None} for t in sample.texts],
     }
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
