@@ -26,7 +26,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def states() -> dict[str, dict[str, torch.Tensor]]:
     """Random state dicts of the published detectors' families, in their own names; not to be changed."""
-    return {family: state_of(family) for family in ("milvlg-caffe", "airsplay", "milvlg-d2", "vinvl")}
+    return {family: state_of(family) for family in ("milvlg-caffe", "milvlg-r152", "airsplay", "milvlg-d2", "vinvl")}
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-PRESETS = ("detectron2", "bua", "lxmert", "bua-d2", "vinvl")
+PRESETS = ("detectron2", "bua", "bua-r152", "lxmert", "bua-d2", "vinvl")
 PRECISIONS = ("fp32", "tf32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -29,7 +29,7 @@ class Detector:
     """An entry of `detectors:` in pipelines.yaml, and what `--detector` and `--weights` come to."""
 
     config: str = setting(
-        "builtin", "detectron2 config: a file, `builtin`, `vg-r101`, `vinvl-x152`, or a model zoo name"
+        "builtin", "detectron2 config: a file, `builtin`, `vg-r101`, `vg-r152`, `vinvl-x152`, or a model zoo name"
     )
     weights: str | None = setting(None, "weights file: .safetensors, .pth, .bin or .pkl; or hf://OWNER/NAME/FILE")
     classes: str | None = setting(None, "file of class names, one a line, or VinVL's label map")
@@ -53,7 +53,7 @@ class Extract:
     name: str = setting("shard", "First part of the shards' file names.")
     detector: str = setting(
         "builtin",
-        "builtin, vg-r101, vinvl-x152 or another name under `detectors:` in pipelines.yaml; a name in detectron2's "
+        "builtin, vg-r101, vg-r152, vinvl-x152 or another name under `detectors:` in pipelines.yaml; a name in detectron2's "
         "model zoo, like COCO-Detection/faster_rcnn_R_50_FPN_3x; or a detectron2 config file.",
     )
     weights: str | None = setting(
@@ -72,7 +72,8 @@ class Extract:
     )
     min_boxes: int | None = setting(
         None,
-        "Keep at least this many regions of an image, however low their score. [default: 10, lxmert 36, bua-d2 0]",
+        "Keep at least this many regions of an image, however low their score. "
+        "[default: 10, lxmert 36, bua-r152 100, bua-d2 0]",
         low=0,
     )
     max_boxes: int | None = setting(

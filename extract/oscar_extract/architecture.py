@@ -1,17 +1,17 @@
 """What the Visual Genome detectors have and detectron2 lacks, as parts that a detectron2 config can name.
 
-Caffe's anchors and stem pooling, a dilated res5, and an attribute head. The rest is detectron2's own. `add_config` adds
-the keys of these parts to a config.
+Caffe's anchors and stem pooling, a dilated res5, an attribute head, MILVLG's ResNet of pre-activation blocks. The rest is
+detectron2's own. `add_config` adds the keys of these parts to a config.
 """
 
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, Backbone
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, DefaultAnchorGenerator
-from detectron2.modeling.backbone.resnet import BasicStem, build_resnet_backbone
+from detectron2.modeling.backbone.resnet import BasicStem, ResNet, build_resnet_backbone
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import Tensor, nn
 from torch.nn import functional
@@ -121,10 +121,98 @@ class AttributeRes5ROIHeads(Res5ROIHeads):
             )
 
 
+class PreActivationBlock(CNNBlockBase):
+    """A bottleneck whose norms and ReLUs come before its convolutions (He et al. 2016), the stride in the 3x3.
+
+    The first block of res5 has no norm of its own input: the backbone ends with it, as the RPN wants it, too.
+    """
+
+    def __init__(
+        self, *, in_channels: int, out_channels: int, bottleneck_channels: int, stride: int, normed: bool = True
+    ):
+        super().__init__(in_channels, out_channels, stride)
+        self.norm = FrozenBatchNorm2d(in_channels) if normed else None
+        self.conv1 = nn.Conv2d(in_channels, bottleneck_channels, 1, bias=False)
+        self.norm2 = FrozenBatchNorm2d(bottleneck_channels)
+        self.conv2 = nn.Conv2d(bottleneck_channels, bottleneck_channels, 3, stride, padding=1, bias=False)
+        self.norm3 = FrozenBatchNorm2d(bottleneck_channels)
+        self.conv3 = nn.Conv2d(bottleneck_channels, out_channels, 1, bias=False)
+        same = in_channels == out_channels
+        self.shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, in_channels, h, w] to [N, out_channels, h / stride, w / stride], without a ReLU at the end."""
+        y = x if self.norm is None else functional.relu(self.norm(x))
+        out = self.conv1(y)
+        out = self.conv2(functional.relu(self.norm2(out)))
+        out = self.conv3(functional.relu(self.norm3(out)))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        return torch.add(out, shortcut)
+
+
+class PreActivationStem(CaffeStem):
+    """`CaffeStem` after a norm of the pixels."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.norm = FrozenBatchNorm2d(self.in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [N, 3, H, W] to [N, 64, about H / 4, about W / 4]."""
+        return super().forward(self.norm(x))
+
+
+class PreActivationResNet(ResNet):
+    """A ResNet of such blocks, up to res4, and the norm and ReLU that its last map needs."""
+
+    def __init__(self, stem: nn.Module, stages: list[list[CNNBlockBase]]) -> None:
+        super().__init__(stem, stages, out_features=["res4"])
+        self.norm = FrozenBatchNorm2d(stages[-1][-1].out_channels)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images [N, 3, H, W] to res4, [N, 1024, about H / 16, about W / 16]."""
+        return {name: functional.relu(self.norm(m)) for name, m in super().forward(x).items()}
+
+
+def build_preactivation_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """MILVLG's R152 (`RESNET_VERSION: 2`), or one of another DEPTH."""
+    resnets = cfg.MODEL.RESNETS
+    channels = resnets.STEM_OUT_CHANNELS
+    stem = PreActivationStem(in_channels=input_shape.channels, out_channels=channels, norm=resnets.NORM)
+    stages = []
+    for number, count in enumerate({50: (3, 4, 6), 101: (3, 4, 23), 152: (3, 8, 36)}[resnets.DEPTH]):
+        out = resnets.RES2_OUT_CHANNELS << number
+        stages.append(
+            _preactivation_stage(count, channels, out, resnets.WIDTH_PER_GROUP << number, 1 if number == 0 else 2)
+        )
+        channels = out
+    return PreActivationResNet(stem, stages)
+
+
+def _preactivation_stage(
+    count: int, into: int, out: int, width: int, stride: int, normed: bool = True
+) -> list[CNNBlockBase]:
+    first = {"in_channels": into, "stride": stride, "normed": normed}
+    others = [{"in_channels": out, "stride": 1}] * (count - 1)
+    return [PreActivationBlock(out_channels=out, bottleneck_channels=width, **b) for b in (first, *others)]  # type: ignore
+
+
+class PreActivationRes5ROIHeads(AttributeRes5ROIHeads):
+    """C4 heads for `PreActivationResNet`: res5 ends with the norm and ReLU that its last block lacks."""
+
+    @classmethod
+    def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
+        out, width = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8, cfg.MODEL.RESNETS.WIDTH_PER_GROUP * 8
+        blocks = _preactivation_stage(3, out // 2, out, width, stride=2, normed=False)
+        return nn.Sequential(*blocks, FrozenBatchNorm2d(out), nn.ReLU()), out
+
+
 for registry, part in (
     (ANCHOR_GENERATOR_REGISTRY, CaffeAnchorGenerator),
     (BACKBONE_REGISTRY, build_caffe_resnet_backbone),
+    (BACKBONE_REGISTRY, build_preactivation_resnet_backbone),
     (ROI_HEADS_REGISTRY, AttributeRes5ROIHeads),
+    (ROI_HEADS_REGISTRY, PreActivationRes5ROIHeads),
 ):
     if part.__name__ not in registry:
         registry.register(part)

@@ -5,7 +5,7 @@ anchor, and anchors come in the preset's order. Each family below says how its f
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,14 +22,15 @@ class Family:
     """How the files of one publisher differ from this project's names and order.
 
     presets: which read such files; the first is the default. renames: (theirs, ours), replaced one after the other.
-    background_first: row 0 of the classes and of the attributes is the background, and boxes have rows for it, too.
-    anchors: the order of the RPN's channels.
+    background_first: row 0 of the classes and of the attributes is the background, and boxes have rows for it.
+    two_logits: the RPN has a background and a foreground channel for every anchor. anchors: the order of its channels.
     """
 
     name: str
     presets: tuple[str, ...]
     renames: tuple[tuple[str, str], ...] = ()
     background_first: bool = False
+    two_logits: bool = False
     anchors: str = "as-they-are"
 
     def ours(self, name: str) -> str:
@@ -54,7 +55,20 @@ MILVLG_CAFFE = Family(
         (PREDICTOR + "attr_linear2.", HEAD + "score."),
     ),
     background_first=True,
+    two_logits=True,
     anchors="ratio-major",
+)
+MILVLG_R152 = replace(
+    MILVLG_CAFFE,
+    name="milvlg-r152",
+    presets=("bua-r152",),
+    renames=(
+        *MILVLG_CAFFE.renames,
+        (".conv2.norm.", ".norm2."),
+        (".conv3.norm.", ".norm3."),
+        ("roi_heads.res5.0.norm.", "backbone.norm."),
+        ("roi_heads.res5_bn.", "roi_heads.res5.3."),
+    ),
 )
 AIRSPLAY = Family(  # and transformers' copy of it on the hub
     name="airsplay",
@@ -107,11 +121,7 @@ SHARED = ("attribute.feature_extractor.", "roi_heads.box.feature_extractor.")
 
 
 def family_of(state: Mapping[str, Tensor]) -> Family:
-    """Tell a checkpoint's family by its names and shapes.
-
-    Raises:
-        ValueError: a published network that this project does not build.
-    """
+    """Tell a checkpoint's family by its names and shapes."""
     hidden, objectness, deltas = (
         _rows(state, f"{RPN}{n}.weight") for n in ("conv", "objectness_logits", "anchor_deltas")
     )
@@ -119,7 +129,7 @@ def family_of(state: Mapping[str, Tensor]) -> Family:
     if any(part.startswith("backbone.body.") for part in parts):
         return VINVL
     if parts & {"roi_heads.res5_bn", "backbone.stem.norm"}:
-        raise ValueError("it is MILVLG's R152 of pre-activation blocks, which is not supported; take an R101 file")
+        return MILVLG_R152
     if any(part.startswith("roi_heads.attribute_predictor.") for part in parts):
         return MILVLG_D2
     if parts & {"cls_embed", "attr_linear1", "attr_linear2"} or (objectness and 2 * objectness == deltas):
@@ -158,7 +168,7 @@ def _reorder(family: Family, order: list[int] | None, name: str, tensor: Tensor)
     if tensor.dim() == 0:
         return tensor
     part, rows = name.rpartition(".")[0], len(tensor)
-    if family is MILVLG_CAFFE and part == RPN + "objectness_logits" and rows == 2 * ANCHORS:
+    if family.two_logits and part == RPN + "objectness_logits" and rows == 2 * ANCHORS:
         background, foreground = tensor.chunk(2)
         tensor, rows = foreground - background, ANCHORS  # softmax over two logits is the sigmoid of their difference
     if order and part == RPN + "objectness_logits" and rows == ANCHORS:

@@ -49,10 +49,7 @@ def load_detector(name: str, entry: settings.Detector, device: str, precision: s
     load_config(name, entry.config)  # a bad config is told before the weights are read
     path = _weights_of(name, entry)
     state = read_weights(path)
-    try:
-        family = family_of(state)
-    except ValueError as error:
-        raise UsageError(f"--weights {path}: {error}") from None
+    family = family_of(state)
     preset = choose_preset(entry.preset, family, path)
     cfg = configure(name, entry.config, preset, device)
     model = build(name, cfg)

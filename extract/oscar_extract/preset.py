@@ -52,6 +52,14 @@ BOTTOM_UP: dict[str, Any] = C4 | {  # the network of bottom-up attention, as Caf
 }
 
 
+BUA: dict[str, Any] = BOTTOM_UP | {
+    "MODEL.ANCHOR_GENERATOR.NAME": "CaffeAnchorGenerator",
+    "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": 16,
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": 0.3,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """The steps of one extractor, and the detectron2 config keys (`fixed`) that they go with."""
@@ -78,13 +86,23 @@ PRESETS = {
         Preset(  # Anderson et al.'s Caffe code, and MILVLG's caffe mode, which reads the same weights
             name="bua",
             selection=Selection(min_boxes=10, max_boxes=100, score_threshold=0.2),
-            fixed=BOTTOM_UP
+            fixed=BUA,
+            resize="caffe",
+            propose=propose_caffe,
+            select=select_caffe,
+        ),
+        Preset(  # MILVLG's better one, of pre-activation blocks: the same steps about another network
+            name="bua-r152",
+            selection=Selection(min_boxes=100, max_boxes=100, score_threshold=0.2),
+            fixed=BUA
             | {
-                "MODEL.ANCHOR_GENERATOR.NAME": "CaffeAnchorGenerator",
-                "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": 16,
-                "MODEL.ROI_HEADS.NMS_THRESH_TEST": 0.3,
-                "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0),
+                "MODEL.PIXEL_MEAN": [0.0, 0.0, 0.0],
+                "MODEL.BACKBONE.NAME": "build_preactivation_resnet_backbone",
+                "MODEL.RESNETS.STRIDE_IN_1X1": False,
+                "MODEL.RESNETS.RES5_DILATION": 1,
+                "MODEL.ROI_HEADS.NAME": "PreActivationRes5ROIHeads",
             },
+            batch_norm_eps=2e-5,
             resize="caffe",
             propose=propose_caffe,
             select=select_caffe,

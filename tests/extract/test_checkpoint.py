@@ -11,7 +11,13 @@ from oscar_common.errors import UsageError
 from oscar_extract.checkpoint import AIRSPLAY, convert, family_of
 from oscar_extract.detector import load_detector
 
-FAMILIES = {"milvlg-caffe": "bua", "airsplay": "bua", "milvlg-d2": "bua-d2", "vinvl": "vinvl"}
+FAMILIES = {
+    "milvlg-caffe": "bua",
+    "milvlg-r152": "bua-r152",
+    "airsplay": "bua",
+    "milvlg-d2": "bua-d2",
+    "vinvl": "vinvl",
+}
 CELL_ANCHORS = "proposal_generator.anchor_generator.cell_anchors.0"
 
 
@@ -46,6 +52,7 @@ def test_nothing_is_left_out_and_nothing_made_up(states, family):
 
 ATTRIBUTES = {
     "milvlg-caffe": "roi_heads.box_predictor.attr_linear2.weight",
+    "milvlg-r152": "roi_heads.box_predictor.attr_linear2.weight",
     "airsplay": "roi_heads.box_predictor.attr_score.weight",
     "milvlg-d2": "roi_heads.attribute_predictor.attr_score.weight",
     "vinvl": "attribute.predictor.attr_score.weight",
@@ -105,9 +112,11 @@ def test_vinvls_attribute_head_must_share_its_extractor(states, tmp_path):
     small_detector("vinvl", tmp_path, shared)
 
 
-def test_milvlgs_152_is_refused_by_name(states, tmp_path):
-    state = states["milvlg-caffe"] | {"roi_heads.res5_bn.weight": torch.ones(256)}
-    assert "MILVLG's R152" in refusal("milvlg-caffe", tmp_path, state)
+def test_a_norm_of_milvlgs_152_is_named_where_the_file_has_it(states, tmp_path):
+    """The last norm of its map is stored in the head, a block's in its convolutions."""
+    for name in ("roi_heads.res5.0.norm.bias", "backbone.res3.1.conv2.norm.weight", "roi_heads.res5_bn.running_mean"):
+        state = {n: t for n, t in states["milvlg-r152"].items() if n != name}
+        assert f"missing {name} [" in refusal("milvlg-r152", tmp_path, state)
 
 
 def test_anchors_come_from_the_preset_whatever_the_file_says(states, tmp_path):

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from peers import bua, bua_d2, lxmert, vinvl
+from peers import bua, bua_d2, bua_r152, lxmert, vinvl
 from peers.states import airsplay_from_caffe
 from small_detectors import SIZES, small_detector
 from support import photo
@@ -17,8 +17,14 @@ from oscar_extract.preset import PRESETS
 from oscar_extract.regions import detect, make_input
 from oscar_extract.selection import Selection
 
-PEERS = {"bua": bua, "lxmert": lxmert, "bua-d2": bua_d2, "vinvl": vinvl}
-NATIVE = {"bua": "milvlg-caffe", "lxmert": "airsplay", "bua-d2": "milvlg-d2", "vinvl": "vinvl"}
+PEERS = {"bua": bua, "bua-r152": bua_r152, "lxmert": lxmert, "bua-d2": bua_d2, "vinvl": vinvl}
+NATIVE = {
+    "bua": "milvlg-caffe",
+    "bua-r152": "milvlg-r152",
+    "lxmert": "airsplay",
+    "bua-d2": "milvlg-d2",
+    "vinvl": "vinvl",
+}
 
 
 def image(name):

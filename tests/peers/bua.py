@@ -10,6 +10,7 @@ from peers.networks import (
     Found,
     Prepared,
     State,
+    Trunk,
     anchors_of,
     as_input,
     attribute_logits,
@@ -33,9 +34,9 @@ ATTRIBUTES = (f"{PREDICTOR}.cls_embed", f"{PREDICTOR}.attr_linear1", f"{PREDICTO
 MEAN = np.array([102.9801, 115.9465, 122.7717])
 
 
-def prepare(image: np.ndarray, min_size: int, max_size: int) -> Prepared:
+def prepare(image: np.ndarray, min_size: int, max_size: int, mean: np.ndarray = MEAN) -> Prepared:
     """The mean goes first, then the float image is resized."""
-    bgr = (image[:, :, ::-1] - MEAN).astype(np.float32)
+    bgr = (image[:, :, ::-1] - mean).astype(np.float32)
     bgr, scale = resize_caffe(bgr, min_size, max_size)
     return as_input(bgr, scale, scale)
 
@@ -63,9 +64,9 @@ def propose(state: State, maps: Tensor, prepared: Prepared) -> Tensor:
     return boxes[suppress(scores.numpy(), lambda n: overlaps(corners[n], corners) >= 0.7, most=300)]
 
 
-def pool(state: State, maps: Tensor, boxes: Tensor) -> Tensor:
+def pool(state: State, maps: Tensor, boxes: Tensor, trunk: Trunk = TRUNK) -> Tensor:
     """Boxes [N, 4] on the resized image → features [N, P]."""
-    return TRUNK.head(state, roi_pool(maps, [boxes], output_size=14, spatial_scale=1 / 16))
+    return trunk.head(state, roi_pool(maps, [boxes], output_size=14, spatial_scale=1 / 16))
 
 
 @torch.no_grad()
@@ -78,12 +79,14 @@ def extract(
     min_boxes: int = 10,
     max_boxes: int = 100,
     threshold: float = 0.2,
+    trunk: Trunk = TRUNK,
+    mean: np.ndarray = MEAN,
 ) -> Found:
     """image: uint8 RGB [H, W, 3]."""
-    prepared = prepare(image, min_size, max_size)
-    maps = TRUNK.maps(state, prepared.pixels)
+    prepared = prepare(image, min_size, max_size, mean)
+    maps = trunk.maps(state, prepared.pixels)
     proposals = propose(state, maps, prepared)
-    features = pool(state, maps, proposals)
+    features = pool(state, maps, proposals, trunk)
     logits = linear(state, f"{PREDICTOR}.cls_score", features)
     probabilities = logits.softmax(dim=1).numpy()  # [N, 1 + C]
     boxes = (proposals / prepared.scale_x).numpy()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peers import bua, bua_d2, lxmert, vinvl
+from peers import bua, bua_d2, bua_r152, lxmert, vinvl
 from peers.networks import State, Trunk, convolve, linear
 
 EMBEDDED, HIDDEN = 256, 512
@@ -48,6 +48,17 @@ DETECTRON2_ANCHORS = "proposal_generator.anchor_generator.cell_anchors.0"
 FAMILIES = {
     "milvlg-caffe": Family(
         peer=bua,
+        rpn=DETECTRON2_RPN,
+        attributes=bua.ATTRIBUTES,
+        rpn_channels=512,
+        logits_per_anchor=2,
+        background=0,
+        attribute_background=0,
+        boxes_of_background=True,
+        anchors=DETECTRON2_ANCHORS,
+    ),
+    "milvlg-r152": Family(
+        peer=bua_r152,
         rpn=DETECTRON2_RPN,
         attributes=bua.ATTRIBUTES,
         rpn_channels=512,
@@ -112,7 +123,10 @@ def random_state(
     peer = kind.peer
     make = Maker(np.random.default_rng(seed))
     state = make.state
-    make.trunk(peer.TRUNK, depth_blocks, width, groups)
+    if peer is bua_r152:
+        make.preactivation_trunk(peer.TRUNK.stages, depth_blocks, width)
+    else:
+        make.trunk(peer.TRUNK, depth_blocks, width, groups)
     make.layer(kind.rpn[0], kind.rpn_channels or 16 * width, 16 * width, 3)
     with torch.no_grad():
         prepared = [peer.prepare(image, **SMALL) for image in photos()]
@@ -184,6 +198,33 @@ class Maker:
                 if block == 0:
                     self.normed(trunk, f"{name}.{trunk.shortcut}", outer, channels, 1)
                 channels = outer
+
+    def preactivation_trunk(self, stages: tuple[str, ...], depth_blocks: tuple[int, int, int, int], width: int) -> None:
+        """The same with the norms before the convolutions; the pixels' own has 0 to 255."""
+        self.norm("backbone.stem.norm", 3, variance=5e3, mean=120.0)
+        self.state["backbone.stem.conv1.weight"] = self.he(width, 3, 7)
+        self.norm("backbone.stem.conv1.norm", width)
+        channels = width
+        for number, (stage, blocks) in enumerate(zip(stages, depth_blocks, strict=True)):
+            inner, outer = width * 2**number, 4 * width * 2**number
+            for block in range(blocks):
+                name = f"{stage}.{block}"
+                self.norm(f"{name}.norm", channels)
+                self.state[f"{name}.conv1.weight"] = self.he(inner, channels, 1)
+                self.norm(f"{name}.conv2.norm", inner)
+                self.state[f"{name}.conv2.weight"] = self.he(inner, inner, 3)
+                self.norm(f"{name}.conv3.norm", inner)
+                self.state[f"{name}.conv3.weight"] = 0.3 * self.he(outer, inner, 1)
+                if block == 0:
+                    self.state[f"{name}.shortcut.weight"] = self.he(outer, channels, 1)
+                channels = outer
+        self.norm("roi_heads.res5_bn", channels)
+
+    def norm(self, name: str, out: int, variance: float = 1.0, mean: float = 0.0) -> None:
+        self.state[f"{name}.weight"] = self.between(0.8, 1.2, out)
+        self.state[f"{name}.bias"] = 0.1 * self.normal(out)
+        self.state[f"{name}.running_mean"] = mean + 0.1 * variance**0.5 * self.normal(out)
+        self.state[f"{name}.running_var"] = variance * self.between(0.7, 1.4, out)
 
     def normed(
         self, trunk: Trunk, conv: str, out: int, into: int, size: int, gain: float = 1.0, variance: float = 1.0
