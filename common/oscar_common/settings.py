@@ -53,8 +53,8 @@ class Extract:
     name: str = setting("shard", "First part of the shards' file names.")
     detector: str = setting(
         "builtin",
-        "builtin, vg-r101, vg-r152, vinvl-x152 or another name under `detectors:` in pipelines.yaml; a name in detectron2's "
-        "model zoo, like COCO-Detection/faster_rcnn_R_50_FPN_3x; or a detectron2 config file.",
+        "builtin, vg-r101, vg-r152, vinvl-x152 or another name under `detectors:` in pipelines.yaml; a name in "
+        "detectron2's model zoo, like COCO-Detection/faster_rcnn_R_50_FPN_3x; or a detectron2 config file.",
     )
     weights: str | None = setting(
         None, "Weights for --detector: .safetensors, .pth, .bin or .pkl, of any known family."
