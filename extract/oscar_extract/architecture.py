@@ -1,7 +1,7 @@
 """What the Visual Genome detectors have and detectron2 lacks, as parts that a detectron2 config can name.
 
-Caffe's anchors and stem pooling, a dilated res5, an attribute head, MILVLG's ResNet of pre-activation blocks. The rest is
-detectron2's own. `add_config` adds the keys of these parts to a config.
+Caffe's anchors and stem pooling, a dilated res5, an attribute head, MILVLG's ResNet of pre-activation blocks. The rest
+is detectron2's own. `add_config` adds the keys of these parts to a config.
 """
 
 from typing import Any
