@@ -23,7 +23,7 @@ from oscar_extract.resize import Target, normalize, shrink, target_of
 from oscar_extract.selection import Candidates, Kept, Selection
 
 FLOAT16_MAX = 65504.0
-CHUNK = {"cpu": 32, "cuda": 1024}  # regions that go through the box head at once: bounds the memory
+CHUNK = {"cpu": 30, "cuda": 300}  # regions that go through res5 at once: bounds the memory, and divides 300 proposals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,19 @@ def pool(detector: Detector, maps: dict[str, Tensor], boxes: list[Tensor]) -> Te
             pooled = heads.box_pooler([maps[f] for f in heads.box_in_features], [Boxes(b) for b in boxes])
             return torch.cat([heads.box_head(part).float() for part in pooled.split(size * 8)])
         levels = [maps[f] for f in heads.in_features]
-        parts = (heads.res5(heads.pooler(levels, chunk)) for chunk in _chunks(boxes, size))
-        return torch.cat([part.mean(dim=[2, 3], dtype=torch.float32) for part in parts])
+        return torch.cat([_res5(heads, heads.pooler(levels, chunk), size) for chunk in _chunks(boxes, size)])
+
+
+def _res5(heads: Any, pooled: Tensor, size: int) -> Tensor:
+    """Return the mean of res5 of up to `size` pooled regions, [N, P], computed as if there were that many.
+
+    ROIPool gives two proposals now and then the same cells. Their scores must be the same to the last bit, as the first
+    of them wins; a convolution of another batch size may round differently.
+    """
+    missing = size - len(pooled)
+    filled = torch.nn.functional.pad(pooled, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else pooled
+    features: Tensor = heads.res5(filled).mean(dim=[2, 3], dtype=torch.float32)[: len(pooled)]
+    return features
 
 
 def _chunks(boxes: list[Tensor], size: int) -> list[list[Boxes]]:

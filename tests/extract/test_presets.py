@@ -14,7 +14,7 @@ from small_detectors import SIZES, small_detector
 from support import photo
 
 from oscar_extract.preset import PRESETS
-from oscar_extract.regions import detect, make_input
+from oscar_extract.regions import detect, feature_maps, load_batch, make_input, pool
 from oscar_extract.selection import Selection
 
 PEERS = {"bua": bua, "bua-r152": bua_r152, "lxmert": lxmert, "bua-d2": bua_d2, "vinvl": vinvl}
@@ -28,11 +28,15 @@ NATIVE = {
 
 
 def image(name):
-    """Photos of three shapes: landscape, portrait, and one so wide that the long side decides."""
+    """Photos of four shapes: landscape, portrait, one so wide that the long side decides, and a mere strip.
+
+    In a strip many proposals come to the same cells under ROIPool, and so to the same score.
+    """
     return {
         "cat": lambda: photo("chelsea"),
         "rocket": lambda: photo("rocket").crop((100, 0, 400, 427)),
         "wide": lambda: photo("chelsea").crop((0, 60, 451, 240)),
+        "strip": lambda: photo("chelsea").crop((0, 100, 451, 130)),
     }[name]()
 
 
@@ -76,7 +80,7 @@ def assert_same(detector, ours, theirs):
     assert [a.score for of in ours.attributes for a in of] == pytest.approx(probabilities, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["cat", "rocket", "wide"])
+@pytest.mark.parametrize("name", ["cat", "rocket", "wide", "strip"])
 @pytest.mark.parametrize("preset", NATIVE)
 def test_a_preset_finds_what_its_extractor_finds(detectors, states, preset, name):
     detector, picture = detectors[preset], image(name)
@@ -202,3 +206,15 @@ def test_no_proposals_give_no_regions(detectors, states, preset, monkeypatch):
     for found in detect(detector, inputs, detector.preset.selection):
         assert found.tags == found.scores == found.attributes == []
         assert (found.boxes.shape, found.features.shape) == ((0, 4), (0, 256))
+
+
+@pytest.mark.parametrize("count", [1, 30, 31, 70])
+@pytest.mark.parametrize("preset", NATIVE)
+def test_a_box_has_one_feature_to_the_last_bit_wherever_it_stands(detectors, preset, count):
+    """Under ROIPool two proposals may come to the same cells; of equal scores the first in the RPN's order must win."""
+    detector = detectors[preset]
+    maps = feature_maps(detector, load_batch(detector, [make_input(detector, np.asarray(image("cat")))]))
+    features = pool(detector, maps, [torch.tensor([[30.0, 20.0, 110.0, 90.0]]).repeat(count, 1)])
+    assert (features == features[0]).all()
+    logits, _ = detector.model.roi_heads.box_predictor(features)
+    assert (logits == logits[0]).all()
