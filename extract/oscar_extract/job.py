@@ -30,7 +30,8 @@ from oscar_extract.sources import readable
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
 from oscar_shards.write import Reject, rejects_path, remove_shards, shard_path, write_shard
 
-PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches; bounds the memory
+PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches ...
+PENDING_BYTES = 1 << 30  # ... and in bytes of pixels, as Caffe's resize begins with those of the original
 SOFTWARE = (oscar_common, torch, torchvision, detectron2, PIL, np)
 
 
@@ -194,6 +195,7 @@ def in_batches(items: Iterable[Loaded | Reject], size: int) -> Iterator[list[Loa
     When too many wait, the group that has waited longest goes as it is.
     """
     waiting: dict[tuple[int, int], list[Loaded]] = {}
+    images = size_in_bytes = 0
     for item in items:
         if isinstance(item, Reject):
             yield item
@@ -201,8 +203,12 @@ def in_batches(items: Iterable[Loaded | Reject], size: int) -> Iterator[list[Loa
         shape = (item.input.target.height, item.input.target.width)
         group = waiting.setdefault(shape, [])
         group.append(item)
-        if len(group) == size:
-            yield waiting.pop(shape)
-        elif sum(map(len, waiting.values())) > PENDING_BATCHES * size:
-            yield waiting.pop(next(iter(waiting)))
+        images, size_in_bytes = images + 1, size_in_bytes + item.input.pixels.nbytes
+        ready = shape if len(group) == size else None
+        if images > PENDING_BATCHES * size or size_in_bytes > PENDING_BYTES:
+            ready = ready or next(iter(waiting))
+        if ready:
+            batch = waiting.pop(ready)
+            images, size_in_bytes = images - len(batch), size_in_bytes - sum(i.input.pixels.nbytes for i in batch)
+            yield batch
     yield from waiting.values()

@@ -1,0 +1,46 @@
+"""Images wait for others of their shape, but not for ever, and not too many of them."""
+
+import numpy as np
+import pytest
+
+from oscar_common.sample import ImageRecord
+from oscar_extract import job
+from oscar_extract.job import Loaded, in_batches
+from oscar_extract.plan import PlannedImage
+from oscar_extract.regions import Input
+from oscar_extract.resize import Target
+from oscar_shards.write import Reject
+
+
+def loaded(number, shape, pixels=1):
+    target = Target(height=shape, width=shape, scale_y=1.0, scale_x=1.0)
+    return Loaded(
+        planned=PlannedImage(key=str(number), id=str(number), path="", texts=[]),
+        input=Input(pixels=np.zeros((pixels, 1, 3), np.uint8), target=target, height=shape, width=shape),
+        record=ImageRecord(source="", id=str(number), path="", width=shape, height=shape, sha256=""),
+    )
+
+
+def keys(batches):
+    return [b.path if isinstance(b, Reject) else [i.planned.key for i in b] for b in batches]
+
+
+def test_a_batch_has_one_shape_and_goes_when_it_is_full():
+    items = [
+        loaded(0, 5),
+        loaded(1, 7),
+        Reject(path="r", reason="", message=""),
+        loaded(2, 5),
+        loaded(3, 7),
+        loaded(4, 9),
+    ]
+    assert keys(in_batches(items, 2)) == ["r", ["0", "2"], ["1", "3"], ["4"]]
+
+
+@pytest.mark.parametrize("pixels", [1, 1000])
+def test_what_waits_is_bounded_in_images_and_in_bytes(monkeypatch, pixels):
+    """By three images or by three thousand pixels: the group that has waited longest makes room."""
+    monkeypatch.setattr(job, "PENDING_BATCHES", 1 if pixels == 1 else 1000)
+    monkeypatch.setattr(job, "PENDING_BYTES", 3 * 3000 if pixels > 1 else 1 << 30)
+    items = (loaded(n, shape, pixels) for n, shape in enumerate((5, 6, 5, 7, 8, 9)))
+    assert keys(in_batches(items, 3)) == [["0", "2"], ["1"], ["3"], ["4"], ["5"]]
