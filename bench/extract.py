@@ -37,7 +37,7 @@ from oscar_common.config import installed_catalog
 from oscar_common.device import choose_device
 from oscar_common.sample import ImageRecord, Sample
 from oscar_common.settings import Detector as Entry
-from oscar_extract.detector import Detector, build, configure, load_detector
+from oscar_extract.detector import Detector, build, compile_network, configure, load_detector
 from oscar_extract.images import read_image
 from oscar_extract.nms import intersection_over_union
 from oscar_extract.preset import PRESETS, Preset
@@ -80,7 +80,7 @@ class Clock:
 @click.option("--batch-size", default=4)
 @click.option("--batches", default=3, help="Batches that are timed, after one that warms up.")
 @click.option("--reference/--no-reference", default=True, help="Run the references' way, too.")
-@click.option("--compile/--no-compile", "compiled", default=False, help="torch.compile backbone and res5.")
+@click.option("--compile/--no-compile", "compiled", default=False, help="torch.compile backbone and box head.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench/results"), help="Folder for the numbers.")
 def main(
     name: str,
@@ -102,8 +102,7 @@ def main(
         entry = entry_of(name, preset, weights, place, files, device)
         detector = load_detector(name, entry, device, precision)
         if compiled:
-            detector.model.backbone.compile(dynamic=True)
-            detector.model.roi_heads.res5.compile(dynamic=True)
+            compile_network(detector.model)
         rounds = [[files[(r * batch_size + i) % len(files)] for i in range(batch_size)] for r in range(batches + 1)]
         report = measure(detector, rounds, place, reference)
         if precision != "fp32":
@@ -119,7 +118,7 @@ def main(
     }
     show(report)
     out.mkdir(parents=True, exist_ok=True)
-    place = out / f"extract-{name}-{detector.preset.name}-{device}-{precision}.json"
+    place = out / f"extract-{name}-{detector.preset.name}-{device}-{precision}{'-compiled' * compiled}.json"
     place.write_text(json.dumps(report, indent=1) + "\n")
 
 

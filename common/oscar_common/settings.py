@@ -100,6 +100,9 @@ class Extract:
         "Arithmetic of the network: fp32 as the references; tf32 and bf16 are faster on a GPU.",
         choices=PRECISIONS,
     )
+    compile: bool = setting(
+        False, "Compile the network with torch.compile: some minutes at the start, then faster; for long jobs."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

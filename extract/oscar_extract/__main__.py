@@ -53,11 +53,13 @@ def command(settings: Extract, catalog: Catalog) -> None:
     from oscar_extract.plan import make_plan
 
     plan = make_plan(Path(settings.images), settings.captions, settings.source, settings.images_per_shard)
-    from oscar_extract.detector import load_detector
+    from oscar_extract.detector import compile_network, load_detector
     from oscar_extract.job import run_job
     from oscar_extract.summary import check_rejects, print_start, print_summary
 
     detector = load_detector(settings.detector, entry, choose_device(settings.device), settings.precision)
+    if settings.compile:
+        compile_network(detector.model)
     selection = choose_selection(settings, detector.preset.selection)
     print_start(plan, detector, out)
     with locked(out, "--out"):

@@ -1,5 +1,7 @@
 """A detector: a detectron2 config, its weights and a numerics preset, built and ready."""
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,19 @@ def fold_batch_norms(model: nn.Module) -> None:
                 conv.weight, conv.bias, old.running_mean, old.running_var, old.eps, old.weight, old.bias
             )
             conv.register_module("norm", None)
+
+
+def compile_network(model: Any) -> None:
+    """Have torch compile backbone and box head when they first run.
+
+    Raises:
+        UsageError: no compiler that torch could use.
+    """
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        raise UsageError("--compile: torch.compile needs a C++ compiler; install g++, or leave out --compile")
+    heads = model.roi_heads
+    for network in (model.backbone, heads.res5 if hasattr(heads, "res5") else heads.box_head):
+        network.compile(dynamic=True)
 
 
 def _set_precision(precision: str) -> None:

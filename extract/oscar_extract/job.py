@@ -78,7 +78,7 @@ def make_manifest(plan: Plan, detector: Detector, selection: Selection, settings
     return Manifest(
         name=settings.name,
         detector=detector.record,
-        settings=asdict(selection) | {"batch_size": settings.batch_size, "precision": settings.precision},
+        settings=asdict(selection) | {name: getattr(settings, name) for name in ("batch_size", "precision", "compile")},
         plan=plan.record,
         software={"python": platform.python_version(), "device": str(detector.model.device.type)}
         | {module.__name__: module.__version__ for module in SOFTWARE},

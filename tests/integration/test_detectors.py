@@ -130,3 +130,27 @@ def test_a_name_that_is_nearly_right_is_suggested(photos, tmp_path):
     done = extract("--images", photos, "--out", tmp_path / "out", "--detector", "vg-r102")
     assert done.returncode == 2
     assert "vg-r101" in error_line(done)
+
+
+def test_compiling_without_a_compiler_is_one_line(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = extract("--images", photos, "--out", tmp_path / "out", "--compile")
+    assert done.returncode == 2
+    assert "needs a C++ compiler" in error_line(done)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_network_finds_the_same(photos, tmp_path):
+    """In photos of several shapes; it takes a minute to compile."""
+    for out, flags in ((tmp_path / "plain", ()), (tmp_path / "compiled", ("--compile",))):
+        done = oscar("oscar-extract", "--images", photos, "--out", out, *flags, timeout=900)
+        assert done.returncode == 0, done.stderr
+    plain, compiled = (
+        {s["__key__"]: s for s in webdataset.WebDataset(str(d / "shard-000000.tar"), shardshuffle=False).decode()}
+        for d in (tmp_path / "plain", tmp_path / "compiled")
+    )
+    assert plain.keys() == compiled.keys()
+    for key, sample in plain.items():
+        assert sample["json"]["tags"] == compiled[key]["json"]["tags"]
+        np.testing.assert_allclose(sample["boxes.npy"], compiled[key]["boxes.npy"], atol=0.05)
