@@ -3,11 +3,13 @@
 import hashlib
 import platform
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import detectron2
 import numpy as np
@@ -30,6 +32,7 @@ from oscar_extract.sources import readable
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
 from oscar_shards.write import Reject, rejects_path, remove_shards, shard_path, write_shard
 
+T = TypeVar("T")
 PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches ...
 PENDING_BYTES = 1 << 30  # ... and in bytes of pixels, as Caffe's resize begins with those of the original
 SOFTWARE = (oscar_common, torch, torchvision, detectron2, PIL, np)
@@ -132,18 +135,27 @@ def extract(
 ) -> Iterator[Sample | Reject]:
     """Yield the samples and rejects of one shard, in an order that depends on the images and the batch size alone."""
     batches = in_batches(load_all(plan, number, detector, settings), settings.batch_size)
-    with ThreadPoolExecutor(1) as worker:  # it detects in the next batch while this one is written
-        ahead: deque[Future[list[Sample | Reject]]] = deque()
-        for batch in batches:
-            ahead.append(worker.submit(detect_batch, detector, batch, selection, limit))
+    work = partial(detect_batch, detector, selection, limit)
+    # A GPU detects in the next batch while this one is written; on a CPU that would only take cores from the network.
+    found = map(work, batches) if detector.model.device.type == "cpu" else one_ahead(work, batches)
+    for items in found:
+        yield from items
+
+
+def one_ahead(work: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+    """Yield `work` of each item in turn, done in a thread that is one item ahead."""
+    with ThreadPoolExecutor(1) as worker:
+        ahead: deque[Future[T]] = deque()
+        for item in items:
+            ahead.append(worker.submit(work, item))
             if len(ahead) > 1:
-                yield from ahead.popleft().result()
+                yield ahead.popleft().result()
         while ahead:
-            yield from ahead.popleft().result()
+            yield ahead.popleft().result()
 
 
 def detect_batch(
-    detector: Detector, batch: list[Loaded] | Reject, selection: Selection, limit: Limit
+    detector: Detector, selection: Selection, limit: Limit, batch: list[Loaded] | Reject
 ) -> list[Sample | Reject]:
     """Find the regions of a batch and return its samples, and rejects where there is nothing to store."""
     if isinstance(batch, Reject):

@@ -5,7 +5,7 @@ import pytest
 
 from oscar_common.sample import ImageRecord
 from oscar_extract import job
-from oscar_extract.job import Loaded, in_batches
+from oscar_extract.job import Loaded, in_batches, one_ahead
 from oscar_extract.plan import PlannedImage
 from oscar_extract.regions import Input
 from oscar_extract.resize import Target
@@ -44,3 +44,19 @@ def test_what_waits_is_bounded_in_images_and_in_bytes(monkeypatch, pixels):
     monkeypatch.setattr(job, "PENDING_BYTES", 3 * 3000 if pixels > 1 else 1 << 30)
     items = (loaded(n, shape, pixels) for n, shape in enumerate((5, 6, 5, 7, 8, 9)))
     assert keys(in_batches(items, 3)) == [["0", "2"], ["1"], ["3"], ["4"], ["5"]]
+
+
+def test_work_is_one_item_ahead_and_in_order():
+    """When the first result is looked at, the second item is being worked on; and no more than that."""
+    taken = []
+    results = one_ahead(lambda n: n * n, (taken.append(n) or n for n in range(5)))
+    assert next(results) == 0
+    assert taken == [0, 1]
+    assert list(results) == [1, 4, 9, 16]
+
+
+def test_what_goes_wrong_ahead_is_raised_in_its_place():
+    results = one_ahead(lambda n: 1 // n, [2, 1, 0, 1])
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
