@@ -37,7 +37,7 @@ from oscar_common.config import installed_catalog
 from oscar_common.device import choose_device
 from oscar_common.sample import ImageRecord, Sample
 from oscar_common.settings import Detector as Entry
-from oscar_extract.detector import Detector, build, compile_network, configure, load_detector
+from oscar_extract.detector import Detector, build, compile_network, configure, load_config, load_detector
 from oscar_extract.images import read_image
 from oscar_extract.nms import intersection_over_union
 from oscar_extract.preset import PRESETS, Preset
@@ -154,7 +154,7 @@ def random_weights(name: str, preset: Preset, path: Path, files: list[Path], dev
     The last norm of every residual block is small; the class scores are of the features' deviation from their mean.
     """
     torch.manual_seed(0)
-    cfg = configure(name, name, preset, device)
+    cfg = configure(load_config(name, name), preset, device)
     model = build(name, cfg)
     for module_name, module in model.named_modules():
         if module_name.endswith("conv3.norm"):

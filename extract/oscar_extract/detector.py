@@ -48,17 +48,16 @@ def load_detector(name: str, entry: settings.Detector, device: str, precision: s
     Raises:
         UsageError: no such config or weights, weights of another network, or a model that is no Faster R-CNN.
     """
-    load_config(name, entry.config)  # a bad config is told before the weights are read
-    path = _weights_of(name, entry)
+    cfg = load_config(name, entry.config)
+    path = _weights_of(name, entry, cfg.MODEL.WEIGHTS)
     state = read_weights(path)
     family = family_of(state)
     preset = choose_preset(entry.preset, family, path)
-    cfg = configure(name, entry.config, preset, device)
+    configure(cfg, preset, device)
     model = build(name, cfg)
     classes, attributes = _classes(name, cfg, entry), _attributes(name, cfg, entry)
     fill(model, family, preset.name, state, path)
-    if preset.fixed:
-        _set_eps(model, preset.batch_norm_eps)
+    _set_eps(model, preset.batch_norm_eps)
     fold_batch_norms(model)
     model.to(memory_format=torch.channels_last)
     _set_precision(precision)
@@ -76,11 +75,9 @@ def load_detector(name: str, entry: settings.Detector, device: str, precision: s
     return Detector(model=model, cfg=cfg, preset=preset, precision=precision, record=record)
 
 
-def configure(name: str, config: str, preset: Preset, device: str) -> CfgNode:
-    """Return the config as it is built: the file's values, and over them those that the preset fixes."""
-    cfg = load_config(name, config)
-    for key, value in preset.fixed.items():
-        cfg.merge_from_list([key, value])
+def configure(cfg: CfgNode, preset: Preset, device: str) -> CfgNode:
+    """Change a config to what is built, and return it: what the preset fixes wins over the file's values."""
+    cfg.merge_from_list([x for pair in preset.fixed.items() for x in pair])
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "", device, ""
     return cfg
 
@@ -102,8 +99,8 @@ def load_config(name: str, config: str) -> CfgNode:
     return cfg
 
 
-def _weights_of(name: str, entry: settings.Detector) -> Path:
-    """Return the file of an entry's weights: those it names, else the built-in ones, the zoo's, or the config's."""
+def _weights_of(name: str, entry: settings.Detector, configured: str) -> Path:
+    """Return the file of an entry's weights: those it names, else the built-in ones, the zoo's, or those configured."""
     if entry.weights:
         return local_file(name, entry.weights)
     if entry.config == "builtin":
@@ -116,13 +113,12 @@ def _weights_of(name: str, entry: settings.Detector) -> Path:
         except RuntimeError:
             raise UsageError(f"--detector {name}: the model zoo has no weights for it; give --weights FILE") from None
         return local_file(name, url)
-    weights = load_config(name, entry.config).MODEL.WEIGHTS
-    if not weights or "://" in weights:
+    if not configured or "://" in configured:
         raise UsageError(
-            f"--detector {name}: no file of its weights is known{f', only {weights}' if weights else ''}; "
+            f"--detector {name}: no file of its weights is known{f', only {configured}' if configured else ''}; "
             "give one with --weights FILE (docs/numerics.md says where they come from)"
         )
-    return Path(weights)
+    return Path(configured)
 
 
 def choose_preset(name: str | None, family: Family, path: Path) -> Preset:
@@ -211,7 +207,7 @@ def _classes(name: str, cfg: CfgNode, entry: settings.Detector) -> list[str]:
     if entry.classes:
         names, where = read_names("--classes", Path(entry.classes), "label_to_idx"), f"--classes {entry.classes} has"
     elif (count, cfg.MODEL.ROI_ATTRIBUTE_HEAD.NUM_CLASSES) == VISUAL_GENOME:
-        return read_names("--classes", HERE / "vg/objects.txt", "")
+        return read_names("--classes", HERE / "vg/objects.txt")
     else:
         names, where = known_names(cfg), f"its training set {cfg.DATASETS.TRAIN} is known with"
     if len(names) != count:
@@ -227,7 +223,7 @@ def _attributes(name: str, cfg: CfgNode, entry: settings.Detector) -> list[str]:
     if file and count:
         names = read_names("--attributes", Path(file), "attribute_to_idx")
     else:
-        names = read_names("--attributes", HERE / "vg/attributes.txt", "") if count == VISUAL_GENOME[1] else []
+        names = read_names("--attributes", HERE / "vg/attributes.txt") if count == VISUAL_GENOME[1] else []
     if len(names) != count:
         raise UsageError(
             f"--detector {name}: it has {count} attributes, but {file or 'this package'} has {len(names)} names for "

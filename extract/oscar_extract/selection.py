@@ -75,7 +75,7 @@ def select_caffe(predictor: Any, found: Candidates, selection: Selection) -> Kep
     between = (number >= selection.min_boxes) & (number <= selection.max_boxes)
     order = torch.where(between[:, None], _true_first(reach), best.argsort(dim=1, descending=True, stable=True))
     scores, classes = probabilities.max(dim=-1)
-    return _keep(found, order, found.boxes, scores, classes, _clamped(number, found.valid, selection), selection)
+    return _keep(order, found.boxes, scores, classes, _clamped(number, found.valid, selection), selection)
 
 
 def select_vinvl(predictor: Any, found: Candidates, selection: Selection) -> Kept:
@@ -88,7 +88,7 @@ def select_vinvl(predictor: Any, found: Candidates, selection: Selection) -> Kep
     best, classes = _best_surviving(overlaps, probabilities, found.valid)
     order = best.argsort(dim=1, descending=True, stable=True)
     number = _clamped((best >= selection.score_threshold).sum(dim=1), best > 0, selection)
-    return _keep(found, order, found.boxes, best, classes, number, selection)
+    return _keep(order, found.boxes, best, classes, number, selection)
 
 
 def select_lxmert(predictor: Any, found: Candidates, selection: Selection) -> Kept:
@@ -111,7 +111,7 @@ def select_lxmert(predictor: Any, found: Candidates, selection: Selection) -> Ke
     order = scores.masked_fill(~kept, -1).argsort(dim=1, descending=True, stable=True)[:, : selection.max_boxes]
     there = kept.gather(1, order) & ((boxes[..., 2:] > boxes[..., :2]).all(dim=-1)).gather(1, order)
     order = order.gather(1, _true_first(there))
-    return _keep(found, order, boxes, scores, classes, there.sum(dim=1), selection)
+    return _keep(order, boxes, scores, classes, there.sum(dim=1), selection)
 
 
 def select_detectron2(predictor: Any, found: Candidates, selection: Selection) -> Kept:
@@ -131,7 +131,7 @@ def select_detectron2(predictor: Any, found: Candidates, selection: Selection) -
     number = _clamped(
         ((scores.gather(1, order) >= selection.score_threshold) & survives).sum(dim=1), survives, selection
     )
-    return _keep(found, order, boxes, scores, classes, number, selection)
+    return _keep(order, boxes, scores, classes, number, selection)
 
 
 def select_bua_d2(predictor: Any, found: Candidates, selection: Selection) -> Kept:
@@ -205,7 +205,6 @@ def _clip(boxes: Tensor, targets: list[Target]) -> Tensor:
 
 
 def _keep(
-    found: Candidates,
     order: Tensor,
     boxes: Tensor,
     scores: Tensor,

@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from oscar_common.errors import UsageError
 
 
-def read_names(flag: str, file: Path, key: str) -> list[str]:
+def read_names(flag: str, file: Path, key: str = "") -> list[str]:
     """Read names from a text file of one a line, or from `key` of a VinVL label map (.json: name to index from 1).
 
     A line of synonyms "stop sign,stopsign" gives the first, in lower case, as the reference extractors do it.

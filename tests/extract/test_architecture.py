@@ -6,7 +6,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from oscar_extract.architecture import AttributeHead, CaffeAnchorGenerator, CaffeStem
-from oscar_extract.detector import build, configure, fold_batch_norms
+from oscar_extract.detector import build, configure, fold_batch_norms, load_config
 from oscar_extract.preset import PRESETS
 
 # What generate_anchors.py of py-faster-rcnn prints for scales 8, 16, 32, in its own comment but for the shift of one.
@@ -38,11 +38,11 @@ def test_caffes_pooling_begins_at_the_edge_and_ends_with_a_part():
 
 def test_res5_is_dilated_where_the_preset_says_so():
     for name, stride, dilation in (("bua", 1, 2), ("lxmert", 1, 2)):
-        res5 = build("vg", configure("vg", "vg-r101", PRESETS[name], "cpu")).roi_heads.res5
+        res5 = build("vg", configure(load_config("vg", "vg-r101"), PRESETS[name], "cpu")).roi_heads.res5
         assert [b.conv2.dilation[0] for b in res5] == [dilation] * 3
         assert res5[0].conv1.stride == res5[0].shortcut.stride == (stride, stride)
         assert res5(torch.zeros(1, 1024, 14, 14)).shape == (1, 2048, 14, 14)
-    stock = build("vg", configure("vg", "vg-r101", PRESETS["bua-d2"], "cpu")).roi_heads.res5
+    stock = build("vg", configure(load_config("vg", "vg-r101"), PRESETS["bua-d2"], "cpu")).roi_heads.res5
     assert stock(torch.zeros(1, 1024, 14, 14)).shape == (1, 2048, 7, 7)
 
 
@@ -57,7 +57,7 @@ def test_the_attribute_head_sees_feature_and_class():
 
 def test_folded_norms_give_the_same_numbers():
     torch.manual_seed(0)
-    backbone = build("vg", configure("vg", "vg-r101", PRESETS["vinvl"], "cpu")).backbone
+    backbone = build("vg", configure(load_config("vg", "vg-r101"), PRESETS["vinvl"], "cpu")).backbone
     assert isinstance(backbone.output_shape()["res4"], ShapeSpec)
     for name, buffer in backbone.named_buffers():
         if name.endswith(("running_mean", "norm.bias")):

@@ -10,15 +10,15 @@ from oscar_extract.vocabulary import read_names
 
 
 def test_visual_genomes_names_come_with_the_package():
-    objects = read_names("--classes", HERE / "vg/objects.txt", "")
-    attributes = read_names("--attributes", HERE / "vg/attributes.txt", "")
+    objects = read_names("--classes", HERE / "vg/objects.txt")
+    attributes = read_names("--attributes", HERE / "vg/attributes.txt")
     assert (len(objects), len(set(objects)), objects[0], objects[16]) == (1600, 1600, "yolk", "stop sign")
     assert (len(attributes), len(set(attributes))) == (400, 400)
 
 
 def test_the_first_synonym_in_lower_case_is_the_name(tmp_path):
     (tmp_path / "names.txt").write_bytes(b"Stop Sign,stopsign\r\n dog \r\n\r\nT-shirt\r\n")
-    assert read_names("--classes", tmp_path / "names.txt", "") == ["stop sign", "dog", "t-shirt"]
+    assert read_names("--classes", tmp_path / "names.txt") == ["stop sign", "dog", "t-shirt"]
 
 
 def test_a_label_map_is_read_in_its_order(tmp_path):

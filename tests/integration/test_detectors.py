@@ -13,7 +13,7 @@ from small_detectors import entry_of, save
 from support import error_line, extract, oscar, photo
 
 from oscar_common.settings import Detector as Entry
-from oscar_extract.detector import build, configure, load_detector
+from oscar_extract.detector import build, configure, load_config, load_detector
 from oscar_extract.download import zoo_config
 from oscar_extract.preset import PRESETS
 from oscar_extract.regions import detect, make_input
@@ -112,7 +112,7 @@ def test_detectron2s_model_zoo_by_name(tmp_path, name):
     config = tmp_path / "small.yaml"
     small = "INPUT: {MIN_SIZE_TEST: 96, MAX_SIZE_TEST: 160}\nMODEL: {RPN: {POST_NMS_TOPK_TEST: 20}}\n"
     config.write_text(f"_BASE_: {base}\n{small}")
-    model = build(name, configure(name, str(config), PRESETS["detectron2"], "cpu"))
+    model = build(name, configure(load_config(name, str(config)), PRESETS["detectron2"], "cpu"))
     for module_name, module in model.named_modules():
         if module_name.endswith("conv3.norm"):
             module.weight.fill_(0.2)
