@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
 
 def statistics(shards: ShardFolder) -> str:
     """Return the shards' statistics as an HTML table."""
-    stats, detector = count(shards), shards.manifest.detector
+    stats, detector = count(shards.tars), shards.manifest.detector
     rows = {
         "detector": f"{detector.name}, preset {detector.preset}, {detector.feature_dim} features a region",
         "images": f"{stats.images:,} in {stats.shards} shards, {stats.bytes / 1e6:.1f} MB",

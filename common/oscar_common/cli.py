@@ -83,12 +83,14 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> click.Option:
     """Make a click option that says its default but is None unless given, so that a pipeline can fill it."""
     if typing.get_origin(hint) is types.UnionType:
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+    several = typing.get_origin(hint) is list
     choices = field.metadata["choices"]
-    default = "" if field.default is None or field.default is False else f" [default: {field.default}]"
+    default = f" [default: {field.default}]" if field.default not in (None, False, dataclasses.MISSING) else ""
     return click.Option(
         [f"--{field.name.replace('_', '-')}", field.name],
-        type=click.Choice(choices) if choices else hint,
+        type=click.Choice(choices) if choices else typing.get_args(hint)[0] if several else hint,
         is_flag=hint is bool,
+        multiple=several,
         default=None,
         help=field.metadata["help"] + default,
     )
@@ -100,7 +102,9 @@ def _resolve(schema: type[S], stage: str, catalog: Catalog, pipeline: str | None
         if pipeline not in catalog.pipelines:
             raise UsageError(f"--pipeline: no pipeline {pipeline!r}{nearest(pipeline, catalog.pipelines)}")
         base = getattr(catalog.pipelines[pipeline], stage)
-    given = {name: flag for name, flag in flags.items() if flag is not None}
+    given = {
+        name: list(flag) if isinstance(flag, tuple) else flag for name, flag in flags.items() if flag not in (None, ())
+    }
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
         if field.name in given:
             check_range(given[field.name], f"--{field.name.replace('_', '-')}", field)

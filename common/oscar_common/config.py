@@ -69,8 +69,9 @@ def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") ->
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
     if typing.get_origin(hint) is dict:
         return _entries(typing.get_args(hint)[1], given, place)
-    if typing.get_origin(hint) is list and isinstance(given, list):
-        return [_scalar(typing.get_args(hint)[0], item, place) for item in given]
+    if typing.get_origin(hint) is list:
+        items = given if isinstance(given, list) else [given]  # one value stands for a list of one
+        return [_scalar(typing.get_args(hint)[0], item, place) for item in items]
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast("type[Any]", hint), given, place)
     typed = _scalar(hint, given, place)

@@ -1,15 +1,16 @@
 """Files that are whole or absent: written under a temporary name, flushed to disk, renamed last."""
 
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from oscar_common.errors import OperationError
+from oscar_common.errors import OperationError, UsageError
 
 TEMPORARY = ".tmp-"  # prefix of everything unfinished; a killed run's leftovers are overwritten by the next run
 
@@ -29,6 +30,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+        with suppress(OSError):  # not every file system can
+            _sync(path.parent)  # the name, too, outlives a power cut, before anything that relies on it is written
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
@@ -60,26 +63,52 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, flag: str) -> Iterator[None]:
-    """Hold `folder` (made if absent) for this process alone; nothing is left in it, and a killed owner frees it.
+    """Hold `folder` (made if absent) for this process alone; nothing stays in it, and a killed owner frees it.
 
     Raises:
         OperationError: another live process holds it.
+        UsageError: nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    path = folder / ".lock"
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise OperationError(
-            f"{folder}: another process is writing there; wait for it, or give another {flag}"
-        ) from None
-    except OSError:
-        pass  # some network file systems cannot lock a folder
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = hold(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UsageError(f"{flag} {folder}: cannot be written: {error.strerror}; give another {flag}") from None
+    if handle is None:
+        raise OperationError(f"{folder}: another process is writing there; wait for it, or give another {flag}")
     try:
         yield
     finally:
-        os.close(handle)
+        release(handle, path)
+
+
+def hold(path: Path) -> int | None:
+    """Open `path` (made if absent) for this process alone and return its handle; None if another process holds it.
+
+    A file system that has no locks is taken at its word that nobody else is there.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError:
+            return handle
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        os.close(handle)  # its last owner removed it in between
+
+
+def release(handle: int, path: Path) -> None:
+    """Remove a file that `hold` opened, and let it go."""
+    path.unlink(missing_ok=True)
+    os.close(handle)
 
 
 def sha256(path: Path) -> str:

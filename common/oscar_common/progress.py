@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -27,10 +27,9 @@ class Meter:
     _bar: Progress | None = None
     _task: TaskID | None = None
 
-    def advance(self, done: int = 0, rejects: int = 0) -> None:
-        """Count `done` more, of which `rejects` were refused, and show it."""
-        self.done += done
-        self.rejects += rejects
+    def show(self, done: int, rejects: int) -> None:
+        """Show that `done` are done in all, `rejects` of those of this run were refused."""
+        self.done, self.rejects = done, rejects
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, text=self.text())
         elif time.monotonic() - self._printed >= LINE_SECONDS:
@@ -65,3 +64,17 @@ def meter(unit: str, total: int, done: int = 0) -> Iterator[Meter]:
     with Progress(*columns, console=console) as shown._bar:
         shown._task = shown._bar.add_task(unit, total=total, completed=done, text="")
         yield shown
+
+
+PHASE_SECONDS = 2.0
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Say on stderr how long the block took, if that was long enough to wonder; on a terminal also that it runs."""
+    began = time.monotonic()
+    console = Console(stderr=True)
+    with console.status(f"{name} ...") if console.is_terminal else nullcontext():
+        yield
+    if (seconds := time.monotonic() - began) > PHASE_SECONDS:
+        print(f"{name}: {seconds:,.1f} s", file=sys.stderr, flush=True)

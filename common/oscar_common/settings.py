@@ -6,22 +6,28 @@ from typing import Any
 PRESETS = ("detectron2", "bua", "bua-r152", "lxmert", "bua-d2", "vinvl")
 PRECISIONS = ("fp32", "tf32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
+LAYOUTS = ("coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa")
 
 
 def setting(
     default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
 ) -> Any:
     """Declare a field: its default, the sentence that `--help` shows, and the values allowed."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """An entry of `datasets:` in pipelines.yaml."""
 
-    images: str
-    captions: str | None = None
-    source: str | None = None
+    images: str | None = setting(None, "folder of images, or manifest file")
+    captions: str | None = setting(None, "caption file for `images`")
+    source: str | None = setting(None, "name of the dataset in the samples")
+    layout: str | None = setting(None, "a published dataset's layout, instead of `images`", choices=LAYOUTS)
+    root: str | None = setting(None, "folder of that dataset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +47,47 @@ class Detector:
 class Extract:
     """Stage 1: images to shards."""
 
-    dataset: str | None = setting(None, "Name under `datasets:` in pipelines.yaml, instead of --images and --captions.")
-    images: str | None = setting(None, "Folder of images, searched recursively.")
+    dataset: list[str] = setting(
+        [],
+        "A dataset in its published layout: coco, cc, sbu, flickr30k, gqa, vqa or vg-qa, with --root; or a name under "
+        "`datasets:` in pipelines.yaml. Several (give it again, or a,b,c) are joined: an image in two of them is "
+        "extracted once and carries the texts of both.",
+    )
+    root: list[str] = setting(
+        [],
+        "Folder of the --dataset; DIR/NAME if there is such a folder. One for all of them, or one for each in turn.",
+    )
+    images: str | None = setting(
+        None,
+        "Folder of images, searched recursively, tars of images (img2dataset's) included; or a manifest file .jsonl, "
+        ".csv, .tsv or .parquet with columns path, text, source. With --dataset: a further folder with its images.",
+    )
     captions: str | None = setting(
         None,
         "Texts: COCO captions .json; .tsv, .csv, .jsonl or .parquet of (image, caption); a folder with .txt files "
         "named like the images; or the word `txt` for .txt files beside the images.",
     )
     source: str | None = setting(None, "Name of the dataset in the samples. [default: the images folder's name]")
+    splits: str = setting(
+        "train",
+        "Splits of a --dataset to take, of train, val, test: like train,val. Images of val and test splits not taken are "
+        "kept out, whichever dataset names them.",
+    )
+    exclude: list[str] = setting(
+        [],
+        "File of images to keep out, one a line (id, source/id, file name or path), or a .json: Karpathy's split (val and "
+        "test), COCO annotations, or a list. May be given again.",
+    )
+    duplicates: str = setting(
+        "merge",
+        "Image files of the same bytes: merge into one sample with the texts of all, or keep each.",
+        choices=("merge", "keep"),
+    )
+    limit: int | None = setting(None, "Take only the first so many images.", low=1)
+    shuffle_seed: int | None = setting(None, "Shuffle the images by this seed first.", low=0, high=2**63 - 1)
+    dry_run: bool = setting(
+        False, "Print the corpus and the plan, and from a short sample the hours and bytes; write nothing."
+    )
     out: str | None = setting(None, "Folder for the shards. The same command again continues what is there.")
     name: str = setting("shard", "First part of the shards' file names.")
     detector: str = setting(
@@ -88,9 +127,18 @@ class Extract:
     )
     images_per_shard: int = setting(1000, "Images in a shard, the unit of work, of failure and of resume.", low=1)
     batch_size: int = setting(1, "Images of equal resized shape per forward pass (try 8 on a GPU).", low=1)
-    decode_threads: int = setting(4, "Threads that read and decode images.", low=1)
+    workers: int | None = setting(
+        None,
+        "Processes on this machine. [default: one for each GPU; without any, as many as cores, memory and work allow]",
+        low=1,
+    )
+    scheduler: str | None = setting(
+        None, "Address of a dask scheduler, like tcp://host:8786, whose workers do the work and see the same folders."
+    )
+    decode_threads: int = setting(4, "Threads of a process that read and decode images.", low=1)
+    image_timeout: float = setting(60.0, "Refuse an image that takes longer than these seconds to decode.", low=0.1)
     max_reject_fraction: float = setting(
-        0.5, "Exit 1 at the end if more of the images than this were refused.", low=0, high=1
+        0.5, "Exit 1 if more of the images than this are missing or were refused.", low=0, high=1
     )
     retry_rejects: bool = setting(False, "Do the shards that have rejects again.")
     overwrite: bool = setting(False, "Delete the shards in --out and start anew.")

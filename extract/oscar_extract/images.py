@@ -1,9 +1,15 @@
-"""An image file to upright RGB pixels, whatever its format, or the reason why not."""
+"""An image file to upright RGB pixels, whatever its format, or the reason why not.
+
+`python -m oscar_extract.images` decodes one image from stdin to an .npy file on stdout, for `decode_apart`.
+"""
 
 import hashlib
 import io
+import os
+import stat
+import subprocess
+import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -39,19 +45,69 @@ class RefusedImage(Exception):
         self.reason = reason
 
 
-def read_image(path: Path) -> tuple[npt.NDArray[np.uint8], str]:
+def read_image(
+    path: str | os.PathLike[str], offset: int = 0, size: int | None = None
+) -> tuple[npt.NDArray[np.uint8], str]:
     """Return the pixels, uint8 [H, W, 3] RGB with the EXIF orientation applied, and the SHA-256 of the file.
 
     Raises:
-        RefusedImage: unreadable, no image, truncated, damaged, or a decompression bomb.
+        RefusedImage: see `read_bytes` and `decode`.
+    """
+    content = read_bytes(path, offset, size)
+    return decode(content), hashlib.sha256(content).hexdigest()
+
+
+def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> bytes:
+    """Return the bytes of an image: a whole file, or `size` bytes of it from `offset` on (a tar's member).
+
+    Raises:
+        RefusedImage: it is not there, cannot be read, is no regular file, or is too large.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RefusedImage("too-large", f"file of more than {MAX_BYTES >> 20} MiB")
-        content = path.read_bytes()
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
+        with open(handle, "rb") as file:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise RefusedImage("unreadable", "not a regular file")
+            if (status.st_size if size is None else size) > MAX_BYTES:
+                raise RefusedImage("too-large", f"file of more than {MAX_BYTES >> 20} MiB")
+            file.seek(offset)
+            return file.read(-1 if size is None else size)
     except OSError as error:
         raise RefusedImage("unreadable", str(error.strerror)) from None
-    return decode(content), hashlib.sha256(content).hexdigest()
+
+
+def decode_apart(content: bytes, timeout: float) -> npt.NDArray[np.uint8]:
+    """Do what `decode` does in a process of its own, which an image may crash or block without any harm.
+
+    Raises:
+        RefusedImage: also if that process dies, or takes longer than `timeout` seconds.
+    """
+    command = [sys.executable, "-m", "oscar_extract.images"]
+    try:
+        done = subprocess.run(command, input=content, capture_output=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RefusedImage("timeout", f"decoding takes longer than {timeout:g} s") from None
+    if done.returncode == 0:
+        pixels: npt.NDArray[np.uint8] = np.load(io.BytesIO(done.stdout), allow_pickle=False)
+        return pixels
+    if done.returncode == REFUSED:
+        reason, _, message = done.stderr.decode(errors="replace").strip().partition(" ")
+        raise RefusedImage(reason, message)
+    raise RefusedImage("crash", f"the decoder died with {done.returncode}")
+
+
+REFUSED = 3  # exit code
+
+
+def main() -> None:
+    """Decode stdin."""
+    try:
+        pixels = decode(sys.stdin.buffer.read())
+    except RefusedImage as refused:
+        print(refused.reason, refused, file=sys.stderr)
+        sys.exit(REFUSED)
+    np.save(sys.stdout.buffer, pixels, allow_pickle=False)
 
 
 def decode(content: bytes) -> npt.NDArray[np.uint8]:
@@ -108,3 +164,7 @@ def _from_deep(samples: npt.NDArray[np.generic]) -> Image.Image:
     ranges = (1.0, 255.0) if np.issubdtype(samples.dtype, np.floating) else (255.0, 4095.0, 65535.0)
     full = next((r for r in ranges if values.max(initial=0) <= r), ranges[-1])
     return Image.fromarray(np.clip(values * (255 / full) + 0.5, 0, 255).astype(np.uint8))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,15 @@
-"""The job: a plan and a detector to a folder of shards, one whole shard after the other."""
+"""The job: one shard after the other, from the plan to whole files, in whatever process that happens."""
 
 import hashlib
 import platform
+import resource
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import islice
+from functools import lru_cache, partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 import detectron2
@@ -18,24 +19,50 @@ import torch
 import torchvision
 
 import oscar_common
-from oscar_common.errors import UsageError
-from oscar_common.progress import Meter, meter
+from oscar_common.device import choose_device
+from oscar_common.errors import OperationError
 from oscar_common.sample import ImageRecord, Regions, Sample
+from oscar_common.settings import Detector as Entry
 from oscar_common.settings import Extract
-from oscar_extract.detector import Detector
-from oscar_extract.images import RefusedImage, read_image
+from oscar_extract.decoding import Decoders, Journal, journal
+from oscar_extract.detector import Detector, compile_network, load_detector
+from oscar_extract.images import RefusedImage, decode, decode_apart, read_bytes
 from oscar_extract.memory import Limit, detect_within
-from oscar_extract.plan import Plan, PlannedImage
+from oscar_extract.plan import PlannedImage, read_shard_plan
 from oscar_extract.regions import Input, make_input
 from oscar_extract.selection import Selection
-from oscar_extract.sources import readable
-from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
-from oscar_shards.write import Reject, rejects_path, remove_shards, shard_path, write_shard
+from oscar_extract.sources.duplicates import locate
+from oscar_shards.manifest import Manifest, PlanRecord, read_manifest
+from oscar_shards.read import is_whole
+from oscar_shards.write import Reject, rejects_path, shard_path, write_shard
 
 T = TypeVar("T")
 PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches ...
 PENDING_BYTES = 1 << 30  # ... and in bytes of pixels, as Caffe's resize begins with those of the original
 SOFTWARE = (oscar_common, torch, torchvision, detectron2, PIL, np)
+
+
+class DeviceFailure(OperationError):
+    """A GPU has failed; the process can do nothing more with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a worker must know. `threads`: how many detect at once, each on one core; a GPU has one."""
+
+    out: Path
+    settings: Extract
+    entry: Entry
+    threads: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equipment:
+    """A detector that is loaded, the selection of its regions, and how many images a batch may have."""
+
+    detector: Detector
+    selection: Selection
+    limit: Limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,120 +74,219 @@ class Loaded:
     record: ImageRecord
 
 
-def run_job(plan: Plan, detector: Detector, selection: Selection, settings: Extract, out: Path) -> str:
-    """Write all shards of the plan that are not in `out` yet, and say how long it took.
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a worker says of a shard: its number, images and rejects, and the most memory it has had, in bytes."""
+
+    shard: int
+    images: int
+    rejects: int
+    memory: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a worker says before the work: the manifest, and from a few images the pace, memory and bytes of one."""
+
+    manifest: Manifest
+    device: str
+    images_per_second: float
+    bytes_per_image: float
+    memory: int
+
+
+def equip(job: Job) -> Equipment:
+    """Load the detector, once in a process.
 
     Raises:
-        UsageError: `out` holds shards of another detector, plan or settings.
+        UsageError: see `load_detector`.
     """
-    prepare(out, make_manifest(plan, detector, selection, settings), settings.overwrite)
-    tars = [shard_path(out, settings.name, n) for n in range(plan.record.num_shards)]
-    todo = [n for n, tar in enumerate(tars) if not _done(tar, settings.retry_rejects)]
-    done = plan.record.num_images - sum(len(plan.shard(n)) for n in todo)
-    limit = Limit(images=settings.batch_size)
-    with meter("images", plan.record.num_images, done) as progress:
-        for number in todo:
-            items = counted(extract(plan, number, detector, selection, settings, limit), progress)
-            write_shard(tars[number], items, detector.record.feature_dim)
-    return f"{progress.seconds:,.0f} s, {progress.rate:.1f} images/s" if todo else "nothing was left to do"
+    settings = job.settings
+    return _equip(job.entry, *(getattr(settings, name) for name in EQUIPMENT))
 
 
-def counted(items: Iterable[Sample | Reject], progress: Meter) -> Iterator[Sample | Reject]:
-    """Pass items on and show each as progress."""
-    for item in items:
-        progress.advance(done=1, rejects=isinstance(item, Reject))
-        yield item
+EQUIPMENT = ("detector", "device", "precision", "compile", "batch_size", "min_boxes", "max_boxes", "score_threshold")
 
 
-def _done(tar: Path, retry_rejects: bool) -> bool:
-    return tar.exists() and not (retry_rejects and rejects_path(tar).exists())
+@lru_cache(maxsize=1)
+def _equip(
+    entry: Entry, name: str, device: str, precision: str, compile: bool, batch_size: int, *selection: Any
+) -> Equipment:
+    detector = load_detector(name, entry, choose_device(device), precision)
+    if compile:
+        compile_network(detector.model)
+    chosen = choose_selection(detector.preset.selection, *selection)
+    return Equipment(detector=detector, selection=chosen, limit=Limit(images=batch_size))
 
 
-def make_manifest(plan: Plan, detector: Detector, selection: Selection, settings: Extract) -> Manifest:
+def choose_selection(preset: Selection, least: int | None, most: int | None, threshold: float | None) -> Selection:
+    """Return how many regions are kept: what the preset keeps, but for what is given."""
+    return Selection(
+        **asdict(preset)
+        | {
+            "min_boxes": min(preset.min_boxes, most or preset.max_boxes) if least is None else least,
+            "max_boxes": max(preset.max_boxes, least or 0) if most is None else most,
+            "score_threshold": preset.score_threshold if threshold is None else threshold,
+        }
+    )
+
+
+def survey(job: Job, plan: PlanRecord, roots: list[Path], sample: list[PlannedImage], seconds: float) -> Survey:
+    """Load the detector and find regions in the sample's first images, for about so many seconds, in this process."""
+    tools, threads = equip(job), max(job.threads, 1)
+    size = job.settings.batch_size
+    loaded = (image for p in sample if isinstance(image := _load(tools.detector, roots, p, job, False), Loaded))
+    batches = in_batches(loaded, size)
+    images = found = 0
+    began = monotonic()
+    for number, part in enumerate(ahead(partial(detect_batch, tools), batches, threads, _prepare_thread(tools))):
+        if number == threads:  # those before it warmed up
+            began, images, found = monotonic(), 0, 0
+        images += len(part)
+        found += sum(len(i.regions.tags) for i in part if isinstance(i, Sample))
+        if monotonic() - began > seconds:
+            break
+    record = tools.detector.record
+    return Survey(
+        manifest=make_manifest(plan, tools, job.settings),
+        device=str(tools.detector.model.device.type),
+        images_per_second=images / max(monotonic() - began, 1e-9),
+        bytes_per_image=found / max(images, 1) * (record.feature_dim * 2 + 16 + 24) + 4096,
+        memory=peak_memory(),
+    )
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def make_manifest(plan: PlanRecord, tools: Equipment, settings: Extract) -> Manifest:
     """Return what manifest.json will say. Nothing in it depends on time, place or chance."""
     return Manifest(
         name=settings.name,
-        detector=detector.record,
-        settings=asdict(selection) | {name: getattr(settings, name) for name in ("batch_size", "precision", "compile")},
-        plan=plan.record,
-        software={"python": platform.python_version(), "device": str(detector.model.device.type)}
+        detector=tools.detector.record,
+        settings=asdict(tools.selection)
+        | {name: getattr(settings, name) for name in ("batch_size", "precision", "compile")},
+        plan=plan,
+        software={"python": platform.python_version(), "device": str(tools.detector.model.device.type)}
         | {module.__name__: module.__version__ for module in SOFTWARE},
     )
 
 
-def prepare(out: Path, manifest: Manifest, overwrite: bool) -> None:
-    """Make `out` ready: new, continued, or (with `overwrite`) emptied of its shards."""
-    if overwrite:
-        remove_shards(out)
-    if (out / FILE).exists():
-        _check_same(out, read_manifest(out, "--out"), manifest)
-    elif any(out.glob("*.tar")):
-        raise UsageError(
-            f"--out {out}: it holds tars but no {FILE}, so they are not this command's; give another --out"
+def is_done(tar: Path, retry_rejects: bool) -> bool:
+    """Whether nothing is left to do for a shard."""
+    return is_whole(tar) and not (retry_rejects and rejects_path(tar).exists())
+
+
+def extract_shard(job: Job, number: int, tell: Callable[[int, int], None]) -> Done:
+    """Write one shard, and tell how many images, and rejects among them, are done so far.
+
+    Raises:
+        OperationError: this worker's detector is not the manifest's, or its GPU has failed.
+        OSError: the disk is full, or refuses.
+    """
+    tools = equip(job)
+    if read_manifest(job.out, "--out").detector != tools.detector.record:
+        raise OperationError(
+            f"{platform.node()} has another detector than {job.out}/manifest.json says; give all workers the same "
+            "software and weights"
         )
-    else:
-        write_manifest(out, manifest)
+    tar = shard_path(job.out, job.settings.name, number)
+    images = rejects = 0
+
+    def counted(items: Iterable[Sample | Reject]) -> Iterator[Sample | Reject]:
+        nonlocal images, rejects
+        for item in items:
+            rejects += isinstance(item, Reject)
+            images += 1
+            tell(images, rejects)
+            yield item
+
+    with journal(tar) as record:
+        if not is_done(tar, job.settings.retry_rejects):
+            roots, planned = read_shard_plan(job.out, number)
+            items = with_twins(counted(extract(job, tools, roots, planned, record)), planned)
+            try:
+                write_shard(tar, items, tools.detector.record.feature_dim)
+            except RuntimeError as error:
+                if not is_device_failure(error):
+                    raise
+                raise DeviceFailure(
+                    f"the GPU of {platform.node()} failed in {tar.name}: {str(error).splitlines()[0]}; the same "
+                    "command again continues"
+                ) from None
+    return Done(shard=number, images=images, rejects=rejects, memory=peak_memory())
 
 
-def _check_same(out: Path, there: Manifest, here: Manifest) -> None:
-    """Refuse to mix shards of two detectors, plans or settings, naming both sides."""
-
-    def refuse(what: str, old: object, new: object) -> None:
-        raise UsageError(
-            f"--out {out}: holds shards of {what} {old}, this is {new}; give another --out, or --overwrite"
-        )
-
-    if there.name != here.name:
-        refuse("name", there.name, here.name)
-    if there.detector != here.detector:
-        refuse("detector", _describe(there), _describe(here))
-    for name, value in here.settings.items():
-        if there.settings.get(name) != value:
-            refuse(name, there.settings.get(name), value)
-    for name, value in asdict(here.plan).items():
-        old = asdict(there.plan)[name]
-        if old != value and name not in ("images", "captions"):  # the same content may lie elsewhere now
-            refuse(f"plan: {name}", old, value)
-
-
-def _describe(manifest: Manifest) -> str:
-    detector = manifest.detector
-    config = hashlib.sha256(detector.config.encode()).hexdigest()
-    hashes = f"{detector.weights} {detector.weights_sha256[:12]}, config {config[:12]}, preset {detector.preset}"
-    return f"{detector.name} ({hashes})"
+def is_device_failure(error: BaseException) -> bool:
+    """Whether a GPU has failed so that this process can do nothing more with it."""
+    kinds = getattr(torch, "AcceleratorError", None)
+    return (kinds is not None and isinstance(error, kinds)) or any(
+        s in str(error) for s in ("CUDA error", "cuDNN error")
+    )
 
 
 def extract(
-    plan: Plan, number: int, detector: Detector, selection: Selection, settings: Extract, limit: Limit
+    job: Job, tools: Equipment, roots: list[Path], planned: list[PlannedImage], record: Journal
 ) -> Iterator[Sample | Reject]:
     """Yield the samples and rejects of one shard, in an order that depends on the images and the batch size alone."""
-    batches = in_batches(load_all(plan, number, detector, settings), settings.batch_size)
-    work = partial(detect_batch, detector, selection, limit)
-    # A GPU detects in the next batch while this one is written; on a CPU that would only take cores from the network.
-    found = map(work, batches) if detector.model.device.type == "cpu" else one_ahead(work, batches)
-    for items in found:
+    settings = job.settings
+
+    def load(number: int) -> Loaded | Reject:
+        return _load(tools.detector, roots, planned[number], job, number in record.suspects)
+
+    decoders = Decoders(load, settings.decode_threads, settings.image_timeout, record)
+    count = 2 * max(settings.decode_threads, settings.batch_size)  # two batches are ahead of the detector
+    numbers = range(len(planned))
+    late = f"decoding takes longer than --image-timeout {settings.image_timeout:g} s"
+    loaded = (
+        image or Reject(path=planned[n].path, reason="timeout", message=late)
+        for n, image in zip(numbers, decoders.map(numbers, count), strict=True)
+    )
+    batches = in_batches(loaded, settings.batch_size)
+    for items in ahead(partial(detect_batch, tools), batches, job.threads, _prepare_thread(tools)):
         yield from items
 
 
-def one_ahead(work: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
-    """Yield `work` of each item in turn, done in a thread that is one item ahead."""
-    with ThreadPoolExecutor(1) as worker:
-        ahead: deque[Future[T]] = deque()
+def with_twins(items: Iterable[Sample | Reject], planned: list[PlannedImage]) -> Iterator[Sample | Reject]:
+    """Pass items on; files of the same bytes as a refused image are refused with it, each by its name."""
+    also = {image.path: image.also for image in planned if image.also}
+    for item in items:
+        yield item
+        if isinstance(item, Reject):
+            for path in also.get(item.path, []):
+                yield Reject(path=path, reason=item.reason, message=item.message)
+
+
+def _prepare_thread(tools: Equipment) -> Callable[[], None] | None:
+    """Return what a thread that detects does first.
+
+    On a CPU torch works with one thread in each: sums come out the same to the last bit however many there are, which
+    is not so for torch's own threads, and two images at once are faster than one with two.
+    """
+    return partial(torch.set_num_threads, 1) if tools.detector.model.device.type == "cpu" else None
+
+
+def ahead(
+    work: Callable[[Any], T], items: Iterable[Any], threads: int, prepare: Callable[[], None] | None = None
+) -> Iterator[T]:
+    """Yield `work` of each item in turn, done by threads that are so many items ahead."""
+    with ThreadPoolExecutor(threads, initializer=prepare) as pool:
+        pending: deque[Future[T]] = deque()
         for item in items:
-            ahead.append(worker.submit(work, item))
-            if len(ahead) > 1:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            pending.append(pool.submit(work, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-def detect_batch(
-    detector: Detector, selection: Selection, limit: Limit, batch: list[Loaded] | Reject
-) -> list[Sample | Reject]:
+def detect_batch(tools: Equipment, batch: list[Loaded] | Reject) -> list[Sample | Reject]:
     """Find the regions of a batch and return its samples, and rejects where there is nothing to store."""
     if isinstance(batch, Reject):
         return [batch]
-    found = detect_within(limit, detector, [image.input for image in batch], selection)
+    found = detect_within(tools.limit, tools.detector, [image.input for image in batch], tools.selection)
     return [_sample_or_reject(image, regions) for image, regions in zip(batch, found, strict=True)]
 
 
@@ -173,30 +299,22 @@ def _sample_or_reject(image: Loaded, regions: Regions | None) -> Sample | Reject
     return Sample(key=image.planned.key, image=image.record, regions=regions, texts=image.planned.texts)
 
 
-def load_all(plan: Plan, number: int, detector: Detector, settings: Extract) -> Iterator[Loaded | Reject]:
-    """Decode and resize a shard's images in threads, a bounded number ahead, and yield them in the plan's order.
-
-    The threads go on while the detector works: two batches are ahead of it.
-    """
-    count = 2 * max(settings.decode_threads, settings.batch_size)
-    with ThreadPoolExecutor(settings.decode_threads) as pool:
-        images = iter(plan.shard(number))
-        ahead = deque(pool.submit(load, plan, i, detector) for i in islice(images, count))
-        while ahead:
-            yield ahead.popleft().result()
-            ahead.extend(pool.submit(load, plan, i, detector) for i in islice(images, 1))
-
-
-def load(plan: Plan, image: PlannedImage, detector: Detector) -> Loaded | Reject:
+def _load(detector: Detector, roots: list[Path], image: PlannedImage, job: Job, apart: bool) -> Loaded | Reject:
     """Decode and resize one image; one that cannot be used becomes a reject with its reason."""
     try:
-        pixels, sha256 = read_image(plan.folder / image.path)
+        content = read_bytes(*locate(roots, image.root, image.path, image.raw, image.offset, image.size))
+        pixels = decode_apart(content, job.settings.image_timeout) if apart else decode(content)
         prepared = make_input(detector, pixels)
     except RefusedImage as refused:
-        return Reject(path=readable(image.path), reason=refused.reason, message=str(refused))
+        return Reject(path=image.path, reason=refused.reason, message=str(refused))
     height, width = pixels.shape[:2]
     record = ImageRecord(
-        source=plan.source, id=image.id, path=readable(image.path), width=width, height=height, sha256=sha256
+        source=image.source,
+        id=image.id,
+        path=image.path,
+        width=width,
+        height=height,
+        sha256=hashlib.sha256(content).hexdigest(),
     )
     return Loaded(planned=image, input=prepared, record=record)
 

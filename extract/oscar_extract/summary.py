@@ -1,51 +1,142 @@
-"""What a job says to people: a line before, a table after."""
+"""What a job says to people: the corpus and the plan before it, a table after it."""
 
+from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from oscar_common.errors import OperationError
-from oscar_extract.detector import Detector
+from oscar_common.files import locked, replacing
+from oscar_extract.job import Survey
 from oscar_extract.plan import Plan
-from oscar_shards.read import open_folder
+from oscar_extract.sources.corpus import MISSING
+from oscar_shards.read import find_shards
 from oscar_shards.stats import count
+from oscar_shards.write import LEFT_OUT_FILE
+
+PAPER = {  # images / texts of Oscar's pre-training corpus (Li et al. 2020, appendix)
+    "coco": "112k / 560k",
+    "cc": "3.0M / 3.0M",
+    "sbu": "840k / 840k",
+    "flickr30k": "29k / 145k",
+    "vqa": "83k / 444k",
+    "gqa": "79k / 1026k",
+    "vg-qa": "48k / 484k",
+}
+PLAIN_WIDTH = 130
 
 
-def print_start(plan: Plan, detector: Detector, out: Path) -> None:
+def print_corpus(plan: Plan) -> None:
+    """Print images and texts by dataset, beside the paper's, and what is left out."""
+    table = Table("dataset", title="corpus", title_justify="left")
+    for name in ("images", "texts", "Oscar's images / texts"):
+        table.add_column(name, justify="right")
+    table.add_column("left out")
+    for row in plan.counts:
+        left_out = ", ".join(f"{reason} {n:,}" for reason, n in sorted(row.left_out.items()))
+        table.add_row(row.dataset, f"{row.images:,}", f"{row.texts:,}", PAPER.get(row.dataset, ""), left_out)
+    record = plan.record
+    table.add_section()
+    table.add_row("all, each image once", f"{record.num_images:,}", f"{record.num_texts:,}", "4.1M / 6.5M", "")
+    _print(table)
+
+
+def print_estimate(plan: Plan, found: Survey, workers: str, speedup: int) -> None:
+    """Print the plan, and what a sample says of the time and the bytes that it will take."""
+    record, rate = plan.record, found.images_per_second * speedup
+    table = Table("", "", title="plan", title_justify="left", show_header=False)
+    table.add_row("images", f"{record.num_images:,} in {record.num_shards:,} shards of {record.images_per_shard:,}")
+    table.add_row("bytes", f"about {_bytes(found.bytes_per_image * record.num_images)}")
+    detector = found.manifest.detector
+    table.add_row(
+        "detector", f"{detector.name}, preset {detector.preset}, P = {detector.feature_dim}, on {found.device}"
+    )
+    table.add_row("pace", f"{rate:,.1f} images/s ({workers}; measured on a short sample)")
+    table.add_row("time", f"about {record.num_images / max(rate, 1e-9) / 3600:,.2f} hours")
+    table.add_row("memory", f"{found.memory / 1e9:.2f} GB a process")
+    _print(table)
+
+
+def print_start(plan: Plan, found: Survey, out: Path, workers: str) -> None:
     """Say what is about to happen."""
-    record, model = plan.record, detector.record
+    record, detector = plan.record, found.manifest.detector
     print(
         f"{record.num_images:,} images of {record.images}, {record.num_texts:,} texts -> {record.num_shards:,} shards "
-        f"in {out}; detector {model.name} (P = {model.feature_dim}) on {detector.model.device.type}",
+        f"in {out}; detector {detector.name} (P = {detector.feature_dim}) on {found.device}, {workers}",
         flush=True,
     )
 
 
-def print_summary(out: Path, plan: Plan, time: str) -> None:
+def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> None:
     """Print a table of what lies in the folder now."""
-    stats = count(open_folder(out, "--out"))
+    stats = count(find_shards(out, "--out")[1])
     spread = f"{stats.regions_min}-{stats.regions_max} an image, mean {stats.regions_mean:.1f}"
-    reasons = "".join(f"; {reason}: {n:,}" for reason, n in stats.rejects.most_common())
     table = Table("", out.as_posix(), title="oscar-extract", title_justify="left")
     table.add_row("images", f"{stats.images:,} in {stats.shards:,} shards")
     table.add_row("regions", f"{stats.regions:,}; {spread}")
     table.add_row("texts", f"{stats.triples.total():,}; {stats.images_without_text:,} images have none")
-    if plan.unmatched_texts:
-        table.add_row("texts left out", f"{plan.unmatched_texts:,} are empty or name no image here")
-    table.add_row("rejects", f"{stats.rejects.total():,}{reasons}")
+    left_out = sum((Counter(row.left_out) for row in plan.counts), Counter[str]())
+    if left_out:
+        table.add_row("left out", f"{_counts(left_out)}; see {LEFT_OUT_FILE}")
+    rejects = f"; {_counts(stats.rejects)}" if stats.rejects else ""
+    table.add_row("rejects", f"{stats.rejects.total():,}{rejects}")
     table.add_row("bytes", f"{stats.bytes / 1e6:,.1f} MB")
     table.add_row("time", time)
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 110)
+    table.add_row("memory", memory)
+    if lost:
+        table.add_row("workers lost", f"{lost:,}; their shards were done again")
+    _print(table)
 
 
-def check_rejects(out: Path, allowed: float) -> None:
-    """Raise an OperationError if more than the allowed fraction of the images was refused."""
-    folder = open_folder(out, "--out")
-    refused, total = count(folder).rejects.total(), folder.manifest.plan.num_images
-    if refused > allowed * total:
+def check_missing(out: Path, plan: Plan, allowed: float) -> None:
+    """Raise an OperationError, before the work, if more than the allowed fraction of the images is not there."""
+    missing, total = plan.record.num_missing, _total(plan)
+    if missing <= allowed * total:
+        return
+    found = plan.left_out.filter(pc.is_in(plan.left_out["reason"], value_set=pa.array(MISSING)))
+    with locked(out, "--out"):
+        if len(found):
+            with replacing(out / LEFT_OUT_FILE) as file:
+                pq.write_table(plan.left_out, file, compression="zstd")
+    like = ", ".join(found["image"][:3].to_pylist())
+    raise OperationError(
+        f"{missing} of {total} images are missing ({missing / total:.3f}{f', like {like}' if like else ''}), more than "
+        f"--max-reject-fraction {allowed}; {out / LEFT_OUT_FILE} lists them"
+    )
+
+
+def check_rejects(out: Path, plan: Plan, allowed: float) -> None:
+    """Raise an OperationError if more than the allowed fraction of the images was refused or is missing."""
+    refused, missing, total = count(find_shards(out, "--out")[1]).rejects.total(), plan.record.num_missing, _total(plan)
+    if refused + missing > allowed * total:
+        gone = f" and {missing} are missing" if missing else ""
         raise OperationError(
-            f"{refused} of {total} images were refused, more than --max-reject-fraction {allowed}; see "
-            f"{out}/*.rejects.parquet, mend them, and run again with --retry-rejects"
+            f"{refused} of {total} images were refused{gone} ({(refused + missing) / total:.3f}), more than "
+            f"--max-reject-fraction {allowed}; see {out}/*.rejects.parquet, mend them, and run again with "
+            "--retry-rejects"
         )
+
+
+def _total(plan: Plan) -> int:
+    return plan.record.num_images + plan.record.num_duplicates + plan.record.num_missing
+
+
+def _counts(counts: "Counter[str]") -> str:
+    return ", ".join(f"{reason}: {n:,}" for reason, n in counts.most_common())
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:,.1f} {unit}"
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    console.print(table, width=None if console.is_terminal else PLAIN_WIDTH)

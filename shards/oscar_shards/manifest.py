@@ -37,9 +37,15 @@ class PlanRecord:
     captions: str | None
     num_images: int
     num_texts: int
+    num_duplicates: int = 0  # files whose bytes are those of a planned image, which has their texts
+    num_missing: int = 0  # images that a dataset names, without a file
     images_per_shard: int
     num_shards: int
     sha256: str
+
+    def images_in(self, shard: int) -> int:
+        """Return how many images are planned for a shard."""
+        return min(self.images_per_shard, self.num_images - shard * self.images_per_shard)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,11 @@ class ShardFolder:
     table: pa.Table
 
 
-def open_folder(folder: Path, flag: str = "--shards") -> ShardFolder:
-    """Open all shards of a folder.
+def find_shards(folder: Path, flag: str = "--shards") -> tuple[Manifest, list[Path]]:
+    """Return the manifest and the tars of a folder.
 
     Raises:
-        UsageError: in one line, a folder that is missing, empty, unfinished, or has a damaged shard.
+        UsageError: it is missing, empty or unfinished.
     """
     if not folder.is_dir():
         raise UsageError(f"{flag} {folder}: no such folder; give one made by oscar-extract")
@@ -41,8 +41,27 @@ def open_folder(folder: Path, flag: str = "--shards") -> ShardFolder:
             f"{flag} {folder}: {len(tars)} of {manifest.plan.num_shards} shards are there; "
             "run its oscar-extract command again"
         )
+    return manifest, tars
+
+
+def open_folder(folder: Path, flag: str = "--shards") -> ShardFolder:
+    """Open all shards of a folder.
+
+    Raises:
+        UsageError: in one line, a folder that is missing, empty, unfinished, or has a damaged shard.
+    """
+    manifest, tars = find_shards(folder, flag)
     tables = [_read_index(tar, flag).append_column("shard", _constant(n, tar)) for n, tar in enumerate(tars)]
     return ShardFolder(folder=folder, manifest=manifest, tars=tars, table=pa.concat_tables(tables))
+
+
+def is_whole(tar: Path) -> bool:
+    """Whether a shard is there as it was written: tar and index, and the tar as long as the index says."""
+    try:
+        said = pq.read_schema(index_path(tar)).metadata or {}
+        return tar.stat().st_size == int(said.get(SIZE, -1))
+    except (OSError, ValueError):
+        return False
 
 
 def _constant(number: int, tar: Path) -> pa.Array:
@@ -65,9 +84,9 @@ def _read_index(tar: Path, flag: str) -> pa.Table:
     return table.replace_schema_metadata()
 
 
-def read_rejects(folder: ShardFolder) -> pa.Table | None:
-    """Return the rejects of all shards (path, reason, message), or None if there are none."""
-    found = [pq.read_table(p) for p in map(rejects_path, folder.tars) if p.exists()]
+def read_rejects(tars: list[Path]) -> pa.Table | None:
+    """Return the rejects of shards (path, reason, message), or None if there are none."""
+    found = [pq.read_table(p) for p in map(rejects_path, tars) if p.exists()]
     return pa.concat_tables(found) if found else None
 
 

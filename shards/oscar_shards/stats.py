@@ -2,11 +2,14 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from oscar_shards.read import ShardFolder, read_rejects
+from oscar_shards.read import read_rejects
+from oscar_shards.write import index_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,24 +33,36 @@ class Stats:
         return self.regions / max(self.images, 1)
 
 
-def count(folder: ShardFolder) -> Stats:
-    """Count what the indexes of a folder say."""
-    table, rejects = folder.table, read_rejects(folder)
-    regions = table["num_boxes"].to_numpy()
-    texts = table["texts"].combine_chunks().flatten()
+def count(tars: list[Path]) -> Stats:
+    """Count what the indexes of shards say, one shard after the other."""
+    triples, tags, rejects = Counter[str](), Counter[str](), Counter[str]()
+    images = without_text = regions = most = size = 0
+    least: int | None = None
+    for tar in tars:
+        table = pq.read_table(index_path(tar), columns=["num_boxes", "tags", "texts"])
+        found, of_image = table["num_boxes"].to_numpy(), table["texts"].combine_chunks()
+        texts = of_image.flatten()
+        names = (pc.struct_field(texts, "source"), pc.struct_field(texts, "kind"))
+        triples += _counter(pc.binary_join_element_wise(*names, ", "))
+        tags += _counter(table["tags"].combine_chunks().flatten())
+        images, regions, size = images + len(table), regions + int(found.sum()), size + tar.stat().st_size
+        without_text += int((of_image.value_lengths().to_numpy() == 0).sum())
+        if len(found):
+            lowest, most = int(found.min()), max(most, int(found.max()))
+            least = lowest if least is None else min(least, lowest)
+        if (refused := read_rejects([tar])) is not None:
+            rejects += _counter(refused["reason"])
     return Stats(
-        images=len(table),
-        images_without_text=int((table["texts"].combine_chunks().value_lengths().to_numpy() == 0).sum()),
-        triples=_counter(
-            pc.binary_join_element_wise(pc.struct_field(texts, "source"), pc.struct_field(texts, "kind"), ", ")
-        ),
-        regions=int(regions.sum()),
-        regions_min=int(regions.min(initial=regions.max(initial=0))),
-        regions_max=int(regions.max(initial=0)),
-        tags=_counter(table["tags"].combine_chunks().flatten()),
-        rejects=_counter(rejects["reason"]) if rejects else Counter(),
-        shards=len(folder.tars),
-        bytes=sum(tar.stat().st_size for tar in folder.tars),
+        images=images,
+        images_without_text=without_text,
+        triples=triples,
+        regions=regions,
+        regions_min=least or 0,
+        regions_max=most,
+        tags=tags,
+        rejects=rejects,
+        shards=len(tars),
+        bytes=size,
     )
 
 

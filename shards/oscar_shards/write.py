@@ -20,7 +20,11 @@ from oscar_common.sample import Sample
 from oscar_shards import manifest
 from oscar_shards.index import index_tar
 
-WRITTEN = re.compile(rf"({re.escape(TEMPORARY)})?[\w-]+-\d{{6}}\.(tar|parquet|rejects\.parquet)")
+PLAN_FILE = "_plan.parquet"  # what oscar-extract is to do; readers of Parquet folders pass over names with _
+LEFT_OUT_FILE = "_left-out.parquet"  # what it could not even begin with: missing images, texts without an image, ...
+WRITTEN = re.compile(
+    rf"({re.escape(TEMPORARY)})?([\w-]+-\d{{6}}\.(tar|parquet|rejects\.parquet|decoding)|{PLAN_FILE}|{LEFT_OUT_FILE})"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

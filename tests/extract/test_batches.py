@@ -5,7 +5,7 @@ import pytest
 
 from oscar_common.sample import ImageRecord
 from oscar_extract import job
-from oscar_extract.job import Loaded, in_batches, one_ahead
+from oscar_extract.job import Loaded, ahead, in_batches
 from oscar_extract.plan import PlannedImage
 from oscar_extract.regions import Input
 from oscar_extract.resize import Target
@@ -15,7 +15,7 @@ from oscar_shards.write import Reject
 def loaded(number, shape, pixels=1):
     target = Target(height=shape, width=shape, scale_y=1.0, scale_x=1.0)
     return Loaded(
-        planned=PlannedImage(key=str(number), id=str(number), path="", texts=[]),
+        planned=PlannedImage(key=str(number), source="", id=str(number), path="", also=[], texts=[], root=0),
         input=Input(pixels=np.zeros((pixels, 1, 3), np.uint8), target=target, height=shape, width=shape),
         record=ImageRecord(source="", id=str(number), path="", width=shape, height=shape, sha256=""),
     )
@@ -46,17 +46,18 @@ def test_what_waits_is_bounded_in_images_and_in_bytes(monkeypatch, pixels):
     assert keys(in_batches(items, 3)) == [["0", "2"], ["1"], ["3"], ["4"], ["5"]]
 
 
-def test_work_is_one_item_ahead_and_in_order():
-    """When the first result is looked at, the second item is being worked on; and no more than that."""
+@pytest.mark.parametrize("threads", [1, 3])
+def test_work_is_so_many_items_ahead_as_there_are_threads_and_in_order(threads):
+    """When the first result is looked at, the next ones are being worked on; and no more than that."""
     taken = []
-    results = one_ahead(lambda n: n * n, (taken.append(n) or n for n in range(5)))
+    results = ahead(lambda n: n * n, (taken.append(n) or n for n in range(8)), threads)
     assert next(results) == 0
-    assert taken == [0, 1]
-    assert list(results) == [1, 4, 9, 16]
+    assert taken == list(range(threads + 1))
+    assert list(results) == [1, 4, 9, 16, 25, 36, 49]
 
 
 def test_what_goes_wrong_ahead_is_raised_in_its_place():
-    results = one_ahead(lambda n: 1 // n, [2, 1, 0, 1])
+    results = ahead(lambda n: 1 // n, [2, 1, 0, 1], 2)
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)

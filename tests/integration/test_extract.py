@@ -118,6 +118,7 @@ def test_overwrite_starts_anew_and_spares_other_files(photos: Path, undisturbed:
     done = extract("--images", few, "--out", out, "--overwrite")
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in out.iterdir()) == [
+        "_plan.parquet",
         "manifest.json",
         "notes.txt",
         "shard-000000.parquet",
@@ -154,7 +155,18 @@ def test_too_many_rejects_exit_1_and_retry_mends_them(photos: Path, tmp_path: Pa
         (["--images", ".", "--out", "o", "--score-threshold", "2"], "--score-threshold: 2.0 is out of range"),
         (["--images", ".", "--out", "o", "--detector", "bultin"], "did you mean 'builtin'"),
         (["--images", ".", "--out", "o", "--name", "a/b"], "--name 'a/b'"),
-        (["--dataset", "coco"], "no dataset 'coco'"),
+        (["--dataset", "coko"], "no dataset 'coko' (did you mean 'coco'?"),
+        (["--dataset", "coco"], "--root: 0 given for --dataset coco; give one"),
+        (["--dataset", "coco", "--root", "nowhere"], "--root nowhere: no such folder"),
+        (["--dataset", "coco", "--root", "empty", "--out", "o"], "no captions_*.json or instances_*.json in it"),
+        (
+            ["--dataset", "coco", "--root", ".", "--splits", "trian"],
+            "--splits: 'trian' is not allowed (did you mean 'train'?",
+        ),
+        (["--dataset", "coco", "--root", ".", "--captions", "c.json"], "a --dataset brings its own texts"),
+        (["--images", ".", "--root", "."], "it goes with --dataset"),
+        (["--images", "empty", "--out", "o", "--exclude", "no.txt"], "--exclude no.txt: no such file"),
+        (["--images", ".", "--out", "o", "--workers", "2", "--scheduler", "x"], "give one of them"),
         (["--pipeline", "demmo"], "did you mean 'demo'"),
     ],
 )
@@ -196,7 +208,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(photos: Path, tiny
     assert done.returncode == 1
     assert "No space left on device" in error_line(done)
     assert "shard-000000.tar" in error_line(done)
-    assert [p.name for p in (tiny_disk / "o").iterdir()] == ["manifest.json"]
+    assert sorted(p.name for p in (tiny_disk / "o").iterdir()) == ["_plan.parquet", "manifest.json"]
 
 
 @pytest.mark.parametrize("command", ["oscar_extract", "oscar_train"])

@@ -132,7 +132,9 @@ def test_the_same_samples_give_the_same_bytes(folder, tmp_path_factory):
 def test_rejects_lie_beside_their_shard_only(folder):
     path, _ = folder
     assert [p.name for p in path.glob("*.rejects.parquet")] == ["s-000001.rejects.parquet"]
-    assert read_rejects(open_folder(path)).to_pylist() == [{"path": "x.jpg", "reason": "truncated", "message": "cut"}]
+    assert read_rejects(open_folder(path).tars).to_pylist() == [
+        {"path": "x.jpg", "reason": "truncated", "message": "cut"}
+    ]
 
 
 def test_a_failure_leaves_nothing_under_a_final_name(tmp_path, rng):
@@ -151,7 +153,7 @@ def test_a_sample_of_another_size_is_refused(tmp_path, rng):
 
 
 def test_statistics(folder):
-    stats = count(open_folder(folder[0]))
+    stats = count(open_folder(folder[0]).tars)
     assert (stats.images, stats.regions, stats.regions_min, stats.regions_max) == (8, sum(range(3, 11)), 3, 10)
     assert stats.triples == {"c, caption": 8, "q, qa": 8}
     assert stats.rejects == {"truncated": 1}

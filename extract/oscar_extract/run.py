@@ -1,0 +1,151 @@
+"""A run: what is left of a plan is handed to workers, and people are told how it goes."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from oscar_common.errors import UsageError
+from oscar_common.files import locked
+from oscar_common.progress import Meter, meter
+from oscar_extract.job import Done, Job, is_done
+from oscar_extract.plan import Plan, PlannedImage, planned_images, read_shard_plan, write_plan
+from oscar_extract.summary import check_missing, check_rejects, print_corpus, print_estimate, print_start, print_summary
+from oscar_extract.workers import Dask, Here, Workers, cores, gpus, local_cluster, remote_cluster
+from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
+from oscar_shards.write import remove_shards, shard_path
+
+SAMPLE = 64  # images to try the detector with, at most
+DRY_SECONDS = 10.0
+WORTH = 100  # images for which another process is worth its start
+
+
+def dry_run(job: Job, plan: Plan) -> None:
+    """Print the corpus and the plan, and from a short sample what it will take; write nothing."""
+    print_corpus(plan)
+    with choose_workers(job, plan, plan.record.num_images, plan.record.num_shards) as workers:
+        found = workers.survey(job, plan.record, plan.roots, sample_of(job, plan), DRY_SECONDS)
+        print_estimate(plan, found, workers.describe(), speedup(job, workers))
+
+
+def run(job: Job, plan: Plan) -> None:
+    """Write all shards of the plan that are not there yet.
+
+    Raises:
+        UsageError: `out` holds shards of another detector, plan or settings, or cannot be written.
+        OperationError: another process works there, too much is missing or was refused, or shards were given up.
+    """
+    out, settings, record = job.out, job.settings, plan.record
+    check_missing(out, plan, settings.max_reject_fraction)
+    tars = [shard_path(out, settings.name, n) for n in range(record.num_shards)]
+    todo = [n for n, tar in enumerate(tars) if settings.overwrite or not is_done(tar, settings.retry_rejects)]
+    left = sum(record.images_in(n) for n in todo)
+    with choose_workers(job, plan, left, len(todo)) as workers:
+        sample = [] if isinstance(workers, Here) else sample_of(job, plan)  # to see how many processes fit
+        found = workers.survey(job, record, plan.roots, sample, 0.0)
+        with locked(out, "--out"):
+            prepare(out, found.manifest, plan, settings.overwrite)
+            print_start(plan, found, out, workers.describe())
+            with meter("images", record.num_images, record.num_images - left) as progress:
+                done = list(follow(workers, job, todo, progress))
+            time = f"{progress.seconds:,.0f} s, {progress.rate:.1f} images/s" if todo else "nothing was left to do"
+            memory = max([found.memory, *(d.memory for d in done)])
+            print_summary(
+                out, plan, time, f"{memory / 1e9:.2f} GB at most in each of {workers.describe()}", workers.lost
+            )
+    check_rejects(out, plan, settings.max_reject_fraction)
+
+
+def sample_of(job: Job, plan: Plan) -> list[PlannedImage]:
+    """Return a few images spread over the plan."""
+    if not len(plan.table):
+        return read_shard_plan(job.out, 0)[1][:SAMPLE]
+    step = max(1, len(plan.table) // SAMPLE)
+    return planned_images(plan.table.take(list(range(0, len(plan.table), step))[:SAMPLE]))
+
+
+@contextmanager
+def choose_workers(job: Job, plan: Plan, images: int, shards: int) -> Iterator[Workers]:
+    """Yield those who will do the work: a cluster's workers, this machine's GPUs, or processes for its cores."""
+    settings = job.settings
+    if settings.scheduler:
+        with remote_cluster(settings.scheduler) as remote:
+            yield remote
+        return
+    devices = gpus() if settings.device != "cpu" else []
+    count = settings.workers or min(len(devices) or cores(), max(1, images // WORTH))
+    count = min(count, max(shards, 1))
+    if count == 1 or settings.dry_run:
+        yield Here()
+        return
+    with local_cluster(count, devices, cores()) as local:
+        yield local
+
+
+def speedup(job: Job, workers: Workers) -> int:
+    """Return how many times the pace of the survey all workers have: it ran on one of them, or on all cores."""
+    if isinstance(workers, Dask):
+        return workers.count()
+    return max(1, len(gpus())) if job.settings.device != "cpu" else 1
+
+
+def follow(workers: Workers, job: Job, todo: list[int], progress: Meter) -> Iterator[Done]:
+    """Have shards done, showing the progress of all of them together."""
+    start, so_far = progress.done, dict.fromkeys(todo, (0, 0))
+    total = [0, 0]
+
+    def tell(number: int, images: int, rejects: int) -> None:
+        before = so_far[number]
+        so_far[number] = images, rejects
+        total[0] += images - before[0]
+        total[1] += rejects - before[1]
+        progress.show(start + total[0], total[1])
+
+    for done in workers.extract(job, todo, tell):
+        tell(done.shard, done.images, done.rejects)
+        yield done
+
+
+def prepare(out: Path, manifest: Manifest, plan: Plan, overwrite: bool) -> None:
+    """Make `out` ready: new, continued, or (with `overwrite`) emptied of its shards."""
+    if overwrite:
+        remove_shards(out)
+    if (out / FILE).exists():
+        _check_same(out, read_manifest(out, "--out"), manifest)
+    elif any(out.glob("*.tar")):
+        raise UsageError(
+            f"--out {out}: it holds tars but no {FILE}, so they are not this command's; give another --out"
+        )
+    else:
+        write_manifest(out, manifest)
+    if len(plan.table):  # else it is the one that lies there
+        write_plan(out, plan)
+
+
+def _check_same(out: Path, there: Manifest, here: Manifest) -> None:
+    """Refuse to mix shards of two detectors, plans or settings, naming both sides."""
+
+    def refuse(what: str, old: object, new: object) -> None:
+        raise UsageError(
+            f"--out {out}: holds shards of {what} {old}, this is {new}; give another --out, or --overwrite"
+        )
+
+    if there.name != here.name:
+        refuse("name", there.name, here.name)
+    if there.detector != here.detector:
+        refuse("detector", _describe(there), _describe(here))
+    for name, value in here.settings.items():
+        if there.settings.get(name) != value:
+            refuse(name, there.settings.get(name), value)
+    for name, value in asdict(here.plan).items():
+        old = asdict(there.plan)[name]
+        if old != value and name not in ("images", "captions"):  # the same content may lie elsewhere now
+            refuse(f"plan: {name}", old, value)
+
+
+def _describe(manifest: Manifest) -> str:
+    detector = manifest.detector
+    config = hashlib.sha256(detector.config.encode()).hexdigest()
+    hashes = f"{detector.weights} {detector.weights_sha256[:12]}, config {config[:12]}, preset {detector.preset}"
+    return f"{detector.name} ({hashes})"

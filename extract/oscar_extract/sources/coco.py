@@ -1,0 +1,55 @@
+"""COCO: captions_*.json and instances_*.json (2014 or 2017), images in train2014/ and so on; Karpathy's split."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oscar_extract.sources.place import Place, annotations, read_json, split_of
+from oscar_extract.sources.splits import karpathy_split, karpathy_texts
+from oscar_extract.sources.tables import Annotations, Ints, numbers, reading, strings
+
+FILES = r"(^|/)(captions|instances)_(train|val|test)[^/]*\.json$"
+
+
+def read_coco(place: Place) -> Annotations:
+    """Read the images of all splits, and the captions of those that are wanted.
+
+    Karpathy's split (dataset_coco.json), where it is there, decides over the annotation files' names: its `restval`
+    images are of the training split, although they are in val2014.
+    """
+    split = karpathy_split(place.inventory, "coco")
+    paths = place.annotations(FILES) if split else place.required(FILES, "captions_*.json or instances_*.json")
+    images: list[tuple[Any, ...]] = []
+    texts: list[tuple[Any, ...]] = []
+    for path in paths:
+        with reading(path, "--root"):
+            content = read_json(path, dict)
+            of_file = split_of(path.name.partition("_")[2])
+            found = [(int(i["id"]), str(i.get("file_name", ""))) for i in content["images"]]
+            images += [("coco", f"coco/{n}", name, split.get(f"coco/{n}", of_file)) for n, name in found]
+            texts += _captions(path, content, {n: split.get(f"coco/{n}", of_file) for n, _ in found}, of_file, place)
+    if split and not any(path.name.startswith("captions") for path in paths):
+        more, texts = karpathy_texts(place, "coco")
+        images += more
+    return annotations(images, locate_coco(place, images), texts)
+
+
+def _captions(
+    path: Path, content: Any, splits: dict[int, str], of_file: str, place: Place
+) -> Iterator[tuple[Any, ...]]:
+    if not path.name.startswith("captions"):
+        return
+    for caption in content["annotations"]:
+        number = int(caption["image_id"])
+        if splits.get(number, of_file) in place.splits:
+            yield f"coco/{number}", "caption", "coco", str(caption.get("id", "")), str(caption["caption"]), None, None
+
+
+def locate_coco(place: Place, images: list[tuple[Any, ...]]) -> Ints:
+    """Return the files of images (dataset, "coco/139", file name or "", split): by that name, else by the number."""
+    names, found = strings([i[2].rpartition("/")[2] or None for i in images]), place.inventory.names
+    rows = place.locate(names, found, "coco")
+    by_number = place.locate(strings([i[1].removeprefix("coco/") for i in images]), numbers(found), "coco")
+    return np.where(rows < 0, by_number, rows)

@@ -1,0 +1,76 @@
+"""Lists of images to keep out: --exclude."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from oscar_common.errors import UsageError
+from oscar_extract.sources.place import split_of
+from oscar_extract.sources.tables import last, numbers, reading, stems, text_array
+
+FLAG = "--exclude"
+
+
+def read_excluded(path: Path) -> list[str]:
+    """Return the names of a list: a line each (the first column of a .csv or .tsv), or a JSON file's.
+
+    Of Karpathy's splits that is the val and test images; of COCO annotations all images.
+
+    Raises:
+        UsageError: no such file, or not of these forms.
+    """
+    with reading(path, FLAG):
+        if path.suffix.lower() == ".json":
+            return _json(json.loads(path.read_bytes()))
+        mark = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        names = [line.split(mark)[0].strip().strip('"') if mark else line.strip() for line in lines]
+    if not any(names):
+        raise UsageError(f"{FLAG} {path}: no name in it; give a list of images, one a line")
+    return [name for name in names if name]
+
+
+def _json(content: Any) -> list[str]:
+    if isinstance(content, dict) and "images" in content:
+        names = []
+        for image in content["images"]:
+            if "split" in image:  # Karpathy's
+                if split_of(str(image["split"])) == "train":
+                    continue
+                names.append(f"coco/{int(image['cocoid'])}" if "cocoid" in image else str(image["filename"]))
+            else:
+                names.append(str(image.get("file_name") or image["id"]))
+        return names
+    if isinstance(content, dict):
+        content = [name for names in content.values() for name in (names if isinstance(names, list) else [names])]
+    return [str(name) for name in content]
+
+
+def are_named(names: list[str], images: pa.Array, paths: pa.Array, called: pa.Array) -> npt.NDArray[np.bool_]:
+    """Return which images are named, bool [N], given each one's "source/id", its path, and what its dataset calls it.
+
+    A name is "source/id", an id, a path, a URL, a file's name with or without extension, or COCO's number. A bare
+    number names the image of that id in every source: to keep out too many is the lesser evil, and `source/id` is exact.
+    """
+    wanted = text_array(names, pa.string())
+    plain = pc.coalesce(stems(wanted), wanted)
+    ids = pc.replace_substring_regex(images, r"^[^/]*/", "")
+    found = np.zeros(len(images), bool)
+    coco = pc.starts_with(images, "coco/")
+    digits = pc.if_else(coco, ids, None)
+    for column, values in (
+        (images, wanted),
+        (ids, wanted),
+        (paths, wanted),
+        (called, wanted),
+        (last(paths), wanted),
+        (stems(paths), plain.filter(pc.invert(pc.match_substring(wanted, "/")))),
+        (digits, numbers(wanted.filter(pc.match_substring_regex(wanted, r"^(.*/)?(COCO_\w+_)?\d{12}(\.\w+)?$")))),
+    ):
+        found |= pc.is_in(column, value_set=values, skip_nulls=True).to_numpy(zero_copy_only=False)
+    return found

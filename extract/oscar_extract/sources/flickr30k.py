@@ -1,0 +1,75 @@
+"""Flickr30k (and Flickr8k, which has its form): a token file, a folder of images, and lists of the splits if there."""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from oscar_extract.sources.place import Place, annotations, split_of
+from oscar_extract.sources.splits import karpathy_split, karpathy_texts
+from oscar_extract.sources.tables import Annotations, reading, stems, strings
+
+TOKENS = r"(?i)(^|/)((results|flickr\d+k)[^/]*\.token|flickr\d+k\.token\.txt|results(_20130124)?\.csv|captions\.txt)$"
+LISTS = r"(?i)(^|/)((flickr_?\d+k[._])?(train|val|dev|test)(images)?)\.txt$"
+
+
+def read_flickr30k(place: Place) -> Annotations:
+    """Read the captions, five an image.
+
+    Splits are those of Karpathy's dataset_flickr30k.json, or of lists train.txt, val.txt and test.txt (Flickr30k
+    Entities; Flickr8k's names are known, too). Without any, every image is of the training split.
+    """
+    split = karpathy_split(place.inventory, "flickr30k") | _lists(place)
+    paths = place.annotations(TOKENS)
+    images: dict[str, str] = {}
+    texts: list[tuple[Any, ...]] = []
+    for path in paths[:1]:  # the others hold the same captions in another form
+        with reading(path, "--root"):
+            for name, number, caption in _rows(path):
+                image = f"flickr30k/{_stem(name)}"
+                images[image] = name
+                if split.get(image, "train") in place.splits:
+                    texts.append((image, "caption", "flickr30k", f"{name}#{number}", caption, None, None))
+    listed = [("flickr30k", image, name, split.get(image, "train")) for image, name in images.items()]
+    if not paths:
+        listed, texts = karpathy_texts(place, "flickr30k")
+    if not listed:
+        place.required(TOKENS, "results_20130124.token, results.csv or dataset_flickr30k.json")
+    rows = place.locate(strings([_stem(i[2]) for i in listed]), stems(place.inventory.names), "flickr30k")
+    return annotations(listed, rows, texts)
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].rpartition(".")[0] or name
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield (image, number, caption) of `1000092795.jpg#0⇥Two young guys ...` or of a table with those three."""
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        if path.suffix == ".token" or ".token" in path.name:
+            for line in file:
+                name, _, caption = line.strip().partition("\t")
+                if caption:
+                    image, _, number = name.rpartition("#")
+                    yield image or name, number, caption.strip()
+            return
+        first = file.readline()
+        piped = "|" in first
+        for count, line in enumerate(file):
+            cells = [c.strip() for c in line.split("|", 2)] if piped else next(csv.reader([line.rstrip("\r\n")]), [])
+            if len(cells) == 3:
+                yield cells[0], cells[1], cells[2]
+            elif len(cells) == 2:
+                yield cells[0], str(count), cells[1].strip()
+
+
+def _lists(place: Place) -> dict[str, str]:
+    split = {}
+    for path in place.annotations(LISTS):
+        with reading(path, "--root"):
+            name = re.split(r"(?i)flickr_?\d+k[._]", path.stem)[-1].lower().removesuffix("images")
+            for line in path.read_text(encoding="utf-8-sig").split():
+                stem = line.rpartition("/")[2]
+                split[f"flickr30k/{stem.rpartition('.')[0] or stem}"] = split_of(name)
+    return split

@@ -1,0 +1,77 @@
+"""Anyone's own folder: every image under it and in its tars is one of the job, and a caption file names them."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from oscar_common.errors import UsageError
+from oscar_extract.images import EXTENSIONS
+from oscar_extract.sources.captions import read_captions
+from oscar_extract.sources.place import Place
+from oscar_extract.sources.tables import (
+    IMAGES,
+    LEFT_OUT,
+    TEXTS,
+    Annotations,
+    array,
+    columns,
+    once,
+    without_extension,
+)
+
+
+def read_folder(place: Place, captions: str | None = None) -> Annotations:
+    """Take all images of a folder, with the texts of `captions`, or else those beside the images in their tars.
+
+    Raises:
+        UsageError: no image, or captions of other images.
+    """
+    inventory = place.inventory
+    rows = np.flatnonzero(array(inventory.files["root"]).to_numpy() == inventory.roots.index(place.root))
+    if not len(rows):
+        endings = " ".join(sorted(EXTENSIONS - {""}))
+        raise UsageError(
+            f"--images {place.root}: no image in it, only {inventory.others} other files; looked for {endings}"
+        )
+    files = inventory.files.take(pa.array(rows))
+    paths = array(files["path"])
+    ids = make_ids(paths)
+    image = pc.binary_join_element_wise(place.name, ids, "/")
+    images = columns(IMAGES, len(rows), dataset=place.name, image=image, name=paths, file=rows, split="train")
+    if captions:
+        texts, left_out = read_captions(captions, place, paths, ids)
+    else:
+        texts = columns(TEXTS, len(rows), image=image, kind="caption", source=place.name, id="0", text=files["text"])
+        texts, left_out = texts.filter(texts["text"].is_valid()), LEFT_OUT.empty_table()
+    gone = _dead(place)
+    return Annotations(
+        images=pa.concat_tables([images, gone.images]), texts=pa.concat_tables([texts, gone.texts]), left_out=left_out
+    )
+
+
+def make_ids(paths: pa.Array) -> pa.Array:
+    """Return ids that no two files share: the path without its extension, or all of it where a.jpg and a.png are there.
+
+    A tar member's id is 00042/000420017 for 00042.tar/000420017.jpg.
+    """
+    short = without_extension(pc.replace_substring(paths, ".tar/", "/"))
+    clash = pc.or_(once(short).is_null(), pc.and_(pc.is_in(short, value_set=paths), pc.not_equal(short, paths)))
+    return pc.if_else(clash, paths, short)
+
+
+def _dead(place: Place) -> Annotations:
+    """Return the images that img2dataset could not download; they are missing, with its reason."""
+    dead = place.inventory.dead
+    image = pc.binary_join_element_wise(place.name, array(dead["image"]), "/")
+    images = columns(
+        IMAGES,
+        len(dead),
+        dataset=place.name,
+        image=image,
+        name=dead["url"],
+        file=-1,
+        split="train",
+        message=dead["message"],
+    )
+    texts = columns(TEXTS, len(dead), image=image, kind="caption", source=place.name, id="0", text=dead["text"])
+    return Annotations(images=images, texts=texts.filter(texts["text"].is_valid()))

@@ -1,0 +1,285 @@
+"""The files of a job: every image under its folders and in the tars there, found once, before anything reads them."""
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from oscar_common.errors import UsageError
+from oscar_extract.images import EXTENSIONS
+from oscar_extract.sources.tables import FILES, Ints, array, find, last, reading, stems, table
+
+ANNOTATIONS = frozenset({".json", ".jsonl", ".tsv", ".csv", ".txt", ".token", ".parquet"})
+SIDECAR_BYTES = 1 << 20  # a caption or the metadata of one image is smaller
+FAMILIES = {  # folder names by which the image sets of a shared root are told apart
+    "coco": r"(?i)(^|/)(mscoco|coco|(train|val|test|unlabeled)20(14|15|17))(/|$)",
+    "vg": r"(?i)(^|/)(vg_100k(_2)?|vg|gqa|visual_?genome)(/|$)",
+    "flickr30k": r"(?i)(^|/)flickr-?_?(8|30)k([-_]?images|_dataset)?(/|$)",
+    "sbu": r"(?i)(^|/)sbu[^/]*(/|$)",
+    "cc": r"(?i)(^|/)(cc|cc3m|cc12m|gcc|conceptual[^/]*)(/|$)",
+}
+DEAD = pa.schema([(name, pa.string()) for name in ("image", "url", "text", "message")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """`files`: a table of the schema FILES. `annotations`: other files that may say something of them.
+
+    `dead`: what img2dataset's tables say was not to be had. `others`: how many files are neither.
+    """
+
+    roots: list[Path]
+    files: pa.Table
+    annotations: list[Path]
+    dead: pa.Table
+    damaged: list[tuple[str, str]]  # tars that end before they should, and what is wrong with them
+    others: int
+
+    @cached_property
+    def paths(self) -> pa.Array:
+        """The column `path`, string [F]."""
+        return array(self.files["path"])
+
+    @cached_property
+    def names(self) -> pa.Array:
+        """The last part of every path, string [F]."""
+        return last(self.paths)
+
+    @cached_property
+    def stems(self) -> pa.Array:
+        """The last part of every path without its extension, string [F]."""
+        return stems(self.paths)
+
+    @cached_property
+    def family(self) -> npt.NDArray[np.str_]:
+        """The image set that a file's folders speak of, or "", [F]."""
+        found = np.full(len(self.files), "", dtype="U9")
+        for number, root in enumerate(self.roots):
+            own = array(self.files["root"]).to_numpy() == number
+            for name, pattern in FAMILIES.items():
+                named = pc.match_substring_regex(pc.replace_substring_regex(self.paths, r"[^/]*$", ""), pattern)
+                found[own & named.to_numpy(zero_copy_only=False)] = name
+            outer = root.resolve().name
+            found[own & (found == "")] = next((n for n, p in FAMILIES.items() if re.search(p, outer)), "")
+        return found
+
+    def locate(self, wanted: pa.Array, names: pa.Array, family: str, root: Path) -> Ints:
+        """Return the row in `files` of each wanted name, or -1; `names` are the files' names to compare with.
+
+        The dataset's own folder comes first, and never a file from a folder that speaks of another image set.
+        """
+        rows = np.full(len(wanted), -1, np.int64)
+        own = array(self.files["root"]).to_numpy() == self.roots.index(root) if root in self.roots else False
+        for mask in (
+            own & (self.family == family),
+            own & (self.family == ""),
+            self.family == family,
+            self.family == "",
+        ):
+            places = np.flatnonzero(mask)
+            if len(places):
+                found = find(wanted, names.take(pa.array(places)))
+                rows = np.where(rows < 0, np.where(found < 0, -1, places[found]), rows)
+        return rows
+
+
+def take_inventory(roots: list[Path], flag: str, skip: Path | None = None) -> Inventory:
+    """List the images under `roots`: known extensions or none at all, no hidden files, and the members of tars.
+
+    A file that is reached twice through symbolic links counts once. `skip` is a folder to leave alone.
+
+    Raises:
+        UsageError: no such folder.
+    """
+    found = _Found()
+    seen: set[str] = {os.path.realpath(skip)} if skip else set()
+    rows = chain.from_iterable(_rows(number, root, flag, found, seen) for number, root in enumerate(roots))
+    loose = table(FILES, rows)
+    members = table(FILES, chain.from_iterable(_scan_tars(found)))
+    dead = pa.concat_tables([DEAD.empty_table(), *map(_dead_links, found.annotations)])
+    return Inventory(
+        roots=roots,
+        files=pa.concat_tables([loose, members]),
+        annotations=found.annotations,
+        dead=dead,
+        damaged=found.damaged,
+        others=found.others,
+    )
+
+
+class _Found:
+    """What turns up beside the images during a walk."""
+
+    def __init__(self) -> None:
+        self.tars: list[tuple[int, Path, str]] = []
+        self.annotations: list[Path] = []
+        self.damaged: list[tuple[str, str]] = []
+        self.others = 0
+
+
+def _rows(number: int, root: Path, flag: str, found: _Found, seen: set[str]) -> Iterator[tuple[Any, ...]]:
+    if root.is_file() and root.suffix == ".tar":
+        found.tars.append((number, root, ""))
+        return
+    if not root.is_dir():
+        raise UsageError(f"{flag} {root}: no such folder")
+    links = []
+    for path, is_link in _walk(root, flag, seen):
+        extension = os.path.splitext(path)[1].lower()
+        if extension == ".tar":
+            found.tars.append((number, root / path, path))
+        elif extension not in EXTENSIONS:
+            found.others += 1
+            if extension in ANNOTATIONS:
+                found.annotations.append(root / path)
+        elif is_link:
+            links.append(path)
+        else:
+            yield _row(number, path)
+    for path in links:  # last, so that a link to what is listed already is left out
+        real = os.path.realpath(root / path)
+        if real not in seen and not _listed(real, seen):
+            seen.add(real)
+            yield _row(number, path)
+
+
+def _listed(real: str, folders: set[str]) -> bool:
+    folder, name = os.path.split(real)
+    return folder in folders and not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _row(number: int, path: str) -> tuple[Any, ...]:
+    text = readable(path)
+    return number, text, None if text == path else os.fsencode(path), None, None, None, None
+
+
+def _walk(root: Path, flag: str, seen: set[str]) -> Iterator[tuple[str, bool]]:
+    """Yield the relative paths of visible files in a fixed order, and whether each is a link.
+
+    Links to folders are followed, but no folder is visited twice. What is no regular file (a pipe, a device) is left
+    out; a link that leads nowhere is not, so that it is refused later by name.
+    """
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        place = os.path.join(root, folder)
+        if (real := os.path.realpath(place)) in seen:
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(place) as scan:
+                entries = sorted((e for e in scan if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            raise UsageError(f"{flag} {place}: cannot be listed: {error.strerror}") from None
+        inner = []
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            if entry.is_dir():
+                inner.append(path)
+            elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                yield path, entry.is_symlink()
+        folders.extend(reversed(inner))
+
+
+def _scan_tars(found: _Found) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield the image members of each tar; many tars are read by several processes."""
+    if len(found.tars) < 8:
+        results: Iterable[tuple[list[tuple[Any, ...]], str]] = map(scan_tar, found.tars)
+        yield from _sound(found, results)
+        return
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        yield from _sound(found, pool.map(scan_tar, found.tars))
+
+
+def _sound(found: _Found, results: Iterable[tuple[list[tuple[Any, ...]], str]]) -> Iterator[list[tuple[Any, ...]]]:
+    for (_, _, name), (rows, fault) in zip(found.tars, results, strict=True):
+        if fault:
+            found.damaged.append((readable(name), fault))
+        yield rows
+
+
+def scan_tar(place: tuple[int, Path, str]) -> tuple[list[tuple[Any, ...]], str]:
+    """Return rows of the schema FILES for a tar's images, with the texts beside them; and what is wrong with it."""
+    number, tar, path = place
+    label, raw = readable(path or tar.name), os.fsencode(path)
+    images: list[tuple[str, str, int, int]] = []
+    sidecars: dict[str, dict[str, str]] = {}
+    fault = ""
+    try:
+        with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
+            for member in archive:
+                stem, extension = os.path.splitext(member.name)
+                if not member.isreg() or member.issparse():
+                    continue
+                if extension.lower() in EXTENSIONS and extension:
+                    images.append((member.name, stem, member.offset_data, member.size))
+                elif extension in (".txt", ".json") and member.size <= SIDECAR_BYTES:
+                    file.seek(member.offset_data)
+                    sidecars.setdefault(stem, {}).update(_sidecar(extension, file.read(member.size)))
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+    except (tarfile.TarError, OSError) as error:
+        fault = str(error) or type(error).__name__
+    rows = [
+        (number, f"{label}/{_harmless(member)}", raw, offset, size, beside.get("url"), beside.get("text"))
+        for member, stem, offset, size in images
+        for beside in [sidecars.get(stem, {})]
+    ]
+    return rows, fault
+
+
+def _harmless(member: str) -> str:
+    """Return a member's name as a path that leads nowhere else."""
+    text = member.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "/".join(part for part in text.split("/") if part not in ("", ".", ".."))
+
+
+def _sidecar(extension: str, content: bytes) -> dict[str, str]:
+    text = content.decode("utf-8", "replace").strip()
+    if extension == ".txt":
+        return {"text": text}
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(said, dict):
+        return {}
+    names = {"url": "url", "caption": "text"}
+    return {names[k]: v.strip() for k, v in said.items() if k in names and isinstance(v, str)}
+
+
+def _dead_links(path: Path) -> pa.Table:
+    """Return what one of img2dataset's tables (00042.parquet) says could not be downloaded."""
+    if path.suffix != ".parquet":
+        return DEAD.empty_table()
+    with reading(path, "annotations"):
+        schema = pq.read_schema(path)
+        if not {"key", "url", "status"} <= set(schema.names):
+            return DEAD.empty_table()
+        wanted = [n for n in ("key", "url", "status", "caption", "error_message") if n in schema.names]
+        rows = pq.read_table(path, columns=wanted)
+    rows = rows.filter(pc.not_equal(rows["status"], "success"))
+    missing = pa.nulls(len(rows), pa.string())
+    captions = rows["caption"] if "caption" in wanted else missing
+    messages = rows["error_message"] if "error_message" in wanted else missing
+    messages = pc.coalesce(messages.cast(pa.string()), rows["status"].cast(pa.string()))
+    image = pc.binary_join_element_wise(path.stem, rows["key"].cast(pa.string()), "/")
+    return pa.table([image, rows["url"].cast(pa.string()), captions.cast(pa.string()), messages], schema=DEAD)
+
+
+def readable(path: str) -> str:
+    """Return a path as text that can be stored: bytes of a name that are no UTF-8 become `\\xNN`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

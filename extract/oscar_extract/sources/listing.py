@@ -1,0 +1,187 @@
+"""Manifest files, .jsonl, .csv, .tsv or .parquet: a row for each image and text, with columns path, text, source."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from oscar_common.errors import UsageError
+from oscar_extract.sources.captions import TEXT_COLUMNS
+from oscar_extract.sources.folder import make_ids
+from oscar_extract.sources.tables import (
+    CHUNK,
+    FILES,
+    IMAGES,
+    LEFT_OUT,
+    TEXTS,
+    Annotations,
+    array,
+    columns,
+    find,
+    reading,
+    text_array,
+)
+
+FLAG = "--images"
+PATH_COLUMNS = ("path", "image_path", "image", "file_name", "filename", "filepath", "file")
+NAMES = {
+    "path": PATH_COLUMNS,
+    "text": TEXT_COLUMNS,
+    "question": ("question",),
+    "answer": ("answer",),
+    "source": ("source", "dataset"),
+    "id": ("image_id", "id", "key"),
+}
+ROWS = pa.schema([(name, pa.string()) for name in (*NAMES, "number")])
+
+
+def is_listing(path: Path) -> bool:
+    """Whether `--images` names a manifest file."""
+    return path.suffix.lower() in _FORMS and path.is_file()
+
+
+def read_listing(path: Path, name: str) -> tuple[pa.Table, Annotations]:
+    """Return the images that a manifest names, as a table of the schema FILES, and what it says of them.
+
+    Paths are relative to the manifest's folder. Rows with the same path are one image with all their texts; `source` is
+    `name` where a row has none, and an image's id is its path without the extension unless there is a column `id`.
+
+    Raises:
+        UsageError: it cannot be read, has no column of paths, or gives two files one id.
+    """
+    with reading(path, FLAG):
+        rows = pa.concat_tables([ROWS.empty_table(), *_FORMS[path.suffix.lower()](path)])
+    rows = rows.set_column(4, "source", pc.coalesce(array(rows["source"]), name))
+    nameless = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(array(rows["path"])), ""), True)
+    strays, rows = rows.filter(nameless), rows.filter(pc.invert(nameless))
+    if not len(rows):
+        raise UsageError(f"{FLAG} {path}: no row of it names an image; needed is a column {' or '.join(PATH_COLUMNS)}")
+    paths = pc.replace_substring_regex(array(rows["path"]), r"(^|/)(\./+)+", r"\1")
+    unique = pc.unique(paths)
+    of_row = find(paths, unique)
+    first = np.unique(of_row, return_index=True)[1]  # the row that names each image first
+    ids = _ids(path, unique, array(rows["id"]).take(pa.array(first)), array(rows["source"]).take(pa.array(first)))
+    files = columns(FILES, len(unique), root=0, path=unique)
+    images = columns(IMAGES, len(unique), image=ids, name=unique, file=np.arange(len(unique)), split="train")
+    images = images.set_column(0, "dataset", array(rows["source"]).take(pa.array(first)))
+    is_qa = pc.and_(array(rows["question"]).is_valid(), array(rows["answer"]).is_valid())
+    texts = columns(
+        TEXTS,
+        len(rows),
+        image=ids.take(pa.array(of_row)),
+        kind=pc.if_else(is_qa, "qa", "caption"),
+        source=rows["source"],
+        id=rows["number"],
+        text=pc.if_else(is_qa, None, array(rows["text"])),
+        question=pc.if_else(is_qa, array(rows["question"]), None),
+        answer=pc.if_else(is_qa, array(rows["answer"]), None),
+    )
+    texts = texts.filter(pc.or_(array(texts["text"]).is_valid(), is_qa))
+    left_out = columns(
+        LEFT_OUT,
+        len(strays),
+        dataset=strays["source"],
+        image=path.name,
+        reason="text-without-image",
+        message=strays["text"],
+    )
+    return files, Annotations(images=images, texts=texts, left_out=left_out)
+
+
+def _ids(path: Path, paths: pa.Array, given: pa.Array, source: pa.Array) -> pa.Array:
+    """Return "source/id" for each image."""
+    ids = pc.binary_join_element_wise(source, pc.coalesce(given, make_ids(paths)), "/")
+    if len(pc.unique(ids)) < len(ids):
+        at = np.flatnonzero(find(ids, ids) != np.arange(len(ids)))[0]
+        other = paths[int(find(ids, ids)[at])]
+        raise UsageError(f"{FLAG} {path}: {other} and {paths[int(at)]} share the id {ids[int(at)]}; give each its own")
+    return ids
+
+
+def _renamed(path: Path, found: pa.Table, start: int) -> pa.Table:
+    """Return a table of the schema ROWS from one whose columns have any of the known names."""
+    lower = {str(n).strip().lower(): n for n in reversed(found.column_names)}
+    chosen = {to: next((lower[n] for n in names if n in lower), None) for to, names in NAMES.items()}
+    if chosen["path"] is None:
+        raise UsageError(
+            f"{FLAG} {path}: it has the columns {', '.join(found.column_names)}; needed is {' or '.join(PATH_COLUMNS)}"
+        )
+    number = pa.array(np.arange(start, start + len(found))).cast(pa.string())
+    values: dict[str, Any] = {to: array(found[n]) for to, n in chosen.items() if n is not None}
+    if "text" in values and pa.types.is_list(values["text"].type):
+        lists = values["text"].to_pylist()
+        values["text"] = text_array([items or [None] for items in lists], pa.list_(pa.string()))  # no image is lost
+        rows = pc.list_parent_indices(values["text"])
+        values = {to: pc.list_flatten(v) if to == "text" else v.take(rows) for to, v in values.items()}
+        number = number.take(rows)
+    if "text" in values:
+        values["text"] = values["text"].cast(pa.string())
+    return columns(ROWS, len(number), **values, number=number)
+
+
+def _parquet(path: Path) -> Iterator[pa.Table]:
+    known = {n for names in NAMES.values() for n in names}
+    with pq.ParquetFile(path) as file:
+        wanted = [n for n in file.schema_arrow.names if n.strip().lower() in known]
+        start = 0
+        for batch in file.iter_batches(CHUNK, columns=wanted):
+            yield _renamed(path, pa.Table.from_batches([batch]), start)
+            start += len(batch)
+
+
+def _jsonl(path: Path) -> Iterator[pa.Table]:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        yield from _tables(path, (json.loads(line) for line in file if line.strip()))
+
+
+def _table(path: Path) -> Iterator[pa.Table]:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        mark = "\t" if path.suffix.lower() == ".tsv" else ","
+        yield from _tables(path, csv.DictReader(file, delimiter=mark))
+
+
+def _tables(path: Path, records: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
+    """Cut records into tables, everything in them as text; an empty cell says nothing."""
+    start, chunk = 0, []
+    known = {n for names in NAMES.values() for n in names}
+    for record in records:
+        said = {k.strip().lower(): v for k, v in record.items() if isinstance(k, str) and v not in (None, "")}
+        chunk.append({k: said.get(k) for k in sorted(known & said.keys())})
+        if not (known & {str(k).strip().lower() for k in record}) & set(PATH_COLUMNS):
+            raise UsageError(
+                f"{FLAG} {path}: row {start + len(chunk) - 1} has the columns {', '.join(map(str, record))}; needed is "
+                f"{' or '.join(PATH_COLUMNS)}"
+            )
+        if len(chunk) == CHUNK:
+            yield _from_records(path, chunk, start)
+            start, chunk = start + len(chunk), []
+    if chunk:
+        yield _from_records(path, chunk, start)
+
+
+def _from_records(path: Path, chunk: list[dict[str, Any]], start: int) -> pa.Table:
+    names = sorted({k for record in chunk for k in record} | {"path"})
+    lists = any(isinstance(record.get(n), list) for record in chunk for n in TEXT_COLUMNS)
+    found = {}
+    for name in names:
+        values = [record.get(name) for record in chunk]
+        if lists and name in TEXT_COLUMNS:
+            several = [v if isinstance(v, list) else [v] for v in values]
+            found[name] = text_array([[t if t is None else str(t) for t in v] for v in several], pa.list_(pa.string()))
+        else:
+            found[name] = text_array([None if v is None else str(v) for v in values], pa.string())
+    return _renamed(path, pa.table(found), start)
+
+
+_FORMS: dict[str, Callable[[Path], Iterator[pa.Table]]] = {
+    ".parquet": _parquet,
+    ".jsonl": _jsonl,
+    ".csv": _table,
+    ".tsv": _table,
+}

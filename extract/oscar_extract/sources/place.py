@@ -1,0 +1,82 @@
+"""Where a dataset lies, and what its reader needs to find its files there."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from oscar_common.errors import UsageError
+from oscar_extract.sources.inventory import Inventory
+from oscar_extract.sources.tables import IMAGES, TEXTS, Annotations, Ints, reading, table
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One dataset of a job: its name, its folder, the job's files, and the splits whose texts are wanted."""
+
+    name: str
+    root: Path
+    inventory: Inventory
+    splits: frozenset[str] = frozenset({"train"})
+
+    def annotations(self, pattern: str) -> list[Path]:
+        """Return this dataset's annotation files whose path under its folder matches, in order."""
+        return sorted(
+            path
+            for path in self.inventory.annotations
+            if path.is_relative_to(self.root) and re.search(pattern, str(path.relative_to(self.root)))
+        )
+
+    def required(self, pattern: str, what: str) -> list[Path]:
+        """Return what `annotations` does.
+
+        Raises:
+            UsageError: there is none.
+        """
+        found = self.annotations(pattern)
+        if not found:
+            raise UsageError(f"--root {self.root}: no {what} in it, which --dataset {self.name} needs")
+        return found
+
+    def locate(self, wanted: pa.Array, names: pa.Array, family: str) -> Ints:
+        """Return the rows of this dataset's files by name; see `Inventory.locate`."""
+        return self.inventory.locate(wanted, names, family, self.root)
+
+
+def split_of(name: str) -> str:
+    """Return train, val or test for a split's or a file's name: `restval` is train, `testdev` is test."""
+    lower = name.lower()
+    if "train" in lower or lower == "restval":
+        return "train"
+    if re.search("test|challenge|submission", lower):
+        return "test"
+    return "val" if re.search("val|dev", lower) else "train"
+
+
+def read_json(path: Path, form: type | tuple[type, ...], flag: str = "--root") -> Any:
+    """Read a JSON file of a certain form (dict or list).
+
+    Raises:
+        UsageError: no such file, no JSON, or of another form.
+    """
+    with reading(path, flag):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, form):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+
+
+def annotations(
+    images: list[tuple[Any, ...]], rows: Ints, texts: list[tuple[Any, ...]], message: str | None = None
+) -> Annotations:
+    """Make the tables from rows (dataset, image, name, split) with their files' rows, and rows of the schema TEXTS."""
+    messages = [message if row < 0 else None for row in rows.tolist()]
+    listed = (
+        (*image[:3], row, image[3], note) for image, row, note in zip(images, rows.tolist(), messages, strict=True)
+    )
+    return Annotations(images=table(IMAGES, listed), texts=table(TEXTS, texts))

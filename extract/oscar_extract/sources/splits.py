@@ -1,0 +1,40 @@
+"""Karpathy's splits of COCO and Flickr30k, by which downstream validation and test images are known."""
+
+from typing import Any
+
+from oscar_extract.sources.inventory import Inventory
+from oscar_extract.sources.place import Place, read_json, split_of
+from oscar_extract.sources.tables import reading
+
+FILE = "dataset_{}.json"  # as Karpathy and Fei-Fei (2015) published them
+
+
+def karpathy_split(inventory: Inventory, family: str) -> dict[str, str]:
+    """Return the split of every image ("coco/139") in dataset_coco.json or dataset_flickr30k.json, if there."""
+    return {image: split for image, split, _ in _entries(inventory, family)}
+
+
+def karpathy_texts(place: Place, family: str) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """Return images (dataset, image, name, split) and texts of the wanted splits from Karpathy's file itself."""
+    images: list[tuple[Any, ...]] = []
+    texts: list[tuple[Any, ...]] = []
+    for image, split, entry in _entries(place.inventory, family):
+        images.append((place.name, image, entry["filename"], split))
+        if split in place.splits:
+            texts += [
+                (image, "caption", family, str(s.get("sentid", "")), str(s["raw"]), None, None)
+                for s in entry.get("sentences", [])
+            ]
+    return images, texts
+
+
+def _entries(inventory: Inventory, family: str) -> list[tuple[str, str, dict[str, Any]]]:
+    found = []
+    for path in inventory.annotations:
+        if path.name == FILE.format(family):
+            with reading(path, "--root"):
+                for entry in read_json(path, dict)["images"]:
+                    stem = str(entry["filename"]).rpartition(".")[0]
+                    number = int(entry["cocoid"]) if family == "coco" else stem
+                    found.append((f"{family}/{number}", split_of(str(entry["split"])), entry))
+    return found
