@@ -8,7 +8,7 @@ DEMO := runs/demo
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench check format clean
+.PHONY: help setup demo test test-slow bench bench-scale check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -52,6 +52,9 @@ bench: setup ## measure extraction, stage by stage, and write bench/results; som
 	$(BIN)/python bench/extract.py --detector builtin --precision bf16
 	$(BIN)/python bench/extract.py --detector vg-r101 --batch-size 2
 	$(BIN)/python bench/extract.py --detector vg-r101 --batch-size 2 --precision bf16
+
+bench-scale: setup ## plan and resume a job of 4.1M images and 6.5M texts; needs 20 GB of disk and some 20 minutes
+	$(BIN)/python bench/scale.py
 
 check: setup ## ruff (format and lint) and mypy (strict)
 	$(BIN)/ruff format --check
