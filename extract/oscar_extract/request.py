@@ -5,6 +5,7 @@ from pathlib import Path
 from oscar_common.errors import UsageError, nearest
 from oscar_common.settings import LAYOUTS, Catalog, Extract
 from oscar_extract.sources.corpus import Part, Request
+from oscar_extract.sources.inventory import readable
 from oscar_extract.sources.place import SPLITS
 
 
@@ -36,7 +37,7 @@ def make_request(settings: Extract, catalog: Catalog) -> Request:
 def _images_part(settings: Extract) -> Part:
     root = _place("--images", settings.images or "")
     name = settings.source or (root.stem if root.is_file() else root.resolve().name)
-    return Part(name=name.replace("/", "_") or "images", layout=None, root=root, captions=settings.captions)
+    return Part(name=readable(name).replace("/", "_") or "images", layout=None, root=root, captions=settings.captions)
 
 
 def _dataset_parts(settings: Extract, catalog: Catalog, names: list[str]) -> list[Part]:

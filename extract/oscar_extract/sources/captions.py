@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from oscar_extract.sources.tables import (
     array,
     columns,
     find,
+    in_line,
     last,
     numbers,
     once,
@@ -100,7 +101,7 @@ def _caption(image: str, text: str, number: str) -> Named:
 def _beside(folder: Path, paths: pa.Array) -> Iterator[Named]:
     for image in paths.to_pylist():
         path = folder / (os.path.splitext(image)[0] + ".txt")
-        if path.is_file():
+        if os.path.isfile(path):  # unlike the method, for names that are too long as well
             for number, line in enumerate(path.read_text(errors="replace").splitlines()):
                 if line.strip():
                     yield _caption(image, line, str(number))
@@ -126,7 +127,7 @@ def _json(path: Path) -> Iterator[Named]:
         if "caption" not in annotation:
             raise UsageError(f"{FLAG} {path}: its annotations have no `caption`; give captions_*.json, not instances")
         number = annotation["image_id"]
-        yield _caption(str(names.get(number, number)), str(annotation["caption"]), str(annotation.get("id", "")))
+        yield _caption(str(names.get(number, number)), str(annotation["caption"] or ""), str(annotation.get("id", "")))
 
 
 def _jsonl(path: Path) -> Iterator[Named]:
@@ -163,17 +164,22 @@ def _tsv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
 
 def _records(records: Iterable[dict[str, Any]], path: Path) -> Iterator[Named]:
     for number, record in enumerate(records):
-        image = next((record[c] for c in IMAGE_COLUMNS if c in record), None)
+        image, text = _first(record, IMAGE_COLUMNS), _first(record, TEXT_COLUMNS)
         if image is not None and record.get("question") is not None and record.get("answer") is not None:
             asked = str(record["question"]), str(record["answer"])
             yield os.path.normpath(str(image)), "qa", str(record.get("question_id", number)), None, *asked
             continue
-        text = next((record[c] for c in TEXT_COLUMNS if c in record), None)
         if image is None or text is None:
             raise UsageError(
-                f"{FLAG} {path}: row {number} has the columns {', '.join(map(str, record))}; needed are an image "
-                f"({', '.join(IMAGE_COLUMNS)}) and a text ({', '.join(TEXT_COLUMNS)}), or question and answer"
+                f"{FLAG} {path}: row {number} has the columns {in_line(', '.join(map(str, record)))}; needed are an "
+                f"image ({', '.join(IMAGE_COLUMNS)}) and a text ({', '.join(TEXT_COLUMNS)}), or question and answer"
             )
         for several, one in enumerate(text if isinstance(text, list) else [text]):
             id = str(record.get("caption_id", number if several == 0 else f"{number}-{several}"))
-            yield _caption(str(image), str(one), id)
+            yield _caption(str(image), "" if one is None else str(one), id)
+
+
+def _first(record: dict[str, Any], names: Sequence[str]) -> Any:
+    """Return what the first of these columns says that is not empty; "" if all are, None if there is none."""
+    said = [record[name] for name in names if name in record]
+    return next((value for value in said if value is not None), "" if said else None)

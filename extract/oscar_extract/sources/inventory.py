@@ -281,5 +281,8 @@ def _dead_links(path: Path) -> pa.Table:
 
 
 def readable(path: str) -> str:
-    """Return a path as text that can be stored: bytes of a name that are no UTF-8 become `\\xNN`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """Return a path as text that can be stored: bytes of a name that are no UTF-8 become `\\xNN`.
+
+    A backslash that would look like that is written as `\\x5c`, so that no two paths become one.
+    """
+    return re.sub(rb"\\(?=x[0-9a-f]{2})", rb"\\x5c", os.fsencode(path)).decode("utf-8", "backslashreplace")

@@ -24,6 +24,7 @@ from oscar_extract.sources.tables import (
     array,
     columns,
     find,
+    in_line,
     reading,
     text_array,
 )
@@ -99,8 +100,8 @@ def _ids(path: Path, paths: pa.Array, given: pa.Array, source: pa.Array) -> pa.A
     ids = pc.binary_join_element_wise(source, pc.coalesce(given, make_ids(paths)), "/")
     if len(pc.unique(ids)) < len(ids):
         at = np.flatnonzero(find(ids, ids) != np.arange(len(ids)))[0]
-        other = paths[int(find(ids, ids)[at])]
-        raise UsageError(f"{FLAG} {path}: {other} and {paths[int(at)]} share the id {ids[int(at)]}; give each its own")
+        shared = f"{paths[int(find(ids, ids)[at])]} and {paths[int(at)]} share the id {ids[int(at)]}"
+        raise UsageError(f"{FLAG} {path}: {in_line(shared)}; give each its own")
     return ids
 
 
@@ -110,7 +111,8 @@ def _renamed(path: Path, found: pa.Table, start: int) -> pa.Table:
     chosen = {to: next((lower[n] for n in names if n in lower), None) for to, names in NAMES.items()}
     if chosen["path"] is None:
         raise UsageError(
-            f"{FLAG} {path}: it has the columns {', '.join(found.column_names)}; needed is {' or '.join(PATH_COLUMNS)}"
+            f"{FLAG} {path}: it has the columns {in_line(', '.join(found.column_names))}; needed is "
+            f"{' or '.join(PATH_COLUMNS)}"
         )
     number = pa.array(np.arange(start, start + len(found))).cast(pa.string())
     values: dict[str, Any] = {to: array(found[n]) for to, n in chosen.items() if n is not None}
@@ -155,8 +157,8 @@ def _tables(path: Path, records: Iterator[dict[str, Any]]) -> Iterator[pa.Table]
         chunk.append({k: said.get(k) for k in sorted(known & said.keys())})
         if not (known & {str(k).strip().lower() for k in record}) & set(PATH_COLUMNS):
             raise UsageError(
-                f"{FLAG} {path}: row {start + len(chunk) - 1} has the columns {', '.join(map(str, record))}; needed is "
-                f"{' or '.join(PATH_COLUMNS)}"
+                f"{FLAG} {path}: row {start + len(chunk) - 1} has the columns {in_line(', '.join(map(str, record)))}; "
+                f"needed is {' or '.join(PATH_COLUMNS)}"
             )
         if len(chunk) == CHUNK:
             yield _from_records(path, chunk, start)

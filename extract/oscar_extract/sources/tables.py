@@ -79,8 +79,13 @@ def text_array(values: Sequence[Any], form: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, form)
     except UnicodeEncodeError:  # JSON may hold half of a surrogate pair, which no UTF-8 can
-        whole = [v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values]
-        return pa.array(whole, form)
+        return pa.array([_whole(v) for v in values], form)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def columns(schema: pa.Schema, length: int, **given: object) -> pa.Table:
@@ -91,7 +96,7 @@ def columns(schema: pa.Schema, length: int, **given: object) -> pa.Table:
         if isinstance(value, np.ndarray):
             value = pa.array(value)
         if not isinstance(value, pa.Array | pa.ChunkedArray):
-            value = pa.repeat(pa.scalar(value, column.type), length)
+            value = pa.repeat(text_array([value], column.type)[0], length)
         arrays.append(value.cast(column.type))
     return pa.Table.from_arrays(arrays, schema=schema)
 
@@ -144,13 +149,18 @@ def numbers(names: pa.Array) -> pa.Array:
     return pc.struct_field(pc.extract_regex(last(names), pattern), "number")
 
 
+def in_line(text: str) -> str:
+    """Return what somebody else wrote as part of a one-line message."""
+    return " ".join(text[:300].split())
+
+
 @contextmanager
 def reading(path: Path, flag: str) -> Iterator[None]:
     """Turn whatever a file of another form provokes into one line that names it."""
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{flag} {path}: {error.strerror or error}") from None
+        raise UsageError(f"{flag} {path}: {in_line(str(error.strerror or error))}") from None
     except (
         ValueError,
         LookupError,
@@ -161,5 +171,5 @@ def reading(path: Path, flag: str) -> Iterator[None]:
         CSVError,
         pa.ArrowException,
     ) as error:
-        found = f"{type(error).__name__}: {error}"[:300]
+        found = in_line(f"{type(error).__name__}: {error}")
         raise UsageError(f"{flag} {path}: cannot be read as {path.suffix or 'what it should be'}: {found}") from None
