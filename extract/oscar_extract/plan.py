@@ -124,7 +124,7 @@ def make_plan(
 
 def _table(corpus: Corpus, request: Request, order: Ints) -> pa.Table:
     image = corpus.image.take(pa.array(order))
-    source = pc.replace_substring_regex(image, r"/.*$", "")
+    source = pc.replace_substring_regex(image, r"(?s)/.*$", "")
     ids = pc.replace_substring_regex(image, r"^[^/]*/", "")
     alone = len(request.parts) == 1 and not request.parts[0].layout and not request.parts[0].is_listing
     starts = np.searchsorted(corpus.text_row, np.arange(len(corpus.image) + 1)).astype(np.int32)
@@ -180,11 +180,14 @@ def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
 
 def inputs_digest(request: Request, inventory: Inventory, *settings: object) -> str:
     """Return a hash of all that a plan is made from: the request, the files found, sizes and times of what is read."""
-    read = [*inventory.annotations, *request.exclude]
-    read += [Path(p.captions) for p in request.parts if p.captions] + [p.root for p in request.parts if p.is_listing]
+    captions = [Path(p.captions) for p in request.parts if p.captions]
+    read = [*inventory.annotations, *inventory.tars, *request.exclude, *captions]
+    read += [p.root for p in request.parts if p.is_listing]
+    read += [path for folder in captions if folder.is_dir() for path in sorted(folder.rglob("*.txt"))]
     stats = [(str(p), s.st_size, s.st_mtime_ns) for p in read if p.exists() for s in [p.stat()]]
-    said = json.dumps([repr(dataclasses.replace(request, out=None)), settings, stats])
-    return _digest([array(inventory.files[n]) for n in ("path", "offset", "size")], said)
+    asked = repr(dataclasses.replace(request, out=None, splits=frozenset()))  # the order of a set is not fixed
+    said = json.dumps([asked, sorted(request.splits), settings, stats])
+    return _digest([array(inventory.files[n]) for n in ("root", "path", "offset", "size")], said)
 
 
 def _digest(columns: list[pa.Array], first: str = "") -> str:
@@ -237,18 +240,18 @@ def saved_plan(out: Path, inputs: str) -> Plan | None:
     """Return the plan that lies in `out` if it was made from the same, without the table, which workers read."""
     try:
         said = _said(out)
-    except (OSError, ValueError, KeyError, pa.ArrowException):
+        if said["inputs"] != inputs:
+            return None
+        return Plan(
+            roots=[Path(r) for r in said["roots"]],
+            table=PLAN.empty_table(),
+            counts=[Count(**c) for c in said["counts"]],
+            left_out=LEFT_OUT.empty_table(),
+            record=PlanRecord(**said["record"]),
+            inputs=inputs,
+        )
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException):
         return None  # none yet, or damaged: it is made again
-    if said["inputs"] != inputs:
-        return None
-    return Plan(
-        roots=[Path(r) for r in said["roots"]],
-        table=PLAN.empty_table(),
-        counts=[Count(**c) for c in said["counts"]],
-        left_out=LEFT_OUT.empty_table(),
-        record=PlanRecord(**said["record"]),
-        inputs=inputs,
-    )
 
 
 def _said(out: Path) -> dict[str, Any]:

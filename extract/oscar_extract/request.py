@@ -1,12 +1,24 @@
 """From settings to a request: which datasets, where they lie, and what is kept out."""
 
+import os
+import re
 from pathlib import Path
 
 from oscar_common.errors import UsageError, nearest
 from oscar_common.settings import LAYOUTS, Catalog, Extract
-from oscar_extract.sources.corpus import Part, Request
-from oscar_extract.sources.inventory import readable
+from oscar_extract.sources.corpus import LISTS, Part, Request
+from oscar_extract.sources.inventory import FAMILIES, readable
 from oscar_extract.sources.place import SPLITS
+
+ALIASES = {  # what people call the folder of a dataset, in lower case
+    "coco": ("mscoco", "coco2014", "coco2017", "ms-coco", "ms_coco"),
+    "cc": ("cc3m", "gcc", "conceptual_captions", "conceptual-captions", "conceptualcaptions"),
+    "sbu": ("sbu_captions", "sbu-captions", "sbucaptions", "sbucaptionedphotodataset"),
+    "flickr30k": ("flickr30k_images", "flickr30k-images", "flickr8k"),
+    "vqa": ("vqav2", "vqa_v2", "vqa-v2", "vqa2"),
+    "vg-qa": ("vg_qa", "vgqa", "vg", "visual_genome", "visual-genome", "visualgenome"),
+}
+SHARED = {"vqa": ("coco",), "gqa": ("vg", "coco"), "vg-qa": ("vg", "coco")}  # whose images a dataset asks about
 
 
 def make_request(settings: Extract, catalog: Catalog) -> Request:
@@ -15,7 +27,7 @@ def make_request(settings: Extract, catalog: Catalog) -> Request:
     Raises:
         UsageError: nothing to extract, an unknown name, or a flag that misses its partner.
     """
-    names = [name for given in settings.dataset for name in given.split(",") if name]
+    names = [name.strip() for given in settings.dataset for name in given.split(",") if name.strip()]
     if not names and settings.images is None:
         raise UsageError("no images: give --images DIR (or --dataset or --pipeline NAME)")
     parts = _dataset_parts(settings, catalog, names) if names else [_images_part(settings)]
@@ -27,6 +39,7 @@ def make_request(settings: Extract, catalog: Catalog) -> Request:
     return Request(
         parts=parts,
         images=_place("--images", settings.images) if published and settings.images else None,
+        beside=_beside(parts, settings.root),
         splits=_splits(settings.splits),
         exclude=tuple(_place("--exclude", path) for path in settings.exclude),
         merge_duplicates=settings.duplicates == "merge",
@@ -41,35 +54,92 @@ def _images_part(settings: Extract) -> Part:
 
 
 def _dataset_parts(settings: Extract, catalog: Catalog, names: list[str]) -> list[Part]:
-    published = [n for n in names if n not in catalog.datasets]
-    for name in published:
-        if name not in LAYOUTS:
+    for name in names:
+        if name not in catalog.datasets and name not in LAYOUTS:
             raise UsageError(f"--dataset: no dataset {name!r}{nearest(name, {*catalog.datasets, *LAYOUTS})}")
-    if published and len(settings.root) not in (1, len(published)):
+    roots = _roots(settings, catalog, names)
+    parts = [_entry(settings, catalog, n, roots) if n in catalog.datasets else _layout(n, roots[n]) for n in names]
+    own = [part.name for part in parts if not part.layout]
+    for name in own:
+        if own.count(name) > 1:
+            raise UsageError(f"--dataset: two of {', '.join(names)} have the source {name!r}; give each its own")
+    return parts
+
+
+def _roots(settings: Extract, catalog: Catalog, names: list[str]) -> dict[str, str]:
+    """Return the folder of each dataset in a published layout; --root is for those that have none, or if all do, wins.
+
+    Raises:
+        UsageError: there are more or fewer of --root than datasets that need one.
+    """
+    entries = {n: catalog.datasets[n].root for n in names if n in catalog.datasets and catalog.datasets[n].layout}
+    layouts = [n for n in names if n not in catalog.datasets or n in entries]
+    known = {name: root for name, root in entries.items() if root}
+    rooted = [n for n in layouts if n not in known] or (layouts if settings.root else [])
+    if rooted and len(settings.root) not in (1, len(rooted)):
         raise UsageError(
-            f"--root: {len(settings.root)} given for --dataset {','.join(published)}; give one, or one for each in turn"
+            f"--root: {len(settings.root)} given for --dataset {','.join(rooted)}; give one, or one for each in turn"
         )
-    roots = iter(settings.root * len(published) if len(settings.root) == 1 else settings.root)
-    return [_entry(settings, catalog, n) if n in catalog.datasets else _layout(n, next(roots)) for n in names]
+    given = settings.root * len(rooted) if len(settings.root) == 1 else settings.root
+    return {**known, **dict(zip(rooted, given, strict=True))}
 
 
 def _layout(name: str, root: str, layout: str | None = None) -> Part:
     layout, place = layout or name, _place("--root", root)
-    return Part(name=layout, layout=layout, root=place / layout if (place / layout).is_dir() else place)
+    return Part(name=layout, layout=layout, root=_folder_of(layout, place))
 
 
-def _entry(settings: Extract, catalog: Catalog, name: str) -> Part:
+def _folder_of(layout: str, place: Path) -> Path:
+    """Return the folder in `place` that has a dataset's name, in any case; or `place`, if the lists are only there."""
+    inner = {path.name.lower(): path for path in sorted(place.iterdir(), reverse=True) if path.is_dir()}
+    named = [inner[name] for name in (layout, *ALIASES.get(layout, ())) if name in inner]
+    with_lists = next((folder for folder in [*named, place] if _has_lists(layout, folder)), None)
+    return with_lists or [*named, place][0]
+
+
+def _has_lists(layout: str, folder: Path, depth: int = 3) -> bool:
+    """Whether a folder, or one not far below it, has files that a dataset is known by."""
+    folders = [""]
+    for path in folders:
+        with os.scandir(folder / path) as scan:
+            for entry in scan:
+                name = os.path.join(path, entry.name)
+                if not entry.name.startswith(".") and any(re.search(pattern, name) for pattern in LISTS[layout]):
+                    return True
+                if name.count("/") < depth and entry.is_dir() and not entry.name.startswith("."):
+                    folders.append(name)
+    return False
+
+
+def _beside(parts: list[Part], roots: list[str]) -> tuple[Path, ...]:
+    """Return the folders in --root whose images the datasets of the job share, although they are others'."""
+    found = []
+    for part in parts:
+        for root in map(Path, roots):
+            if part.layout and part.root.parent == root:
+                found += [p for p in sorted(root.iterdir()) if p.is_dir() and _has_images_of(part.layout, p.name)]
+    return tuple(dict.fromkeys(p for p in found if p not in {part.root for part in parts}))
+
+
+def _has_images_of(layout: str, folder: str) -> bool:
+    return any(re.search(FAMILIES[family], folder) for family in SHARED.get(layout, ()))
+
+
+def _entry(settings: Extract, catalog: Catalog, name: str, roots: dict[str, str]) -> Part:
     """Return the part of an entry under `datasets:` in pipelines.yaml; flags win over it."""
     entry = catalog.datasets[name]
     if entry.layout:
-        if entry.root is None and not settings.root:
-            raise UsageError(f"--dataset {name}: its entry in pipelines.yaml has a layout but no root; give --root DIR")
-        return _layout(name, entry.root or settings.root[0], entry.layout)
+        return _layout(name, roots[name], entry.layout)
     images = settings.images or entry.images
     if images is None:
         raise UsageError(f"--dataset {name}: its entry in pipelines.yaml has neither images nor a layout")
     source = settings.source or entry.source or name
-    return Part(name=source, layout=None, root=_place("--images", images), captions=settings.captions or entry.captions)
+    return Part(
+        name=source.replace("/", "_"),
+        layout=None,
+        root=_place("--images", images),
+        captions=settings.captions or entry.captions,
+    )
 
 
 def _place(flag: str, given: str) -> Path:

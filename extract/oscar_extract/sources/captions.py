@@ -102,7 +102,7 @@ def _beside(folder: Path, paths: pa.Array) -> Iterator[Named]:
     for image in paths.to_pylist():
         path = folder / (os.path.splitext(image)[0] + ".txt")
         if os.path.isfile(path):  # unlike the method, for names that are too long as well
-            for number, line in enumerate(path.read_text(errors="replace").splitlines()):
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n")):
                 if line.strip():
                     yield _caption(image, line, str(number))
 
@@ -144,7 +144,7 @@ def _parquet(path: Path) -> Iterator[Named]:
 def _table(path: Path) -> Iterator[Named]:
     """A .tsv or .csv file; without a header its two columns are image and caption."""
     with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = _tsv_rows(file) if path.suffix.lower() == ".tsv" else csv.reader(file)
+        rows = tsv_rows(file) if path.suffix.lower() == ".tsv" else csv.reader(file)
         first = next(rows, [])
         header = [column.strip().lower() for column in first]
         if set(header) & set(IMAGE_COLUMNS) and set(header) & set(TEXT_COLUMNS):
@@ -156,7 +156,7 @@ def _table(path: Path) -> Iterator[Named]:
             next(_records([dict.fromkeys(header, "")], path))  # says which columns are needed
 
 
-def _tsv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
+def tsv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
     """Split line by line, so that a caption with a lone quotation mark cannot swallow the lines after it."""
     for line in lines:
         yield next(csv.reader([line.rstrip("\r\n")], delimiter="\t"), [])

@@ -5,24 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from oscar_extract.sources.place import Place, annotations, read_json, split_of
 from oscar_extract.sources.splits import karpathy_split, karpathy_texts
 from oscar_extract.sources.tables import Annotations, Ints, numbers, reading, strings
 
-FILES = r"(^|/)(captions|instances)_(train|val|test)[^/]*\.json$"
+FILES = r"(^|/)((captions|instances)_(train|val|test)|image_info_test)[^/]*\.json$"
 
 
 def read_coco(place: Place) -> Annotations:
     """Read the images of all splits, and the captions of those that are wanted.
 
     Karpathy's split (dataset_coco.json), where it is there, decides over the annotation files' names: its `restval`
-    images are of the training split, although they are in val2014.
+    images are of the training split, although they are in val2014. What no captions_*.json says, it says itself.
     """
     split = karpathy_split(place.inventory, "coco")
     paths = place.annotations(FILES) if split else place.required(FILES, "captions_*.json or instances_*.json")
     images: list[tuple[Any, ...]] = []
     texts: list[tuple[Any, ...]] = []
+    captioned: set[str] = set()
     for path in paths:
         with reading(path, "--root"):
             content = read_json(path, dict)
@@ -30,9 +33,11 @@ def read_coco(place: Place) -> Annotations:
             found = [(int(i["id"]), str(i.get("file_name", ""))) for i in content["images"]]
             images += [("coco", f"coco/{n}", name, split.get(f"coco/{n}", of_file)) for n, name in found]
             texts += _captions(path, content, {n: split.get(f"coco/{n}", of_file) for n, _ in found}, of_file, place)
-    if split and not any(path.name.startswith("captions") for path in paths):
-        more, texts = karpathy_texts(place, "coco")
-        images += more
+            captioned |= {f"coco/{n}" for n, _ in found if path.name.startswith("captions")}
+    if split and not captioned.issuperset(split):
+        more, of_more = karpathy_texts(place, "coco")
+        images += [image for image in more if image[1] not in captioned]
+        texts += [text for text in of_more if text[0] not in captioned]
     return annotations(images, locate_coco(place, images), texts)
 
 
@@ -48,8 +53,18 @@ def _captions(
 
 
 def locate_coco(place: Place, images: list[tuple[Any, ...]]) -> Ints:
-    """Return the files of images (dataset, "coco/139", file name or "", split): by that name, else by the number."""
-    names, found = strings([i[2].rpartition("/")[2] or None for i in images]), place.inventory.names
-    rows = place.locate(names, found, "coco")
-    by_number = place.locate(strings([i[1].removeprefix("coco/") for i in images]), numbers(found), "coco")
-    return np.where(rows < 0, by_number, rows)
+    """Return the files of images (dataset, "coco/139", file name or "", split): by that name, else by the number.
+
+    A number is one of twelve digits, unless a folder's name says that the files are COCO's: 9.jpg may be anyone's.
+    Photographs come before .png files, which may be COCO's segmentation maps.
+    """
+    inventory = place.inventory
+    rows = place.locate(strings([i[2].rpartition("/")[2] or None for i in images]), inventory.names, "coco")
+    wanted = strings([i[1].removeprefix("coco/") for i in images])
+    long = pc.match_substring_regex(inventory.names, r"^(COCO_\w+_)?\d{12}(\.|$)")
+    of_coco = pc.or_(long, pa.array(inventory.outer_family == "coco"))
+    photograph = pc.match_substring_regex(inventory.names, r"(?i)\.jpe?g$")
+    for which in (pc.and_(of_coco, photograph), of_coco):
+        found = place.locate(wanted, pc.if_else(which, numbers(inventory.names), None), "coco")
+        rows = np.where(rows < 0, found, rows)
+    return rows

@@ -1,23 +1,23 @@
 """The corpus: several datasets joined over one set of images, each image once, with all its texts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from oscar_common.errors import UsageError
+from oscar_extract.sources.coco import FILES as COCO
 from oscar_extract.sources.coco import read_coco
-from oscar_extract.sources.downloads import read_cc, read_sbu
+from oscar_extract.sources.downloads import SBU_JSON, SBU_URLS, read_cc, read_sbu
 from oscar_extract.sources.duplicates import twins
 from oscar_extract.sources.exclude import are_named, read_excluded
-from oscar_extract.sources.flickr30k import read_flickr30k
+from oscar_extract.sources.flickr30k import TOKENS, read_flickr30k
 from oscar_extract.sources.folder import read_folder
-from oscar_extract.sources.genome import coco_twins, read_gqa, read_vg_qa
-from oscar_extract.sources.inventory import Inventory, take_inventory
+from oscar_extract.sources.genome import GQA, VG_QA, coco_twins, read_gqa, read_vg_qa
+from oscar_extract.sources.inventory import Bools, Inventory, take_inventory
 from oscar_extract.sources.listing import is_listing, read_listing
 from oscar_extract.sources.place import SPLITS, Place
 from oscar_extract.sources.splits import karpathy_split
@@ -31,9 +31,8 @@ from oscar_extract.sources.tables import (
     find,
     strings,
 )
-from oscar_extract.sources.vqa import read_vqa
+from oscar_extract.sources.vqa import QUESTIONS, read_vqa
 
-Bools = npt.NDArray[np.bool_]
 READERS: dict[str, Callable[[Place], Annotations]] = {
     "coco": read_coco,
     "cc": read_cc,
@@ -42,6 +41,15 @@ READERS: dict[str, Callable[[Place], Annotations]] = {
     "gqa": read_gqa,
     "vqa": read_vqa,
     "vg-qa": read_vg_qa,
+}
+LISTS: dict[str, tuple[str, ...]] = {  # files by which a dataset's folder is known
+    "coco": (COCO, r"(^|/)dataset_coco\.json$"),
+    "cc": (r"(?i)\.tsv$",),
+    "sbu": (SBU_URLS, SBU_JSON),
+    "flickr30k": (TOKENS, r"(^|/)dataset_flickr(8|30)k\.json$"),
+    "gqa": (GQA,),
+    "vqa": (QUESTIONS,),
+    "vg-qa": (VG_QA,),
 }
 MISSING = ("missing", "dead-link")  # reasons that count against --max-reject-fraction
 
@@ -72,6 +80,7 @@ class Request:
 
     parts: list[Part]
     images: Path | None = None  # a further folder with the images of published layouts
+    beside: tuple[Path, ...] = ()  # folders of the datasets whose images those of the job share
     splits: frozenset[str] = frozenset({"train"})
     exclude: tuple[Path, ...] = ()
     merge_duplicates: bool = True
@@ -100,7 +109,8 @@ class Corpus:
 def find_files(request: Request) -> Inventory:
     """List what lies in the folders of a job."""
     walked = [p for p in request.parts if not p.is_listing]
-    folders = list(dict.fromkeys([p.root for p in walked] + ([request.images] if request.images else [])))
+    further = ([request.images] if request.images else []) + list(request.beside)
+    folders = list(dict.fromkeys([p.root for p in walked] + further))
     inner = request.out if request.out and request.out.resolve() not in {f.resolve() for f in folders} else None
     return take_inventory(folders, walked[0].flag if walked else "--images", inner)
 
@@ -112,41 +122,29 @@ def read_corpus(request: Request, inventory: Inventory) -> Corpus:
         UsageError: something is not there, cannot be read, or leaves no image.
     """
     roots, files, images, texts, left_out = _read_parts(request, inventory)
-    same = coco_twins(inventory)
-    images = images.set_column(1, "image", _renamed(array(images["image"]), same))
+    same = coco_twins(inventory) if any(p.layout for p in request.parts) else {}
+    called = array(images["image"])
+    images = images.set_column(1, "image", _renamed(called, same))
     texts = texts.set_column(0, "image", _renamed(array(texts["image"]), same))
     names = pc.unique(array(images["image"]))
     of_mention = find(array(images["image"]), names)
     file = _first_file(array(images["file"]).to_numpy(), of_mention, len(names))
-    first = np.unique(of_mention, return_index=True)[1]
-    mention = images.take(pa.array(first))
-    out_of_splits, held_out = _held_out(request, inventory, images, of_mention, names)
-    paths = array(files["path"]).take(pa.array(file, mask=file < 0))
-    excluded = _excluded(request, names, paths, array(mention["name"]))
-    missing = (file < 0) & ~held_out & ~excluded & ~out_of_splits
-    keep = (file >= 0) & ~held_out & ~excluded & ~out_of_splits
-    because = array(mention["message"])
-    left_out = [
-        *left_out,
-        _left(mention, held_out, "held-out", "of a validation or test split"),
-        _left(mention, excluded & ~held_out, "excluded", "named by --exclude"),
-        _left(mention, missing & because.is_null().to_numpy(zero_copy_only=False), "missing", array(mention["name"])),
-        _left(mention, missing & because.is_valid().to_numpy(zero_copy_only=False), "dead-link", because),
-    ]
+    mention = images.take(pa.array(np.unique(of_mention, return_index=True)[1]))
+    unwanted, held_out = _held_out(request, inventory, images, of_mention, names)
+    excluded = _excluded(request, files, images, called, of_mention, len(names))
+    there = np.flatnonzero((file >= 0) & ~unwanted)
+    group = _groups(request, roots, files, file[there])
+    held_out, excluded = (_with_copies(which, there, group) for which in (held_out, excluded))
+    missing = (file < 0) & ~held_out & ~excluded & ~unwanted
+    keep = ((file >= 0) & ~held_out & ~excluded & ~unwanted)[there]
     if not keep.any():
-        reasons = ", ".join(
-            f"{int(n.sum())} {r}" for r, n in (("missing", missing), ("held out", held_out), ("excluded", excluded))
-        )
-        hint = "; --splits takes other splits" if held_out.any() else ""
-        raise UsageError(f"no image is left of the {len(names)} of {_described(request)}: {reasons}{hint}")
-    kept = np.flatnonzero(keep)
-    group = _groups(request, roots, files, file[kept])
+        raise _nothing_left(request, missing, held_out, excluded)
+    kept, group = there[keep], np.unique(group[keep], return_inverse=True)[1].ravel()
     row = np.full(len(names), -1, np.int64)
     row[kept] = group
     # Groups are numbered by their first image, so the corpus keeps the order in which the datasets name images.
     leaders = kept[np.unique(group, return_index=True)[1]]
-    also, twin_rows = _also(files, file, kept, group, leaders)
-    left_out.append(_left(mention, twin_rows, "duplicate", "its bytes are those of another image, which has its texts"))
+    also, is_twin = _also(files, file, kept, group, leaders)
     texts, text_row, strays = _texts(texts, names, row, missing)
     listed = row[of_mention]
     return Corpus(
@@ -157,8 +155,34 @@ def read_corpus(request: Request, inventory: Inventory) -> Corpus:
         mentions=pa.table({"dataset": array(images["dataset"]), "row": pa.array(listed)}).filter(pa.array(listed >= 0)),
         texts=texts,
         text_row=text_row,
-        left_out=pa.concat_tables([*left_out, *strays]),
+        left_out=pa.concat_tables([*left_out, *_left_out(mention, held_out, excluded, missing, is_twin), *strays]),
     )
+
+
+def _left_out(
+    mention: pa.Table, held_out: Bools, excluded: Bools, missing: Bools, is_twin: Bools
+) -> Iterator[pa.Table]:
+    """Yield tables of the schema LEFT_OUT, given the row of IMAGES that names each image first."""
+    because = array(mention["message"])
+    is_dead = because.is_valid().to_numpy(zero_copy_only=False)
+    for rows, reason, message in (
+        (held_out, "held-out", "of a validation or test split, or the same bytes as an image of one"),
+        (excluded & ~held_out, "excluded", "named by --exclude, or the same bytes as an image that is"),
+        (missing & ~is_dead, "missing", array(mention["name"])),
+        (missing & is_dead, "dead-link", because),
+        (is_twin, "duplicate", "its bytes are those of another image, which has its texts"),
+    ):
+        everything = columns(
+            LEFT_OUT, len(mention), dataset=mention["dataset"], image=mention["image"], reason=reason, message=message
+        )
+        yield everything.filter(pa.array(rows))
+
+
+def _nothing_left(request: Request, missing: Bools, held_out: Bools, excluded: Bools) -> UsageError:
+    counts = (("missing", missing), ("held out", held_out), ("excluded", excluded))
+    reasons = ", ".join(f"{int(n.sum())} {reason}" for reason, n in counts)
+    hint = "; --splits takes other splits" if held_out.any() else ""
+    return UsageError(f"no image is left of the {len(missing)} of {_described(request)}: {reasons}{hint}")
 
 
 def _read_parts(
@@ -167,7 +191,7 @@ def _read_parts(
     """Read every dataset; files of manifests follow those found in folders."""
     roots, files, said = list(inventory.roots), [inventory.files], []
     for part in request.parts:
-        place = Place(name=part.name, root=part.root, inventory=inventory, splits=request.splits)
+        place = _place(request, part, inventory)
         if part.layout:
             said.append(READERS[part.layout](place))
         elif not part.is_listing:
@@ -195,6 +219,19 @@ def _read_parts(
     )
     tables = [pa.concat_tables(getattr(a, n) for a in said) for n in ("images", "texts")]
     return roots, pa.concat_tables(files), *tables, [damaged, *(a.left_out for a in said)]
+
+
+def _place(request: Request, part: Part, inventory: Inventory) -> Place:
+    others = [p.root for p in request.parts if p.layout and p.name != part.name]
+    shared = any(part.root.is_relative_to(other) or other.is_relative_to(part.root) for other in others)
+    return Place(
+        name=part.name,
+        root=part.root,
+        inventory=inventory,
+        splits=request.splits,
+        shared=shared,
+        alone=len(request.parts) == 1,
+    )
 
 
 def _described(request: Request) -> str:
@@ -236,18 +273,26 @@ def _held_out(
     return ~in_wanted & ~held_out, held_out
 
 
-def _excluded(request: Request, names: pa.Array, paths: pa.Array, called: pa.Array) -> Bools:
-    excluded = np.zeros(len(names), bool)
-    for path in request.exclude:
-        excluded |= are_named(read_excluded(path), names, paths, called)
+def _excluded(
+    request: Request, files: pa.Table, images: pa.Table, called: pa.Array, of_mention: Ints, count: int
+) -> Bools:
+    """Return which images are named by --exclude, under any of the names that the datasets have for them; [count]."""
+    excluded = np.zeros(count, bool)
+    if request.exclude:
+        file = array(images["file"]).to_numpy()
+        paths = array(files["path"]).take(pa.array(file, mask=file < 0))
+        for path in request.exclude:
+            wanted = read_excluded(path)
+            for image in (called, array(images["image"])):
+                excluded[of_mention[are_named(wanted, image, paths, array(images["name"]))]] = True
     return excluded
 
 
-def _left(mention: pa.Table, rows: Bools, reason: str, message: str | pa.Array) -> pa.Table:
-    everything = columns(
-        LEFT_OUT, len(mention), dataset=mention["dataset"], image=mention["image"], reason=reason, message=message
-    )
-    return everything.filter(pa.array(rows))
+def _with_copies(which: Bools, there: Ints, group: Ints) -> Bools:
+    """Return `which`, and further those whose bytes are the same as one's of these."""
+    copies = which.copy()
+    copies[there] |= np.isin(group, group[which[there]])
+    return copies
 
 
 def _groups(request: Request, roots: list[Path], files: pa.Table, file: Ints) -> Ints:
@@ -273,8 +318,8 @@ def _also(files: pa.Table, file: Ints, kept: Ints, group: Ints, leaders: Ints) -
 def _texts(texts: pa.Table, names: pa.Array, row: Ints, missing: Bools) -> tuple[pa.Table, Ints, list[pa.Table]]:
     """Return the texts of kept images in order, each once, their rows, and what names no image or says nothing."""
     of_name = find(array(texts["image"]), names)
-    said = pc.utf8_trim_whitespace(pc.coalesce(array(texts["text"]), array(texts["question"]), ""))
-    empty = pc.equal(said, "").to_numpy(zero_copy_only=False)
+    empty = _is_empty(pc.coalesce(array(texts["text"]), array(texts["question"]), ""))
+    empty |= _is_empty(array(texts["answer"])) & pc.equal(array(texts["kind"]), "qa").to_numpy(zero_copy_only=False)
     homeless = (of_name < 0) | missing[of_name]
     rows = np.where(homeless | empty, -1, row[of_name])
     strays = [
@@ -297,6 +342,11 @@ def _texts(texts: pa.Table, names: pa.Array, row: Ints, missing: Bools) -> tuple
         texts = texts.set_column(texts.column_names.index(name), name, column)
     once = _first_of_each(texts, rows)
     return texts.take(pa.array(once)), rows[once], strays
+
+
+def _is_empty(texts: pa.Array) -> Bools:
+    empty: Bools = pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(False).to_numpy(zero_copy_only=False)
+    return empty
 
 
 def _first_of_each(texts: pa.Table, rows: Ints) -> Ints:

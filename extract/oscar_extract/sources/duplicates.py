@@ -65,7 +65,7 @@ def _heads(roots: list[Path], files: pa.Table) -> npt.NDArray[np.uint64]:
     """Return size and hash of the first bytes of each file, uint64 [N, 2]; zeros for one that cannot be read."""
     heads = np.zeros((len(files), 2), np.uint64)
     for row, (path, offset, size) in zip(heads, _places(roots, files), strict=True):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # ValueError: a zero byte in the path
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
             try:
                 head = xxhash.xxh3_64_intdigest(os.pread(handle, HEAD if size is None else min(size, HEAD), offset))
@@ -81,7 +81,7 @@ def _whole(place: Bytes) -> bytes | None:
     try:
         for block in _blocks(*place):
             digest.update(block)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return digest.digest()
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from oscar_common.errors import UsageError
+from oscar_extract.sources.captions import IMAGE_COLUMNS
 from oscar_extract.sources.place import split_of
 from oscar_extract.sources.tables import last, numbers, reading, stems, text_array
 
@@ -19,7 +20,7 @@ FLAG = "--exclude"
 def read_excluded(path: Path) -> list[str]:
     """Return the names of a list: a line each (the first column of a .csv or .tsv), or a JSON file's.
 
-    Of Karpathy's splits that is the val and test images; of COCO annotations all images.
+    Of Karpathy's splits, and of lists by split, that is the val and test images; of COCO annotations all images.
 
     Raises:
         UsageError: no such file, or not of these forms.
@@ -28,7 +29,7 @@ def read_excluded(path: Path) -> list[str]:
         if path.suffix.lower() == ".json":
             return _json(json.loads(path.read_bytes()))
         mark = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
         names = [line.split(mark)[0].strip().strip('"') if mark else line.strip() for line in lines]
     if not any(names):
         raise UsageError(f"{FLAG} {path}: no name in it; give a list of images, one a line")
@@ -47,15 +48,30 @@ def _json(content: Any) -> list[str]:
                 names.append(str(image.get("file_name") or image["id"]))
         return names
     if isinstance(content, dict):
-        content = [name for names in content.values() for name in (names if isinstance(names, list) else [names])]
-    return [str(name) for name in content]
+        kept = [k for k in content if {"val", "test"} & content.keys() and split_of(k) == "train"]
+        content = [
+            name
+            for key, names in content.items()
+            for name in (names if isinstance(names, list) else [names])
+            if key not in kept
+        ]
+    return [str(_name(entry)) for entry in content]
+
+
+def _name(entry: Any) -> Any:
+    """Return an entry of a list, or of an object in it what names the image."""
+    if not isinstance(entry, dict):
+        return entry
+    if not (named := [entry[c] for c in IMAGE_COLUMNS if c in entry]):
+        raise ValueError(f"an entry has none of {', '.join(IMAGE_COLUMNS)}")
+    return named[0]
 
 
 def are_named(names: list[str], images: pa.Array, paths: pa.Array, called: pa.Array) -> npt.NDArray[np.bool_]:
     """Return which images are named, bool [N], given each one's "source/id", its path, and what its dataset calls it.
 
     A name is "source/id", an id, a path, a URL, a file's name with or without extension, or COCO's number. A bare
-    number names the image of that id in every source: to keep out too many is the lesser evil, and `source/id` is exact.
+    number names the image of that id in every source: too many is the lesser evil, and `source/id` is exact.
     """
     wanted = text_array(names, pa.string())
     plain = pc.coalesce(stems(wanted), wanted)

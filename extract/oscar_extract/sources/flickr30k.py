@@ -12,6 +12,7 @@ from oscar_extract.sources.tables import Annotations, reading, stems, strings
 
 TOKENS = r"(?i)(^|/)((results|flickr\d+k)[^/]*\.token|flickr\d+k\.token\.txt|results(_20130124)?\.csv|captions\.txt)$"
 LISTS = r"(?i)(^|/)((flickr_?\d+k[._])?(train|val|dev|test)(images)?)\.txt$"
+HEADERS = ("image", "image_name", "filename", "file_name")
 
 
 def read_flickr30k(place: Place) -> Annotations:
@@ -21,7 +22,7 @@ def read_flickr30k(place: Place) -> Annotations:
     Entities; Flickr8k's names are known, too). Without any, every image is of the training split.
     """
     split = karpathy_split(place.inventory, "flickr30k") | _lists(place)
-    paths = place.annotations(TOKENS)
+    paths = sorted(place.annotations(TOKENS), key=lambda path: ".token" not in path.name)
     images: dict[str, str] = {}
     texts: list[tuple[Any, ...]] = []
     for path in paths[:1]:  # the others hold the same captions in another form
@@ -41,7 +42,7 @@ def read_flickr30k(place: Place) -> Annotations:
 
 
 def _stem(name: str) -> str:
-    return name.rpartition("/")[2].rpartition(".")[0] or name
+    return name.rpartition("/")[2].rpartition(".")[0] or name.rpartition("/")[2]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
@@ -54,14 +55,17 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
                     image, _, number = name.rpartition("#")
                     yield image or name, number, caption.strip()
             return
-        first = file.readline()
-        piped = "|" in first
         for count, line in enumerate(file):
-            cells = [c.strip() for c in line.split("|", 2)] if piped else next(csv.reader([line.rstrip("\r\n")]), [])
+            cells = line.split("|", 2) if "|" in line else next(csv.reader([line.rstrip("\r\n")]), [])
+            cells = [cell.strip() for cell in cells]
+            if count == 0 and cells and cells[0].lower() in HEADERS:
+                continue
+            if len(cells) == 2 and (start := re.match(r"(\d+)\s+(?=\S)", cells[1])) and "|" in line:
+                cells = [cells[0], start[1], cells[1][start.end() :]]  # as in line 19999 of Kaggle's results.csv
             if len(cells) == 3:
                 yield cells[0], cells[1], cells[2]
             elif len(cells) == 2:
-                yield cells[0], str(count), cells[1].strip()
+                yield cells[0], str(count), cells[1]
 
 
 def _lists(place: Place) -> dict[str, str]:

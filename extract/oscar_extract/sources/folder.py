@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 from oscar_common.errors import UsageError
 from oscar_extract.images import EXTENSIONS
 from oscar_extract.sources.captions import read_captions
+from oscar_extract.sources.inventory import Bools
 from oscar_extract.sources.place import Place
 from oscar_extract.sources.tables import (
     IMAGES,
@@ -26,14 +27,19 @@ def read_folder(place: Place, captions: str | None = None) -> Annotations:
     Raises:
         UsageError: no image, or captions of other images.
     """
-    inventory = place.inventory
-    rows = np.flatnonzero(array(inventory.files["root"]).to_numpy() == inventory.roots.index(place.root))
-    if not len(rows):
+    which = place.inventory.under(place.root)
+    if not which.any():
         endings = " ".join(sorted(EXTENSIONS - {""}))
         raise UsageError(
-            f"--images {place.root}: no image in it, only {inventory.others} other files; looked for {endings}"
+            f"--images {place.root}: no image in it, only {place.inventory.others} other files; looked for {endings}"
         )
-    files = inventory.files.take(pa.array(rows))
+    return read_files(place, which, captions)
+
+
+def read_files(place: Place, which: Bools, captions: str | None = None) -> Annotations:
+    """Take some of the job's files, bool [F], as images; see `read_folder`."""
+    rows = np.flatnonzero(which)
+    files = place.inventory.files.take(pa.array(rows))
     paths = array(files["path"])
     ids = make_ids(paths)
     image = pc.binary_join_element_wise(place.name, ids, "/")
@@ -61,7 +67,7 @@ def make_ids(paths: pa.Array) -> pa.Array:
 
 def _dead(place: Place) -> Annotations:
     """Return the images that img2dataset could not download; they are missing, with its reason."""
-    dead = place.inventory.dead
+    dead = place.dead
     image = pc.binary_join_element_wise(place.name, array(dead["image"]), "/")
     images = columns(
         IMAGES,

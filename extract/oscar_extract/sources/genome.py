@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from oscar_extract.sources.coco import locate_coco
 from oscar_extract.sources.inventory import Inventory
 from oscar_extract.sources.place import SPLITS, Place, annotations, read_json, split_of
 from oscar_extract.sources.tables import Annotations, Ints, reading, strings
 
 GQA = r"(^|/)(train|val|testdev|test|challenge|submission)_(?P<kind>balanced|all)_questions(/[^/]*|[^/]*)\.json$"
+
+VG_QA = r"(^|/)question_answers[^/]*\.json$"
 
 
 def coco_twins(inventory: Inventory) -> dict[str, str]:
@@ -48,17 +51,22 @@ def read_gqa(place: Place) -> Annotations:
 def _gqa_files(place: Place) -> Iterator[tuple[Path, str]]:
     files = place.required(GQA, "train_balanced_questions.json or the like")
     for prefix in ("train", "val", "testdev", "test", "challenge", "submission"):
-        of_prefix = [p for p in files if f"/{p.relative_to(place.root)}".find(f"/{prefix}_") >= 0]
-        balanced = [p for p in of_prefix if f"{prefix}_balanced" in str(p.relative_to(place.root))]
+        of_prefix = [p for p in files if _called(p).startswith(f"{prefix}_")]
+        balanced = [p for p in of_prefix if "_balanced_" in _called(p)]
         for path in balanced or of_prefix:
             yield path, split_of(prefix)
+
+
+def _called(path: Path) -> str:
+    """Return the file's name, or its folder's: train_all_questions/train_all_questions_0.json."""
+    return path.name if "_questions" in path.name else path.parent.name
 
 
 def read_vg_qa(place: Place) -> Annotations:
     """Read Visual Genome's question_answers.json, which has no splits of its own."""
     images: list[tuple[Any, ...]] = []
     texts: list[tuple[Any, ...]] = []
-    for path in place.required(r"(^|/)question_answers[^/]*\.json$", "question_answers.json"):
+    for path in place.required(VG_QA, "question_answers.json"):
         with reading(path, "--root"):
             for entry in read_json(path, list):
                 number = entry["id"] if "id" in entry else entry["image_id"]
@@ -79,7 +87,12 @@ def read_vg_qa(place: Place) -> Annotations:
 
 
 def _locate(place: Place, images: list[tuple[Any, ...]]) -> Ints:
-    """Return the files of Visual Genome images: 2370799.jpg in VG_100K, VG_100K_2, or GQA's images."""
+    """Return the files of Visual Genome images: 2370799.jpg in VG_100K, VG_100K_2, or GQA's images; else COCO's own."""
     if not images:
         return np.zeros(0, np.int64)
-    return place.locate(strings([i[1].removeprefix("vg/") for i in images]), place.inventory.stems, "vg")
+    rows = place.locate(strings([i[1].removeprefix("vg/") for i in images]), place.inventory.stems, "vg")
+    twins = coco_twins(place.inventory) if (rows < 0).any() else {}
+    if twins:
+        in_coco = locate_coco(place, [("", twins.get(image[1], ""), "", "") for image in images])
+        rows = np.where(rows < 0, in_coco, rows)
+    return rows

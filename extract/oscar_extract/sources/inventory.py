@@ -6,7 +6,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from multiprocessing import get_context
@@ -21,25 +21,41 @@ import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError
 from oscar_extract.images import EXTENSIONS
-from oscar_extract.sources.tables import FILES, Ints, array, find, last, reading, stems, table
+from oscar_extract.sources.tables import (
+    FILES,
+    Ints,
+    array,
+    columns,
+    find,
+    last,
+    reading,
+    stems,
+    table,
+    without_extension,
+)
 
 ANNOTATIONS = frozenset({".json", ".jsonl", ".tsv", ".csv", ".txt", ".token", ".parquet"})
 SIDECAR_BYTES = 1 << 20  # a caption or the metadata of one image is smaller
 FAMILIES = {  # folder names by which the image sets of a shared root are told apart
-    "coco": r"(?i)(^|/)(mscoco|coco|(train|val|test|unlabeled)20(14|15|17))(/|$)",
-    "vg": r"(?i)(^|/)(vg_100k(_2)?|vg|gqa|visual_?genome)(/|$)",
-    "flickr30k": r"(?i)(^|/)flickr-?_?(8|30)k([-_]?images|_dataset)?(/|$)",
+    "coco": r"(?i)(^|/)((ms)?coco([-_]?20(14|15|17)|[-_]?images)?|(train|val|test|unlabeled)20(14|15|17))(/|$)",
+    "vg": r"(?i)(^|/)(vg_100k(_2)?|(vg|gqa|visual[-_]?genome)([-_]?images)?)(/|$)",
+    "flickr30k": r"(?i)(^|/)flick[er]r[-_]?(8|30)k([-_]?images|_dataset)?(/|$)",
     "sbu": r"(?i)(^|/)sbu[^/]*(/|$)",
-    "cc": r"(?i)(^|/)(cc|cc3m|cc12m|gcc|conceptual[^/]*)(/|$)",
+    "cc": r"(?i)(^|/)(cc(3m|12m)?([-_][^/]*)?|[^/]*gcc[^/]*|conceptual[^/]*)(/|$)",
 }
-DEAD = pa.schema([(name, pa.string()) for name in ("image", "url", "text", "message")])
+Bools = npt.NDArray[np.bool_]
+# Rows of img2dataset's tables: what it tried to download. `image` is the folder of its shard, a slash, and the key.
+DOWNLOADS = pa.schema(
+    [("root", pa.int32()), *((name, pa.string()) for name in ("image", "url", "text", "status", "message"))]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
     """`files`: a table of the schema FILES. `annotations`: other files that may say something of them.
 
-    `dead`: what img2dataset's tables say was not to be had. `others`: how many files are neither.
+    `dead`: what img2dataset's tables say was not to be had, of the schema DOWNLOADS. `others`: how many files are
+    neither. `tars`: what the members in `files` lie in.
     """
 
     roots: list[Path]
@@ -48,6 +64,7 @@ class Inventory:
     dead: pa.Table
     damaged: list[tuple[str, str]]  # tars that end before they should, and what is wrong with them
     others: int
+    tars: list[Path] = field(default_factory=list)
 
     @cached_property
     def paths(self) -> pa.Array:
@@ -66,16 +83,25 @@ class Inventory:
 
     @cached_property
     def family(self) -> npt.NDArray[np.str_]:
-        """The image set that a file's folders speak of, or "", [F]."""
+        """The image set that a file's folders under its root speak of, or "", [F]."""
         found = np.full(len(self.files), "", dtype="U9")
-        for number, root in enumerate(self.roots):
+        for number in range(len(self.roots)):
             own = array(self.files["root"]).to_numpy() == number
             for name, pattern in FAMILIES.items():
                 named = pc.match_substring_regex(pc.replace_substring_regex(self.paths, r"[^/]*$", ""), pattern)
                 found[own & named.to_numpy(zero_copy_only=False)] = name
-            outer = root.resolve().name
-            found[own & (found == "")] = next((n for n, p in FAMILIES.items() if re.search(p, outer)), "")
         return found
+
+    @cached_property
+    def outer_family(self) -> npt.NDArray[np.str_]:
+        """The same, and where those say nothing, what the root's own name speaks of."""
+        outer = [next((n for n, p in FAMILIES.items() if re.search(p, r.resolve().name)), "") for r in self.roots]
+        found = np.array(outer or [""], dtype="U9")[array(self.files["root"]).to_numpy()]
+        return np.where(self.family == "", found, self.family)
+
+    def under(self, folder: Path) -> Bools:
+        """Which files lie under a folder of the job, bool [F]."""
+        return lie_under(self.roots, folder, self.files["root"], self.paths)
 
     def locate(self, wanted: pa.Array, names: pa.Array, family: str, root: Path) -> Ints:
         """Return the row in `files` of each wanted name, or -1; `names` are the files' names to compare with.
@@ -83,18 +109,31 @@ class Inventory:
         The dataset's own folder comes first, and never a file from a folder that speaks of another image set.
         """
         rows = np.full(len(wanted), -1, np.int64)
-        own = array(self.files["root"]).to_numpy() == self.roots.index(root) if root in self.roots else False
+        own = self.under(root)
         for mask in (
             own & (self.family == family),
             own & (self.family == ""),
-            self.family == family,
-            self.family == "",
+            ~own & (self.outer_family == family),
+            ~own & (self.outer_family == ""),
         ):
             places = np.flatnonzero(mask)
             if len(places):
                 found = find(wanted, names.take(pa.array(places)))
                 rows = np.where(rows < 0, np.where(found < 0, -1, places[found]), rows)
         return rows
+
+
+def lie_under(roots: list[Path], folder: Path, root: pa.ChunkedArray, paths: pa.Array) -> Bools:
+    """Return which paths, each relative to a root, lie under a folder, bool [N]; roots may lie in each other."""
+    result = np.zeros(len(paths), bool)
+    for number, place in enumerate(roots):
+        of_root = array(root).to_numpy() == number
+        if place.is_relative_to(folder):
+            result |= of_root
+        elif folder.is_relative_to(place):
+            inner = pc.starts_with(paths, f"{folder.relative_to(place).as_posix()}/")
+            result |= of_root & inner.to_numpy(zero_copy_only=False)
+    return result
 
 
 def take_inventory(roots: list[Path], flag: str, skip: Path | None = None) -> Inventory:
@@ -110,14 +149,17 @@ def take_inventory(roots: list[Path], flag: str, skip: Path | None = None) -> In
     rows = chain.from_iterable(_rows(number, root, flag, found, seen) for number, root in enumerate(roots))
     loose = table(FILES, rows)
     members = table(FILES, chain.from_iterable(_scan_tars(found)))
-    dead = pa.concat_tables([DEAD.empty_table(), *map(_dead_links, found.annotations)])
+    tables = (read_downloads(number, roots[number], path) for number, path in found.tables)
+    downloads = pa.concat_tables([DOWNLOADS.empty_table(), *tables])
+    is_there = pc.equal(downloads["status"], "success")
     return Inventory(
         roots=roots,
-        files=pa.concat_tables([loose, members]),
+        files=_described(pa.concat_tables([loose, members]), downloads.filter(is_there)),
         annotations=found.annotations,
-        dead=dead,
+        dead=downloads.filter(pc.invert(is_there)),
         damaged=found.damaged,
         others=found.others,
+        tars=[tar for _, tar, _ in found.tars],
     )
 
 
@@ -127,6 +169,7 @@ class _Found:
     def __init__(self) -> None:
         self.tars: list[tuple[int, Path, str]] = []
         self.annotations: list[Path] = []
+        self.tables: list[tuple[int, Path]] = []  # of those the ones that a downloader may have written, by root
         self.damaged: list[tuple[str, str]] = []
         self.others = 0
 
@@ -146,6 +189,8 @@ def _rows(number: int, root: Path, flag: str, found: _Found, seen: set[str]) -> 
             found.others += 1
             if extension in ANNOTATIONS:
                 found.annotations.append(root / path)
+            if extension == ".parquet":
+                found.tables.append((number, root / path))
         elif is_link:
             links.append(path)
         else:
@@ -220,17 +265,14 @@ def scan_tar(place: tuple[int, Path, str]) -> tuple[list[tuple[Any, ...]], str]:
     sidecars: dict[str, dict[str, str]] = {}
     fault = ""
     try:
-        with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
-            for member in archive:
-                stem, extension = os.path.splitext(member.name)
-                if not member.isreg() or member.issparse():
-                    continue
+        with tar.open("rb") as file:
+            for name, offset, size in _members(tar):
+                stem, extension = os.path.splitext(name)
                 if extension.lower() in EXTENSIONS and extension:
-                    images.append((member.name, stem, member.offset_data, member.size))
-                elif extension in (".txt", ".json") and member.size <= SIDECAR_BYTES:
-                    file.seek(member.offset_data)
-                    sidecars.setdefault(stem, {}).update(_sidecar(extension, file.read(member.size)))
-                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+                    images.append((name, stem, offset, size))
+                elif extension in (".txt", ".json") and size <= SIDECAR_BYTES:
+                    file.seek(offset)
+                    sidecars.setdefault(stem, {}).update(_sidecar(extension, file.read(size)))
     except (tarfile.TarError, OSError) as error:
         fault = str(error) or type(error).__name__
     rows = [
@@ -239,6 +281,27 @@ def scan_tar(place: tuple[int, Path, str]) -> tuple[list[tuple[Any, ...]], str]:
         for beside in [sidecars.get(stem, {})]
     ]
     return rows, fault
+
+
+def _members(tar: Path) -> Iterator[tuple[str, int, int]]:
+    """Yield name, offset and size of a tar's visible plain files that are there to their end.
+
+    Raises:
+        TarError: it ends before its end mark: it was cut off, or overwritten in the middle.
+    """
+    length = tar.stat().st_size
+    with tarfile.open(tar, "r:") as archive:
+        for member in archive:
+            if member.offset_data + member.size > length and member.isreg():
+                raise tarfile.ReadError(f"cut off in {readable(member.name)}")
+            if member.isreg() and not member.issparse() and not os.path.basename(member.name).startswith("."):
+                yield member.name, member.offset_data, member.size
+            archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+        end = archive.offset
+    with tar.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0") or end >= length:
+            raise tarfile.ReadError(f"no end mark after byte {end}")
 
 
 def _harmless(member: str) -> str:
@@ -261,23 +324,43 @@ def _sidecar(extension: str, content: bytes) -> dict[str, str]:
     return {names[k]: v.strip() for k, v in said.items() if k in names and isinstance(v, str)}
 
 
-def _dead_links(path: Path) -> pa.Table:
-    """Return what one of img2dataset's tables (00042.parquet) says could not be downloaded."""
-    if path.suffix != ".parquet":
-        return DEAD.empty_table()
+def read_downloads(number: int, root: Path, path: Path) -> pa.Table:
+    """Return what one of img2dataset's tables (00042.parquet) says; no row of any other Parquet file."""
     with reading(path, "annotations"):
         schema = pq.read_schema(path)
         if not {"key", "url", "status"} <= set(schema.names):
-            return DEAD.empty_table()
+            return DOWNLOADS.empty_table()
         wanted = [n for n in ("key", "url", "status", "caption", "error_message") if n in schema.names]
         rows = pq.read_table(path, columns=wanted)
-    rows = rows.filter(pc.not_equal(rows["status"], "success"))
-    missing = pa.nulls(len(rows), pa.string())
-    captions = rows["caption"] if "caption" in wanted else missing
-    messages = rows["error_message"] if "error_message" in wanted else missing
-    messages = pc.coalesce(messages.cast(pa.string()), rows["status"].cast(pa.string()))
-    image = pc.binary_join_element_wise(path.stem, rows["key"].cast(pa.string()), "/")
-    return pa.table([image, rows["url"].cast(pa.string()), captions.cast(pa.string()), messages], schema=DEAD)
+        said = {n: array(rows[n]).cast(pa.string()) for n in wanted}
+    image = pc.binary_join_element_wise(readable(str(path.relative_to(root).with_suffix(""))), said["key"], "/")
+    message = pc.coalesce(said.get("error_message", pa.nulls(len(rows), pa.string())), said["status"])
+    return columns(
+        DOWNLOADS,
+        len(rows),
+        root=number,
+        image=image,
+        url=said["url"],
+        text=said.get("caption"),
+        status=said["status"],
+        message=message,
+    )
+
+
+def _described(files: pa.Table, downloads: pa.Table) -> pa.Table:
+    """Fill in the URLs and captions of files from the tables beside them, where no file in a tar says them."""
+    if not len(downloads):
+        return files
+    keys = without_extension(pc.replace_substring(array(files["path"]), ".tar/", "/"))
+    rows = find(_rooted(files, keys), _rooted(downloads, array(downloads["image"])))
+    for name in ("url", "text"):
+        said = array(downloads[name]).take(pa.array(rows, mask=rows < 0))
+        files = files.set_column(FILES.get_field_index(name), name, pc.coalesce(array(files[name]), said))
+    return files
+
+
+def _rooted(rows: pa.Table, names: pa.Array) -> pa.Array:
+    return pc.binary_join_element_wise(array(rows["root"]).cast(pa.string()), names, "/")
 
 
 def readable(path: str) -> str:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError
-from oscar_extract.sources.captions import TEXT_COLUMNS
+from oscar_extract.sources.captions import TEXT_COLUMNS, tsv_rows
 from oscar_extract.sources.folder import make_ids
 from oscar_extract.sources.tables import (
     CHUNK,
@@ -21,6 +21,7 @@ from oscar_extract.sources.tables import (
     LEFT_OUT,
     TEXTS,
     Annotations,
+    Ints,
     array,
     columns,
     find,
@@ -64,6 +65,7 @@ def read_listing(path: Path, name: str) -> tuple[pa.Table, Annotations]:
     if not len(rows):
         raise UsageError(f"{FLAG} {path}: no row of it names an image; needed is a column {' or '.join(PATH_COLUMNS)}")
     paths = pc.replace_substring_regex(array(rows["path"]), r"(^|/)(\./+)+", r"\1")
+    paths = pc.replace_substring_regex(paths, "//+", "/")
     unique = pc.unique(paths)
     of_row = find(paths, unique)
     first = np.unique(of_row, return_index=True)[1]  # the row that names each image first
@@ -97,6 +99,7 @@ def read_listing(path: Path, name: str) -> tuple[pa.Table, Annotations]:
 
 def _ids(path: Path, paths: pa.Array, given: pa.Array, source: pa.Array) -> pa.Array:
     """Return "source/id" for each image."""
+    source = pc.replace_substring(source, "/", "_")  # what comes before the first slash is the source
     ids = pc.binary_join_element_wise(source, pc.coalesce(given, make_ids(paths)), "/")
     if len(pc.unique(ids)) < len(ids):
         at = np.flatnonzero(find(ids, ids) != np.arange(len(ids)))[0]
@@ -108,23 +111,39 @@ def _ids(path: Path, paths: pa.Array, given: pa.Array, source: pa.Array) -> pa.A
 def _renamed(path: Path, found: pa.Table, start: int) -> pa.Table:
     """Return a table of the schema ROWS from one whose columns have any of the known names."""
     lower = {str(n).strip().lower(): n for n in reversed(found.column_names)}
-    chosen = {to: next((lower[n] for n in names if n in lower), None) for to, names in NAMES.items()}
-    if chosen["path"] is None:
+    chosen = {to: [array(found[lower[n]]) for n in names if n in lower] for to, names in NAMES.items()}
+    if not chosen["path"]:
         raise UsageError(
             f"{FLAG} {path}: it has the columns {in_line(', '.join(found.column_names))}; needed is "
             f"{' or '.join(PATH_COLUMNS)}"
         )
     number = pa.array(np.arange(start, start + len(found))).cast(pa.string())
-    values: dict[str, Any] = {to: array(found[n]) for to, n in chosen.items() if n is not None}
-    if "text" in values and pa.types.is_list(values["text"].type):
+    values: dict[str, Any] = {to: _coalesced(several) for to, several in chosen.items() if several}
+    if "text" in values and _is_list(values["text"].type):
         lists = values["text"].to_pylist()
         values["text"] = text_array([items or [None] for items in lists], pa.list_(pa.string()))  # no image is lost
         rows = pc.list_parent_indices(values["text"])
         values = {to: pc.list_flatten(v) if to == "text" else v.take(rows) for to, v in values.items()}
-        number = number.take(rows)
+        number = _numbered(number.take(rows), rows.to_numpy())
     if "text" in values:
         values["text"] = values["text"].cast(pa.string())
     return columns(ROWS, len(number), **values, number=number)
+
+
+def _coalesced(several: list[pa.Array]) -> pa.Array:
+    """Return of columns that mean the same what the first of them says, row by row."""
+    return pc.coalesce(*(column for column in several if column.type == several[0].type))
+
+
+def _is_list(form: pa.DataType) -> bool:
+    return bool(pa.types.is_list(form)) or pa.types.is_large_list(form) or pa.types.is_fixed_size_list(form)
+
+
+def _numbered(number: pa.Array, rows: Ints) -> pa.Array:
+    """Return ids of texts given each one's row: 7, 7-1, 7-2 for the texts of row 7."""
+    several = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    further = pc.binary_join_element_wise(number, pa.array(several).cast(pa.string()), "-")
+    return pc.if_else(pa.array(several == 0), number, further)
 
 
 def _parquet(path: Path) -> Iterator[pa.Table]:
@@ -144,8 +163,9 @@ def _jsonl(path: Path) -> Iterator[pa.Table]:
 
 def _table(path: Path) -> Iterator[pa.Table]:
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        mark = "\t" if path.suffix.lower() == ".tsv" else ","
-        yield from _tables(path, csv.DictReader(file, delimiter=mark))
+        rows = tsv_rows(file) if path.suffix.lower() == ".tsv" else csv.reader(file)
+        header = next(rows, [])
+        yield from _tables(path, (dict(zip(header, row, strict=False)) for row in rows if row))
 
 
 def _tables(path: Path, records: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:

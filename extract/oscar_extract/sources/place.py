@@ -3,14 +3,16 @@
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from oscar_common.errors import UsageError
-from oscar_extract.sources.inventory import Inventory
-from oscar_extract.sources.tables import IMAGES, TEXTS, Annotations, Ints, reading, table
+from oscar_extract.sources.inventory import Bools, Inventory, lie_under
+from oscar_extract.sources.tables import IMAGES, TEXTS, Annotations, Ints, array, reading, table
 
 SPLITS = ("train", "val", "test")
 
@@ -23,6 +25,8 @@ class Place:
     root: Path
     inventory: Inventory
     splits: frozenset[str] = frozenset({"train"})
+    shared: bool = False  # whether other published datasets of the job lie in the same folder
+    alone: bool = True  # whether the job has no other dataset
 
     def annotations(self, pattern: str) -> list[Path]:
         """Return this dataset's annotation files whose path under its folder matches, in order."""
@@ -42,6 +46,28 @@ class Place:
         if not found:
             raise UsageError(f"--root {self.root}: no {what} in it, which --dataset {self.name} needs")
         return found
+
+    @cached_property
+    def silent(self) -> Bools:
+        """Which files may be this dataset's images, as no folder's name speaks of another dataset, bool [F]."""
+        inventory = self.inventory
+        own = inventory.under(self.root) & np.isin(inventory.family, ("", self.name))
+        return own | np.isin(inventory.outer_family, ("", self.name))
+
+    @cached_property
+    def certain(self) -> Bools:
+        """Which of those are surely of no other dataset, whatever they are called, bool [F]."""
+        inventory = self.inventory
+        speaks: Bools = inventory.outer_family == self.name
+        if self.alone:
+            return self.silent
+        return speaks if self.shared else speaks | (inventory.under(self.root) & self.silent)
+
+    @cached_property
+    def dead(self) -> pa.Table:
+        """The rows of `Inventory.dead` that come from this dataset's folder."""
+        dead = self.inventory.dead
+        return dead.filter(pa.array(lie_under(self.inventory.roots, self.root, dead["root"], array(dead["image"]))))
 
     def locate(self, wanted: pa.Array, names: pa.Array, family: str) -> Ints:
         """Return the rows of this dataset's files by name; see `Inventory.locate`."""

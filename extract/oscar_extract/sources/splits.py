@@ -6,7 +6,8 @@ from oscar_extract.sources.inventory import Inventory
 from oscar_extract.sources.place import Place, read_json, split_of
 from oscar_extract.sources.tables import reading
 
-FILE = "dataset_{}.json"  # as Karpathy and Fei-Fei (2015) published them
+# As Karpathy and Fei-Fei (2015) published them
+FILES = {"coco": ("dataset_coco.json",), "flickr30k": ("dataset_flickr30k.json", "dataset_flickr8k.json")}
 
 
 def karpathy_split(inventory: Inventory, family: str) -> dict[str, str]:
@@ -31,10 +32,10 @@ def karpathy_texts(place: Place, family: str) -> tuple[list[tuple[Any, ...]], li
 def _entries(inventory: Inventory, family: str) -> list[tuple[str, str, dict[str, Any]]]:
     found = []
     for path in inventory.annotations:
-        if path.name == FILE.format(family):
+        if path.name in FILES[family]:
             with reading(path, "--root"):
                 for entry in read_json(path, dict)["images"]:
                     stem = str(entry["filename"]).rpartition(".")[0]
-                    number = int(entry["cocoid"]) if family == "coco" else stem
+                    number = int(entry["cocoid"]) if family == "coco" else stem or entry["filename"]
                     found.append((f"{family}/{number}", split_of(str(entry["split"])), entry))
     return found

@@ -106,7 +106,11 @@ def array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     if not isinstance(column, pa.ChunkedArray):
         return column
     combined = column.combine_chunks()
-    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined  # depends on pyarrow's version
+    if not isinstance(combined, pa.ChunkedArray):
+        return combined
+    if combined.num_chunks > 1:
+        raise OverflowError("more than 2 GiB of text in one column; plan fewer datasets at once")
+    return combined.chunk(0)
 
 
 def strings(values: Sequence[Any]) -> pa.Array:
@@ -130,7 +134,7 @@ def once(names: pa.Array) -> pa.Array:
 
 def last(paths: pa.Array) -> pa.Array:
     """Return the last part of each path."""
-    return pc.replace_substring_regex(paths, r"^.*/", "")
+    return pc.replace_substring_regex(paths, r"(?s)^.*/", "")
 
 
 def stems(paths: pa.Array) -> pa.Array:
