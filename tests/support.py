@@ -22,6 +22,18 @@ def photo(name: str) -> Image.Image:
     return Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
 
 
+def slow_jpeg(side: int = 4000, scans: int = 2000) -> bytes:
+    """A JPEG file that takes half a minute to decode although it has 0.2 MB: all scans but the first few do nothing.
+
+    Each is the last one of a progressive JPEG again, 53 bytes that refine every coefficient of the image (all are 0).
+    """
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 99).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    last = whole.rindex(b"\xff\xc4")  # its Huffman table
+    return whole[:last] + whole[last:-2] * scans + whole[-2:]
+
+
 def oscar(*arguments: object, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
     """Run `oscar-extract ...` or `oscar-train ...` in a process of its own."""
     module, *rest = map(str, arguments)

@@ -34,13 +34,16 @@ class Journal:
         self.suspects = frozenset(n for n in numbers if n >= 0)
         self._handle: int | None = handle
         self._lock = threading.Lock()
-        os.ftruncate(handle, 0)
+        # They stay there: two images that kill their decoder would bring each other back, again and again.
+        self._first = len(self.suspects) * SLOT.size
+        os.pwrite(handle, b"".join(SLOT.pack(n + 1) for n in sorted(self.suspects)), 0)
+        os.ftruncate(handle, self._first)
 
     def note(self, slot: int, number: int | None) -> None:
         """Write that a thread decodes an image, or none."""
         with self._lock:
             if self._handle is not None:
-                os.pwrite(self._handle, SLOT.pack(0 if number is None else number + 1), slot * SLOT.size)
+                os.pwrite(self._handle, SLOT.pack(0 if number is None else number + 1), self._first + slot * SLOT.size)
 
     def close(self) -> None:
         """Write nothing more: a thread that was left behind may still try."""
@@ -120,8 +123,8 @@ class Decoders:
             try:
                 return task.future.result(max(0.0, left))
             except WaitedTooLong:
-                if task.future.done():  # it was the work that timed out
-                    raise
+                if task.future.done():  # in the meantime, or it was the work that timed out
+                    return task.future.result()
                 if task.began is not None and time.monotonic() >= task.began + self.timeout:
                     task.abandoned = True
                     self._start()

@@ -64,17 +64,20 @@ def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None =
         RefusedImage: it is not there, cannot be read, is no regular file, or is too large.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
-        with open(handle, "rb") as file:
-            status = os.fstat(handle)
+        with open(path, "rb", opener=_at_once) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise RefusedImage("unreadable", "not a regular file")
             if (status.st_size if size is None else size) > MAX_BYTES:
                 raise RefusedImage("too-large", f"file of more than {MAX_BYTES >> 20} MiB")
             file.seek(offset)
             return file.read(-1 if size is None else size)
-    except OSError as error:
-        raise RefusedImage("unreadable", str(error.strerror)) from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise RefusedImage("unreadable", str(getattr(error, "strerror", error))) from None
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for a writer
 
 
 def decode_apart(content: bytes, timeout: float) -> npt.NDArray[np.uint8]:
