@@ -3,10 +3,15 @@
 import io
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import click
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -62,3 +67,23 @@ def error_line(done: "subprocess.CompletedProcess[str]") -> str:
     assert sum(line.startswith("error: ") for line in lines) == 1, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return lines[-1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its path there."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def rejects(folder: Path) -> list[dict[str, str]]:
+    """The rejects of all shards of a folder."""
+    return [row for p in sorted(folder.glob("*.rejects.parquet")) for row in pq.read_table(p).to_pylist()]
+
+
+def until(reached: Callable[[], Any], process: "subprocess.Popen[str]", seconds: float = 120) -> Any:
+    """Wait for `reached` to say something true, and return that; fails if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not (found := reached()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return found

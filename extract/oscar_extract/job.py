@@ -6,6 +6,7 @@ import resource
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -39,11 +40,24 @@ from oscar_shards.write import Reject, rejects_path, shard_path, write_shard
 T = TypeVar("T")
 PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches ...
 PENDING_BYTES = 1 << 30  # ... and in bytes of pixels, as Caffe's resize begins with those of the original
+ACCELERATOR_ERROR: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 SOFTWARE = (oscar_common, torch, torchvision, detectron2, PIL, np)
 
 
 class DeviceFailure(OperationError):
     """A GPU has failed; the process can do nothing more with it."""
+
+
+@contextmanager
+def device_failures() -> Iterator[None]:
+    """Turn the many ways in which torch says that a GPU has failed into DeviceFailure."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, ACCELERATOR_ERROR) or any(s in str(error) for s in ("CUDA error", "cuDNN error"))):
+            raise
+        what = str(error).splitlines()[0]
+        raise DeviceFailure(f"the GPU of {platform.node()} failed: {what}; the same command again continues") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +96,20 @@ class Done:
     images: int
     rejects: int
     memory: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a worker tries before the work: some images of a plan, for about so many seconds.
+
+    apart: whether these are decoded in processes of their own, as nothing else would tell which of them kills a worker.
+    """
+
+    plan: PlanRecord
+    roots: list[Path]
+    images: list[PlannedImage]
+    seconds: float = 0.0
+    apart: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +159,14 @@ def choose_selection(preset: Selection, least: int | None, most: int | None, thr
     )
 
 
-def survey(job: Job, plan: PlanRecord, roots: list[Path], sample: list[PlannedImage], seconds: float) -> Survey:
-    """Load the detector and find regions in the sample's first images, for about so many seconds, in this process."""
+@device_failures()
+def survey(job: Job, trial: Trial) -> Survey:
+    """Load the detector and find regions in some of the images, in this process."""
     tools, threads = equip(job), max(job.threads, 1)
     size = job.settings.batch_size
-    loaded = (image for p in sample if isinstance(image := _load(tools.detector, roots, p, job, False), Loaded))
+    loaded = (
+        i for p in trial.images if isinstance(i := _load(tools.detector, trial.roots, p, job, trial.apart), Loaded)
+    )
     batches = in_batches(loaded, size)
     images = found = 0
     began = monotonic()
@@ -144,11 +175,11 @@ def survey(job: Job, plan: PlanRecord, roots: list[Path], sample: list[PlannedIm
             began, images, found = monotonic(), 0, 0
         images += len(part)
         found += sum(len(i.regions.tags) for i in part if isinstance(i, Sample))
-        if monotonic() - began > seconds:
+        if monotonic() - began > trial.seconds:
             break
     record = tools.detector.record
     return Survey(
-        manifest=make_manifest(plan, tools, job.settings),
+        manifest=make_manifest(trial.plan, tools, job.settings),
         device=str(tools.detector.model.device.type),
         images_per_second=images / max(monotonic() - began, 1e-9),
         bytes_per_image=found / max(images, 1) * (record.feature_dim * 2 + 16 + 24) + 4096,
@@ -179,11 +210,13 @@ def is_done(tar: Path, retry_rejects: bool) -> bool:
     return is_whole(tar) and not (retry_rejects and rejects_path(tar).exists())
 
 
+@device_failures()
 def extract_shard(job: Job, number: int, tell: Callable[[int, int], None]) -> Done:
     """Write one shard, and tell how many images, and rejects among them, are done so far.
 
     Raises:
-        OperationError: this worker's detector is not the manifest's, or its GPU has failed.
+        OperationError: this worker's detector is not the manifest's.
+        DeviceFailure: its GPU has failed.
         OSError: the disk is full, or refuses.
     """
     tools = equip(job)
@@ -207,24 +240,8 @@ def extract_shard(job: Job, number: int, tell: Callable[[int, int], None]) -> Do
         if not is_done(tar, job.settings.retry_rejects):
             roots, planned = read_shard_plan(job.out, number)
             items = with_twins(counted(extract(job, tools, roots, planned, record)), planned)
-            try:
-                write_shard(tar, items, tools.detector.record.feature_dim)
-            except RuntimeError as error:
-                if not is_device_failure(error):
-                    raise
-                raise DeviceFailure(
-                    f"the GPU of {platform.node()} failed in {tar.name}: {str(error).splitlines()[0]}; the same "
-                    "command again continues"
-                ) from None
+            write_shard(tar, items, tools.detector.record.feature_dim)
     return Done(shard=number, images=images, rejects=rejects, memory=peak_memory())
-
-
-def is_device_failure(error: BaseException) -> bool:
-    """Whether a GPU has failed so that this process can do nothing more with it."""
-    kinds = getattr(torch, "AcceleratorError", None)
-    return (kinds is not None and isinstance(error, kinds)) or any(
-        s in str(error) for s in ("CUDA error", "cuDNN error")
-    )
 
 
 def extract(

@@ -9,8 +9,8 @@ from pathlib import Path
 from oscar_common.errors import UsageError
 from oscar_common.files import locked
 from oscar_common.progress import Meter, meter
-from oscar_extract.job import Done, Job, is_done
-from oscar_extract.plan import Plan, PlannedImage, planned_images, read_shard_plan, write_plan
+from oscar_extract.job import Done, Job, Trial, is_done
+from oscar_extract.plan import Plan, planned_images, read_shard_plan, write_plan
 from oscar_extract.summary import check_missing, check_rejects, print_corpus, print_estimate, print_start, print_summary
 from oscar_extract.workers import Dask, Here, Workers, cores, gpus, local_cluster, remote_cluster
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
@@ -25,7 +25,7 @@ def dry_run(job: Job, plan: Plan) -> None:
     """Print the corpus and the plan, and from a short sample what it will take; write nothing."""
     print_corpus(plan)
     with choose_workers(job, plan, plan.record.num_images, plan.record.num_shards) as workers:
-        found = workers.survey(job, plan.record, plan.roots, sample_of(job, plan), DRY_SECONDS)
+        found = workers.survey(job, trial_of(job, plan, DRY_SECONDS))
         print_estimate(plan, found, workers.describe(), speedup(job, workers))
 
 
@@ -42,8 +42,7 @@ def run(job: Job, plan: Plan) -> None:
     todo = [n for n, tar in enumerate(tars) if settings.overwrite or not is_done(tar, settings.retry_rejects)]
     left = sum(record.images_in(n) for n in todo)
     with choose_workers(job, plan, left, len(todo)) as workers:
-        sample = [] if isinstance(workers, Here) else sample_of(job, plan)  # to see how many processes fit
-        found = workers.survey(job, record, plan.roots, sample, 0.0)
+        found = workers.survey(job, trial_of(job, plan) if workers.tries else Trial(plan=record, roots=[], images=[]))
         with locked(out, "--out"):
             prepare(out, found.manifest, plan, settings.overwrite)
             print_start(plan, found, out, workers.describe())
@@ -57,12 +56,14 @@ def run(job: Job, plan: Plan) -> None:
     check_rejects(out, plan, settings.max_reject_fraction)
 
 
-def sample_of(job: Job, plan: Plan) -> list[PlannedImage]:
-    """Return a few images spread over the plan."""
-    if not len(plan.table):
-        return read_shard_plan(job.out, 0)[1][:SAMPLE]
-    step = max(1, len(plan.table) // SAMPLE)
-    return planned_images(plan.table.take(list(range(0, len(plan.table), step))[:SAMPLE]))
+def trial_of(job: Job, plan: Plan, seconds: float = 0.0) -> Trial:
+    """Return a trial of a few images spread over the plan."""
+    if len(plan.table):
+        rows = list(range(0, len(plan.table), max(1, len(plan.table) // SAMPLE)))[:SAMPLE]
+        images = planned_images(plan.table.take(rows))
+    else:
+        images = read_shard_plan(job.out, 0)[1][:SAMPLE]
+    return Trial(plan=plan.record, roots=plan.roots, images=images, seconds=seconds, apart=not seconds)
 
 
 @contextmanager

@@ -8,26 +8,26 @@ import logging
 import os
 import queue
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
+from threading import Lock
 from time import monotonic
 from typing import Any, Protocol
 
-from distributed import WorkerPlugin
+from distributed import KilledWorker, WorkerPlugin
 
 from oscar_common.errors import OperationError, UsageError
-from oscar_extract.job import DeviceFailure, Done, Job, Survey, extract_shard, survey
-from oscar_extract.plan import PlannedImage
-from oscar_shards.manifest import PlanRecord
+from oscar_extract.job import DeviceFailure, Done, Job, Survey, Trial, extract_shard, survey
 
 Tell = Callable[[int, int, int], None]  # a shard, its images done so far, and the rejects among them
 TOPIC = "oscar-extract"
 TELL_SECONDS = 0.5
 SHARE = 0.7  # of the free memory, which processes may fill
+POLL = 5.0  # seconds between looks at whether there are still, or more, workers
 PATIENCE = 60.0  # seconds without any worker before that is said
 
 
@@ -36,9 +36,11 @@ class Workers(Protocol):
 
     lost: int
 
-    def survey(
-        self, job: Job, plan: PlanRecord, roots: list[Path], sample: list[PlannedImage], seconds: float
-    ) -> Survey:
+    @property
+    def tries(self) -> bool:
+        """Whether the survey needs images to try, as the number of processes depends on it."""
+
+    def survey(self, job: Job, trial: Trial) -> Survey:
         """Have one of them load the detector and try it."""
 
     def extract(self, job: Job, shards: list[int], tell: Tell) -> Iterator[Done]:
@@ -52,12 +54,11 @@ class Here:
     """This process alone, with a thread for each core."""
 
     lost = 0
+    tries = False
 
-    def survey(
-        self, job: Job, plan: PlanRecord, roots: list[Path], sample: list[PlannedImage], seconds: float
-    ) -> Survey:
+    def survey(self, job: Job, trial: Trial) -> Survey:
         """See `Workers`."""
-        return survey(replace(job, threads=cores()), plan, roots, sample, seconds)
+        return survey(replace(job, threads=cores()), trial)
 
     def extract(self, job: Job, shards: list[int], tell: Tell) -> Iterator[Done]:
         """See `Workers`."""
@@ -99,21 +100,28 @@ class Dask:
     """The workers of a dask cluster. `lost`: how many died with a shard in hand."""
 
     client: Any
-    grow: Callable[[Survey], int] | None = None  # brings up the workers that fit, and returns the cores of each
+    grow: Callable[[Survey], tuple[int, int]] | None = None  # brings up those that fit; how many, and the cores of each
     threads: int = 0  # that detect in each worker; 0: as many as dask gave it
+    size: int = 0  # how many workers there shall be; 0: as many as there are
     lost: int = 0
-    failed: dict[int, str] = field(default_factory=dict)
 
-    def survey(
-        self, job: Job, plan: PlanRecord, roots: list[Path], sample: list[PlannedImage], seconds: float
-    ) -> Survey:
+    @property
+    def tries(self) -> bool:
         """See `Workers`."""
-        future = self.client.submit(survey, job, plan, roots, sample, seconds, pure=False, resources={TOPIC: 1})
-        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        future.add_done_callback(done.put)
-        found: Survey = self._next(done).result()
+        return self.grow is not None
+
+    def survey(self, job: Job, trial: Trial) -> Survey:
+        """See `Workers`."""
+        with self._listening(lambda *_: None):
+            ((_, future),) = self._done([(_survey_task, job, trial)])
+            try:
+                found: Survey = future.result()
+            except KilledWorker:
+                raise OperationError(
+                    "every worker that loaded the detector and tried it died (out of memory?); see the workers' logs"
+                ) from None
         if self.grow:
-            self.threads = self.grow(found)
+            self.size, self.threads = self.grow(found)
         return found
 
     def extract(self, job: Job, shards: list[int], tell: Tell) -> Iterator[Done]:
@@ -122,40 +130,60 @@ class Dask:
         Raises:
             OperationError: the cluster is gone, or, at the end, shards were given up.
         """
-        from distributed import KilledWorker
-
-        run = sha256(repr(job).encode()).hexdigest()[:12]
-        self._listen(tell)
-        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        numbers = {}
-        for number in shards:
-            key = (
-                f"{TOPIC}-{run}-{number:06d}"  # a task of the same name that still runs for an earlier client is joined
-            )
-            future = self.client.submit(
-                _extract_task, replace(job, threads=self.threads), number, key=key, pure=False, resources={TOPIC: 1}
-            )
-            numbers[future] = number
-            future.add_done_callback(done.put)
-        try:
-            for _ in range(len(shards)):
-                future = self._next(done)
+        job, given_up = replace(job, threads=self.threads), []
+        with self._listening(tell):
+            for number, future in self._done([(_extract_task, job, shard) for shard in shards]):
                 try:
                     yield future.result()
-                except KilledWorker as error:
-                    self.failed[numbers[future]] = str(error)
-        finally:
-            self.client.cancel(list(numbers))
-            self.client.unsubscribe_topic(TOPIC)
-            self.client.unsubscribe_topic("all")
-        if self.failed:
-            names = ", ".join(f"{n:06d}" for n in sorted(self.failed))
+                except KilledWorker:
+                    given_up.append(f"{shards[number]:06d}")
+        if given_up:
             raise OperationError(
-                f"shards {names} were given up: each of their workers died (out of memory? see the workers' logs); the "
-                "others are done, and the same command again tries these"
+                f"shards {', '.join(sorted(given_up))} were given up: all workers that tried them died (out of memory? "
+                "see the workers' logs); the others are done, and the same command again tries these"
             )
 
-    def _listen(self, tell: Tell) -> None:
+    def _done(self, calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Have functions called on the workers, one at a time on each, and yield (which call, its future) when done."""
+        waiting = deque(enumerate(calls))
+        running: dict[str, int] = {}
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        since = monotonic()
+        try:
+            while waiting or running:
+                while waiting and len(running) < max(1, self.count()):
+                    number, (function, *arguments) = waiting.popleft()
+                    # A task of the same name that still runs for a client that was killed is joined, not done twice.
+                    key = f"{TOPIC}-{sha256(repr(arguments).encode()).hexdigest()}"
+                    future = self.client.submit(function, *arguments, key=key, pure=False)
+                    running[future.key] = number
+                    future.add_done_callback(done.put)
+                try:
+                    future = done.get(timeout=POLL)
+                except queue.Empty:
+                    since = self._check(since)
+                    continue
+                if future.status == "cancelled":
+                    raise OperationError("the dask scheduler dropped the work; the same command again continues")
+                yield running.pop(future.key), future
+        finally:
+            self.client.cancel([*running])
+
+    def _check(self, since: float) -> float:
+        """Say if there are no workers, or no scheduler; return when there were some last."""
+        if self.client.status != "running":
+            raise OperationError("the dask scheduler is gone; the same command again continues")
+        if self.client.nthreads():
+            return monotonic()
+        if monotonic() - since < PATIENCE:
+            return since
+        print("the dask scheduler has no workers; waiting for some", file=sys.stderr, flush=True)
+        return monotonic()
+
+    @contextmanager
+    def _listening(self, tell: Tell) -> Iterator[None]:
+        """Hear of progress from the workers, and from the scheduler of workers that died, while the block runs."""
+
         def worker_says(event: tuple[float, Any]) -> None:
             tell(*event[1])
 
@@ -165,33 +193,28 @@ class Dask:
 
         self.client.subscribe_topic(TOPIC, worker_says)
         self.client.subscribe_topic("all", scheduler_says)
-
-    def _next(self, done: "queue.SimpleQueue[Any]") -> Any:
-        """Return the next future that is done, saying so if there are no workers to do any."""
-        since = monotonic()
-        while True:
-            try:
-                future = done.get(timeout=5)
-            except queue.Empty:
-                if self.client.status != "running":
-                    raise OperationError("the dask scheduler is gone; the same command again continues") from None
-                if self.count():
-                    since = monotonic()
-                elif monotonic() - since > PATIENCE:
-                    print("the dask scheduler has no workers; waiting for some", file=sys.stderr, flush=True)
-                    since = monotonic()
-                continue
-            if future.status == "cancelled":
-                raise OperationError("the dask scheduler dropped the work; the same command again continues")
-            return future
+        try:
+            yield
+        finally:
+            if self.client.status == "running":
+                self.client.unsubscribe_topic(TOPIC)
+                self.client.unsubscribe_topic("all")
 
     def count(self) -> int:
-        """Return how many workers there are now."""
-        return len(self.client.scheduler_info(n_workers=-1)["workers"])
+        """Return how many workers there are, or shall be."""
+        return self.size or len(self.client.nthreads())
 
     def describe(self) -> str:
         """See `Workers`."""
         return f"{self.count()} processes" if self.count() != 1 else "1 process"
+
+
+ONE_AT_A_TIME = Lock()  # a dask worker may have several threads, but has one detector and the memory for one shard
+
+
+def _survey_task(job: Job, trial: Trial) -> Survey:
+    with _giving_way():
+        return survey(job, trial)
 
 
 def _extract_task(job: Job, number: int) -> Done:
@@ -205,11 +228,19 @@ def _extract_task(job: Job, number: int) -> Done:
             told = monotonic()
             worker.log_event(TOPIC, (number, images, rejects))
 
-    try:
+    with _giving_way():
         return extract_shard(replace(job, threads=job.threads or worker.state.nthreads), number, tell)
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """End this worker if its GPU fails: nothing can be done with it in this process; dask gives the task to another."""
+    try:
+        with ONE_AT_A_TIME:
+            yield
     except DeviceFailure as error:
-        print(f"error: {error}; this worker ends", file=sys.stderr, flush=True)
-        os._exit(1)  # nothing can be done with the GPU in this process; dask gives the shard to another
+        print(f"error: {error.message}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @contextmanager
@@ -225,7 +256,7 @@ def local_cluster(count: int, devices: list[str], shared_cores: int) -> Iterator
             n_workers=1,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             memory_limit=0,
             silence_logs=logging.CRITICAL + 1,
         ) as cluster,
@@ -233,10 +264,10 @@ def local_cluster(count: int, devices: list[str], shared_cores: int) -> Iterator
     ):
         client.register_plugin(_Seat(devices=devices))
 
-        def grow(found: Survey) -> int:
-            fit = 1 + int(SHARE * free_memory() / max(found.memory, 1))
-            cluster.scale(min(count, fit))
-            return max(1, shared_cores // min(count, fit))
+        def grow(found: Survey) -> tuple[int, int]:
+            size = min(count, 1 + int(SHARE * free_memory() / max(found.memory, 1)))
+            cluster.scale(size)
+            return size, max(1, shared_cores // size)
 
         yield Dask(client=client, grow=grow)
 
@@ -258,21 +289,18 @@ def remote_cluster(address: str) -> Iterator[Dask]:
             f"--scheduler {address}: no dask scheduler answers there: {error or type(error).__name__}"
         ) from None
     with client:
-        client.register_plugin(_Seat(devices=[]))
         yield Dask(client=client)
 
 
 class _Seat(WorkerPlugin):
-    """Lets a worker do one shard at a time, and gives each of this machine's workers a GPU of its own."""
+    """Gives each of this machine's workers a GPU of its own, before torch is there."""
 
     name = TOPIC
-    idempotent = True
 
     def __init__(self, devices: list[str]) -> None:
         self.devices = devices
 
-    async def setup(self, worker: Any) -> None:
-        """Run in the worker when it starts, before any task, and so before torch is there."""
+    def setup(self, worker: Any) -> None:
+        """Run in the worker when it starts."""
         if self.devices:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.devices[int(worker.name) % len(self.devices)]
-        await worker.set_resources(**{TOPIC: 1})

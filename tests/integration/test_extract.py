@@ -2,25 +2,20 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from support import error_line, extract, oscar
+from support import contents, error_line, extract, oscar
 
 ARGUMENTS = ("--images-per-shard", 3, "--device", "cpu", "--source", "photos")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -191,19 +186,8 @@ def test_captions_of_other_images_are_refused(photos: Path, tmp_path: Path):
     assert not (tmp_path / "o").exists()
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_full_disk_is_named_and_leaves_nothing_half_written(photos: Path, tiny_disk: Path):
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(photos: Path, disk: Callable[[str], Path]):
+    tiny_disk = disk("64k")
     done = extract("--images", photos / "size1", "--out", tiny_disk / "o")
     assert done.returncode == 1
     assert "No space left on device" in error_line(done)

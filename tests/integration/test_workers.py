@@ -1,0 +1,231 @@
+"""Many processes: whoever does a shard, and whatever becomes of them, the folder comes out the same."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from support import contents, error_line, oscar, rejects, until
+
+FAULTS = Path(__file__).parents[1] / "faults"
+MARK = b"this image kills"
+
+
+@pytest.fixture(scope="module")
+def images(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photos, and one file that is no image; its bytes kill the decoder where the fault `crash` is put in."""
+    folder = tmp_path_factory.mktemp("workers") / "die schönen Bilder"
+    shutil.copytree(photos, folder)
+    (folder / "size0" / "broken.jpg").write_bytes(b"GIF89a" + MARK)
+    return folder
+
+
+def arguments(images: Path, out: Path, *more: object) -> list[str]:
+    return [str(a) for a in ("--images", images, "--out", out, "--images-per-shard", 3, "--device", "cpu", *more)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of them."""
+    out = tmp_path_factory.mktemp("undisturbed") / "shards"
+    done = oscar("oscar-extract", *arguments(images, out, "--workers", 1))
+    assert done.returncode == 0, done.stderr
+    assert [r["reason"] for r in rejects(out)] == ["not-an-image"]
+    return out
+
+
+def launch(*more: object, fault: str = "", once: Path | None = None) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "PYTHONPATH": str(FAULTS), "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
+    line = [sys.executable, "-m", "oscar_extract", *map(str, more)]
+    return subprocess.Popen(line, text=True, stdout=-1, stderr=-1, env=environment)
+
+
+def workers_at(out: Path, pid: int) -> list[psutil.Process]:
+    """The processes below `pid` that are at work on a shard."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if any(
+                Path(f.path).name.endswith(".decoding") and Path(f.path).parent == out for f in process.open_files()
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    return printed, errors
+
+
+def test_two_processes_make_what_one_makes(images: Path, undisturbed: Path, tmp_path: Path):
+    printed, _ = finish(launch(*arguments(images, tmp_path / "out", "--workers", 2)))
+    assert "2 processes" in printed
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+def test_a_killed_process_is_replaced_and_its_shard_done_again(images: Path, undisturbed: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    process = launch(*arguments(images, out, "--workers", 2))
+    until(lambda: workers_at(out, process.pid), process)[0].kill()
+    printed, _ = finish(process)
+    assert "workers lost" in printed
+    assert contents(out) == contents(undisturbed)
+
+
+def test_when_the_command_is_killed_its_processes_end_too(images: Path, undisturbed: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    process = launch(*arguments(images, out, "--workers", 2))
+    until(lambda: workers_at(out, process.pid), process)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(below, timeout=10)[1] == []
+    again = oscar("oscar-extract", *arguments(images, out, "--workers", 1))
+    assert again.returncode == 0, again.stderr
+    assert contents(out) == contents(undisturbed)
+
+
+def test_a_gpu_error_ends_one_process_and_costs_nothing(images: Path, undisturbed: Path, tmp_path: Path):
+    """A failed GPU is of no more use to its process. With several, another takes over; alone, the next run goes on."""
+    out = tmp_path / "many"
+    printed, errors = finish(launch(*arguments(images, out, "--workers", 2), fault="gpu", once=tmp_path / "a"))
+    assert "workers lost" in printed
+    assert "CUDA error: an illegal memory access" in errors
+    assert contents(out) == contents(undisturbed)
+    alone = arguments(images, tmp_path / "alone", "--workers", 1)
+    process = launch(*alone, fault="gpu", once=tmp_path / "b")
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 1
+    assert errors.startswith("error: the GPU of ")
+    assert errors.count("\n") == 1
+    finish(launch(*alone, fault="gpu", once=tmp_path / "b"))
+    assert contents(tmp_path / "alone") == contents(undisturbed)
+
+
+def test_an_image_that_kills_its_decoder_is_refused_alone(images: Path, undisturbed: Path, tmp_path: Path):
+    """With several processes in the same run; alone, in the next one, which finds out which image it was."""
+    out = tmp_path / "many"
+    finish(launch(*arguments(images, out, "--workers", 2), fault="crash"))
+    assert [(r["path"], r["reason"]) for r in rejects(out)] == [("size0/broken.jpg", "crash")]
+    alone = arguments(images, tmp_path / "alone", "--workers", 1)
+    process = launch(*alone, fault="crash")
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGSEGV
+    finish(launch(*alone, fault="crash"))
+    for folder in (out, tmp_path / "alone"):
+        assert [r["reason"] for r in rejects(folder)] == ["crash"]
+        tars = {p.name: p.read_bytes() for p in folder.glob("*.tar")}
+        assert tars == {p.name: p.read_bytes() for p in undisturbed.glob("*.tar")}
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_every_worker_is_given_up_and_named(photos: Path, tmp_path: Path):
+    from PIL import Image
+
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(photos, images)
+    Image.new("RGB", (333, 200), "red").save(images / "size0" / "astronaut.9.png")
+    process = launch(*arguments(images, out, "--workers", 2), fault="die")
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 1
+    assert "error: shards 000001 were given up" in errors
+    assert len(list(out.glob("*.tar"))) == 4
+    again = oscar("oscar-extract", *arguments(images, out, "--workers", 1))
+    assert again.returncode == 0, again.stderr
+    assert len(list(out.glob("*.tar"))) == 5
+
+
+def test_what_is_wrong_with_the_arguments_is_one_line_from_a_worker_too(images: Path, tmp_path: Path):
+    (tmp_path / "w.pth").write_bytes(b"not weights")
+    given = arguments(
+        images, tmp_path / "out", "--detector", "vg-r101", "--weights", tmp_path / "w.pth", "--workers", 2
+    )
+    done = oscar("oscar-extract", *given)
+    assert done.returncode == 2
+    assert "w.pth" in error_line(done)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_ends_all_of_them_and_then_the_work_goes_on(
+    images: Path, undisturbed: Path, tmp_path: Path, disk: Callable[[str], Path]
+):
+    out = disk("200k") / "out"
+    done = oscar("oscar-extract", *arguments(images, out, "--workers", 2))
+    assert done.returncode == 1
+    assert "No space left on device" in error_line(done)
+    whole = {p.name for p in out.glob("shard-*.tar")}
+    assert all((out / name).read_bytes() == (undisturbed / name).read_bytes() for name in whole)
+    assert len(whole) < 5
+    subprocess.run(["mount", "-o", "remount,size=20m", out.parent], check=True)
+    done = oscar("oscar-extract", *arguments(images, out, "--workers", 1))
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(undisturbed)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]]:
+    """A dask scheduler and three workers, started as their users start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    log = (tmp_path / "dask.log").open("wb")
+    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard", "--no-show"]
+    scheduler = subprocess.Popen([*dask, "--host", address], stdout=log, stderr=log, cwd=tmp_path)
+    line = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_worker",
+        address,
+        "--no-dashboard",
+        "--nthreads",
+        "1",
+        "--no-nanny",
+    ]
+    workers = [subprocess.Popen(line, stdout=log, stderr=log, cwd=tmp_path) for _ in range(3)]
+    yield address, workers
+    for process in (*workers, scheduler):
+        process.kill()
+        process.wait()
+    log.close()
+
+
+def test_a_dask_cluster_that_loses_a_worker_makes_what_one_process_makes(
+    images: Path, undisturbed: Path, tmp_path: Path, cluster: tuple[str, list["subprocess.Popen[bytes]"]]
+):
+    address, workers = cluster
+    out = tmp_path / "out"
+    process = launch(*arguments(images, out, "--scheduler", address))
+    busy = until(lambda: [w for w in workers if _works(w, out)], process)
+    busy[0].kill()
+    printed, _ = finish(process)
+    assert "workers lost" in printed
+    assert contents(out) == contents(undisturbed)
+
+
+def _works(process: "subprocess.Popen[bytes]", out: Path) -> bool:
+    return any(
+        f.path.startswith(f"{out}/") and f.path.endswith(".decoding") for f in psutil.Process(process.pid).open_files()
+    )
+
+
+def test_no_scheduler_is_one_line(images: Path, tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    began = time.monotonic()
+    done = oscar("oscar-extract", *arguments(images, tmp_path / "out", "--scheduler", address))
+    assert done.returncode == 2
+    assert f"--scheduler {address}: no dask scheduler answers there" in error_line(done)
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "out").exists()
