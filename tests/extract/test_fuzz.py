@@ -207,7 +207,10 @@ def lines(value: Any) -> bytes:
     return "\n".join(map(json.dumps, value if isinstance(value, list) else [value])).encode()
 
 
-CELLS = st.sampled_from(["a.jpg", "b", "image", "caption", "path", '"', "http://x/y.jpg", "\x00", "#", "|"]) | WORDS
+CELLS = (
+    st.sampled_from(["a.jpg", "1\t" * 120, "b", "image", "caption", "path", '"', "http://x/y.jpg", "\x00", "#", "|"])
+    | WORDS
+)
 ROWS = st.lists(st.lists(CELLS.map(lambda c: c.encode(errors="surrogatepass")), max_size=4), max_size=4)
 
 

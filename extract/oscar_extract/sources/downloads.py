@@ -37,6 +37,7 @@ from oscar_extract.sources.tables import (
 )
 
 URL = r"(?i)^https?://"
+COLUMNS = 100  # of a .tsv file that are looked at
 SBU_URLS = r"(?i)(^|/)sbu[^/]*urls[^/]*\.txt$"
 SBU_JSON = r"(?i)(^|/)sbu[^/]*\.json$"
 PEEK = 1 << 16  # bytes that tell whether a .tsv is a list of URLs, or something else, and large
@@ -91,14 +92,14 @@ def _tsv(place: Place, path: Path) -> tuple[pa.Array, pa.Array, pa.Table] | None
         invalid_row_handler=lambda row: _skip(skipped, row),
     )
     convert = csv.ConvertOptions(
-        column_types={f"f{n}": pa.string() for n in range(100)}, strings_can_be_null=False, null_values=[]
+        column_types={f"f{n}": pa.string() for n in range(COLUMNS)}, strings_can_be_null=False, null_values=[]
     )
     with reading(path, "--root"):
         if not _speaks_of_urls(path):
             return None
         content = path.read_bytes().decode("utf-8-sig", "replace").encode()
         rows = csv.read_csv(pa.BufferReader(content), csv.ReadOptions(autogenerate_column_names=True), parse, convert)
-        texts = [array(column) for column in rows.columns]
+        texts = [array(column) for column in rows.columns[:COLUMNS]]
     address = next((n for n, t in enumerate(texts) if _is_url(t)), None)
     if address is None or len(texts) < 2:
         return None
