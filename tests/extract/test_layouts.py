@@ -24,6 +24,7 @@ from oscar_extract.plan import write_plan as store
 from oscar_extract.request import make_request
 from oscar_extract.sources.corpus import find_files
 from oscar_extract.sources.duplicates import locate
+from oscar_extract.sources.tars import Window, members
 from oscar_shards.write import PLAN_FILE
 
 
@@ -629,10 +630,10 @@ def test_broken_lines_are_reported_and_other_tables_left_alone(tmp_path):
     assert counts(found)["cc"][2] == {"malformed-row": 2}
 
 
-def tar(path: Path, members: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> Path:
+def tar(path: Path, contents: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as archive:
-        for name, data in members.items():
+        for name, data in contents.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             if form == tarfile.PAX_FORMAT:
@@ -646,20 +647,20 @@ def img2dataset(
     sidecars: str = "txt json", files: bool = False, dead: Sequence[int] = (3,), shard: int = 0,
 ) -> Path:  # fmt: skip
     """What img2dataset writes for one shard, in its formats webdataset and files."""
-    name, members = f"{shard:05d}", {}
+    name, contents = f"{shard:05d}", {}
     keys = [f"{name}{n:04d}" for n in range(len(urls))]
     for n, key in enumerate(keys):
         if n not in dead:
-            members[f"{key}.jpg"] = f"{root}{key}".encode()
+            contents[f"{key}.jpg"] = f"{root}{key}".encode()
             about = {"url": urls[n], "caption": texts[n], "key": key, "status": "success", "width": 8}
             more = {"txt": texts[n], "json": json.dumps(about)}
-            members |= {f"{key}.{e}": more[e].encode() for e in sidecars.split()}
+            contents |= {f"{key}.{e}": more[e].encode() for e in sidecars.split()}
     if files:
-        for member, data in members.items():
+        for member, data in contents.items():
             put(root, f"{name}/{member}")
             (root / name / member).write_bytes(data)
     else:
-        tar(root / f"{name}.tar", members, form)
+        tar(root / f"{name}.tar", contents, form)
     columns = {
         "url": urls,
         "key": keys,
@@ -727,6 +728,24 @@ def test_of_a_damaged_tar_the_images_before_the_damage_are_used(tmp_path, cut):
     found = plan(images=tmp_path)
     assert list(paths(found).values()) == ["00000.tar/0.jpg"]
     assert left_out(found, "damaged-tar") == ["00000.tar"]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_tar_is_read_as_tarfile_reads_it(tmp_path, form):
+    names = ["a.jpg", "folder/" * 12 + "b.jpg", "x" * 60 + "/" + "y" * 70 + ".jpg"]
+    if form != tarfile.USTAR_FORMAT:
+        names += ["n" * 300 + ".jpg", "\u5199\u771f" * 40 + ".png", "caf\udce9.jpg"]
+    path = tar(tmp_path / "x.tar", {name: name.encode("utf-8", "surrogateescape") * 99 for name in names}, form)
+    with tarfile.open(path, "a", format=form) as archive:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+            member = tarfile.TarInfo("other.jpg")
+            member.type, member.linkname, member.size = kind, "a.jpg", 7
+            archive.addfile(member)
+        archive.addfile(tarfile.TarInfo("last.jpg"))
+    with tarfile.open(path) as archive, Window(path) as file:
+        expected = [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
+        assert list(members(file)) == expected
+        assert [name for name, _, _ in expected] == [*names, "last.jpg"]
 
 
 def test_a_tar_that_is_none_is_reported_and_hidden_members_are_no_images(tmp_path):

@@ -3,14 +3,15 @@
 import json
 import os
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
+from tarfile import TarError
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from oscar_extract.sources.tables import (
     table,
     without_extension,
 )
+from oscar_extract.sources.tars import Window, members
 
 ANNOTATIONS = frozenset({".json", ".jsonl", ".tsv", ".csv", ".txt", ".token", ".parquet"})
 SIDECAR_BYTES = 1 << 20  # a caption or the metadata of one image is smaller
@@ -48,6 +50,9 @@ Bools = npt.NDArray[np.bool_]
 DOWNLOADS = pa.schema(
     [("root", pa.int32()), *((name, pa.string()) for name in ("image", "url", "text", "status", "message"))]
 )
+
+
+DOWNLOADED = {"key", "url", "status", "caption"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,16 +269,16 @@ def scan_tar(place: tuple[int, Path, str]) -> tuple[list[tuple[Any, ...]], str]:
     images: list[tuple[str, str, int, int]] = []
     sidecars: dict[str, dict[str, str]] = {}
     fault = ""
+    told = _told(tar.with_suffix(".parquet"))
     try:
-        with tar.open("rb") as file:
-            for name, offset, size in _members(tar):
+        with Window(tar) as file:
+            for name, offset, size in members(file):
                 stem, extension = os.path.splitext(name)
                 if extension.lower() in EXTENSIONS and extension:
                     images.append((name, stem, offset, size))
-                elif extension in (".txt", ".json") and size <= SIDECAR_BYTES:
-                    file.seek(offset)
-                    sidecars.setdefault(stem, {}).update(_sidecar(extension, file.read(size)))
-    except (tarfile.TarError, OSError) as error:
+                elif extension in (".txt", ".json") and size <= SIDECAR_BYTES and stem not in told:
+                    sidecars.setdefault(stem, {}).update(_sidecar(extension, file.read(offset, size)))
+    except (TarError, OSError) as error:
         fault = str(error) or type(error).__name__
     rows = [
         (number, f"{label}/{_harmless(member)}", raw, offset, size, beside.get("url"), beside.get("text"))
@@ -283,25 +288,14 @@ def scan_tar(place: tuple[int, Path, str]) -> tuple[list[tuple[Any, ...]], str]:
     return rows, fault
 
 
-def _members(tar: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield name, offset and size of a tar's visible plain files that are there to their end.
-
-    Raises:
-        TarError: it ends before its end mark: it was cut off, or overwritten in the middle.
-    """
-    length = tar.stat().st_size
-    with tarfile.open(tar, "r:") as archive:
-        for member in archive:
-            if member.offset_data + member.size > length and member.isreg():
-                raise tarfile.ReadError(f"cut off in {readable(member.name)}")
-            if member.isreg() and not member.issparse() and not os.path.basename(member.name).startswith("."):
-                yield member.name, member.offset_data, member.size
-            archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-        end = archive.offset
-    with tar.open("rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0") or end >= length:
-            raise tarfile.ReadError(f"no end mark after byte {end}")
+def _told(path: Path) -> set[str]:
+    """Return the keys of a tar's members whose URL and caption the table beside the tar says: no need to read them."""
+    with suppress(OSError, pa.ArrowException):
+        if set(pq.read_schema(path).names) >= DOWNLOADED:
+            rows = pq.read_table(path, columns=sorted(DOWNLOADED))
+            full = pc.and_(rows["url"].is_valid(), rows["caption"].is_valid())
+            return set(rows["key"].filter(pc.and_(full, pc.equal(rows["status"], "success"))).to_pylist())
+    return set()
 
 
 def _harmless(member: str) -> str:
