@@ -351,6 +351,10 @@ def _is_empty(texts: pa.Array) -> Bools:
 
 def _first_of_each(texts: pa.Table, rows: Ints) -> Ints:
     """Return the first of texts that are the same in all they say and belong to one image, in order."""
-    parts = [pc.coalesce(array(texts[n]), "") for n in ("kind", "source", "id", "text", "question", "answer")]
-    whole = pc.binary_join_element_wise(pa.array(rows).cast(pa.string()), *parts, "\x1f")
-    return np.flatnonzero(find(whole, whole) == np.arange(len(whole)))
+    several = np.flatnonzero(np.bincount(rows)[rows] > 1)  # most images have but one
+    some = texts.take(pa.array(several))
+    parts = [pc.coalesce(array(some[n]), "") for n in ("kind", "source", "id", "text", "question", "answer")]
+    whole = pc.binary_join_element_wise(pa.array(rows[several]).cast(pa.string()), *parts, "\x1f")
+    keep = np.ones(len(rows), bool)
+    keep[several] = find(whole, whole) == np.arange(len(whole))
+    return np.flatnonzero(keep)

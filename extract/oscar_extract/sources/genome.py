@@ -37,7 +37,7 @@ def read_gqa(place: Place) -> Annotations:
     texts: list[tuple[Any, ...]] = []
     for path, split in _gqa_files(place):
         with reading(path, "--root"):
-            for number, question in read_json(path, dict).items():
+            for number, question in read_json(path, dict, "imageId", "question", "answer").items():
                 image = f"vg/{question['imageId']}"
                 # An image of two splits counts as what keeps it out.
                 images[image] = max(images.get(image, "train"), split, key=SPLITS.index)
@@ -68,7 +68,7 @@ def read_vg_qa(place: Place) -> Annotations:
     texts: list[tuple[Any, ...]] = []
     for path in place.required(VG_QA, "question_answers.json"):
         with reading(path, "--root"):
-            for entry in read_json(path, list):
+            for entry in read_json(path, list, "question", "answer", "qa_id"):
                 number = entry["id"] if "id" in entry else entry["image_id"]
                 images.append(("vg-qa", f"vg/{number}", "", "train"))
                 texts += [

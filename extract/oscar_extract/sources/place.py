@@ -84,14 +84,20 @@ def split_of(name: str) -> str:
     return "val" if re.search("val|dev", lower) else "train"
 
 
-def read_json(path: Path, form: type | tuple[type, ...], flag: str = "--root") -> Any:
+def read_json(path: Path, form: type | tuple[type, ...], *fields: str) -> Any:
     """Read a JSON file of a certain form (dict or list).
+
+    Objects that have the first of `fields` keep these alone: all of a million questions would take gigabytes.
 
     Raises:
         UsageError: no such file, no JSON, or of another form.
     """
-    with reading(path, flag):
-        content = json.loads(path.read_bytes())
+
+    def slim(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: found[name] for name in fields if name in found} if fields[0] in found else found
+
+    with reading(path, "--root"):
+        content = json.loads(path.read_bytes(), object_hook=slim if fields else None)
         if not isinstance(content, form):
             raise ValueError(f"it holds a {type(content).__name__}")
         return content

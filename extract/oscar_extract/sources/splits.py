@@ -34,7 +34,7 @@ def _entries(inventory: Inventory, family: str) -> list[tuple[str, str, dict[str
     for path in inventory.annotations:
         if path.name in FILES[family]:
             with reading(path, "--root"):
-                for entry in read_json(path, dict)["images"]:
+                for entry in read_json(path, dict, "raw", "sentid")["images"]:
                     stem = str(entry["filename"]).rpartition(".")[0]
                     number = int(entry["cocoid"]) if family == "coco" else stem or entry["filename"]
                     found.append((f"{family}/{number}", split_of(str(entry["split"])), entry))

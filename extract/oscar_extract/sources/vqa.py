@@ -53,7 +53,7 @@ def _answers(place: Place) -> dict[str, dict[Any, str]]:
     for path in _newest(place.annotations(ANSWERS)):
         if (split := split_of(path.name.partition("mscoco_")[2])) in place.splits:
             with reading(path, "--root"):
-                content = read_json(path, dict)["annotations"]
+                content = read_json(path, dict, "question_id", "multiple_choice_answer")["annotations"]
                 answers.setdefault(split, {}).update(
                     (a["question_id"], str(a["multiple_choice_answer"])) for a in content
                 )
