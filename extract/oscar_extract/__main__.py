@@ -45,8 +45,8 @@ def command(settings: Extract, catalog: Catalog) -> None:
     from oscar_extract.plan import plan_of
 
     plan = plan_of(request, settings)
-    from oscar_extract.job import Job
     from oscar_extract.run import dry_run, run
+    from oscar_extract.tasks import Job
 
     job = Job(out=Path(settings.out or ".").absolute(), settings=settings, entry=entry)
     if settings.dry_run:

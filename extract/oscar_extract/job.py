@@ -33,19 +33,15 @@ from oscar_extract.plan import PlannedImage, read_shard_plan
 from oscar_extract.regions import Input, make_input
 from oscar_extract.selection import Selection
 from oscar_extract.sources.duplicates import locate
+from oscar_extract.tasks import DeviceFailure, Done, Job, Survey, Trial, is_done
 from oscar_shards.manifest import Manifest, PlanRecord, read_manifest
-from oscar_shards.read import is_whole
-from oscar_shards.write import Reject, rejects_path, shard_path, write_shard
+from oscar_shards.write import Reject, shard_path, write_shard
 
 T = TypeVar("T")
 PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches ...
 PENDING_BYTES = 1 << 30  # ... and in bytes of pixels, as Caffe's resize begins with those of the original
 ACCELERATOR_ERROR: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 SOFTWARE = (oscar_common, torch, torchvision, detectron2, PIL, np)
-
-
-class DeviceFailure(OperationError):
-    """A GPU has failed; the process can do nothing more with it."""
 
 
 @contextmanager
@@ -58,16 +54,6 @@ def device_failures() -> Iterator[None]:
             raise
         what = str(error).splitlines()[0]
         raise DeviceFailure(f"the GPU of {platform.node()} failed: {what}; the same command again continues") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """All that a worker must know. `threads`: how many detect at once, each on one core; a GPU has one."""
-
-    out: Path
-    settings: Extract
-    entry: Entry
-    threads: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,41 +72,6 @@ class Loaded:
     planned: PlannedImage
     input: Input
     record: ImageRecord
-
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """What a worker says of a shard: its number, images and rejects, and the most memory it has had, in bytes."""
-
-    shard: int
-    images: int
-    rejects: int
-    memory: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """What a worker tries before the work: some images of a plan, for about so many seconds.
-
-    apart: whether these are decoded in processes of their own, as nothing else would tell which of them kills a worker.
-    """
-
-    plan: PlanRecord
-    roots: list[Path]
-    images: list[PlannedImage]
-    seconds: float = 0.0
-    apart: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What a worker says before the work: the manifest, and from a few images the pace, memory and bytes of one."""
-
-    manifest: Manifest
-    device: str
-    images_per_second: float
-    bytes_per_image: float
-    memory: int
 
 
 def equip(job: Job) -> Equipment:
@@ -203,11 +154,6 @@ def make_manifest(plan: PlanRecord, tools: Equipment, settings: Extract) -> Mani
         software={"python": platform.python_version(), "device": str(tools.detector.model.device.type)}
         | {module.__name__: module.__version__ for module in SOFTWARE},
     )
-
-
-def is_done(tar: Path, retry_rejects: bool) -> bool:
-    """Whether nothing is left to do for a shard."""
-    return is_whole(tar) and not (retry_rejects and rejects_path(tar).exists())
 
 
 @device_failures()

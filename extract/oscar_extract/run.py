@@ -9,9 +9,9 @@ from pathlib import Path
 from oscar_common.errors import UsageError
 from oscar_common.files import locked
 from oscar_common.progress import Meter, meter
-from oscar_extract.job import Done, Job, Trial, is_done
 from oscar_extract.plan import Plan, planned_images, read_shard_plan, write_plan
 from oscar_extract.summary import check_missing, check_rejects, print_corpus, print_estimate, print_start, print_summary
+from oscar_extract.tasks import Done, Job, Trial, is_done
 from oscar_extract.workers import Dask, Here, Workers, cores, gpus, local_cluster, remote_cluster
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
 from oscar_shards.write import remove_shards, shard_path

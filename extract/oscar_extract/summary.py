@@ -11,9 +11,9 @@ from rich.table import Table
 
 from oscar_common.errors import OperationError
 from oscar_common.files import locked, replacing
-from oscar_extract.job import Survey
 from oscar_extract.plan import Plan
 from oscar_extract.sources.corpus import MISSING
+from oscar_extract.tasks import Survey
 from oscar_shards.read import find_shards
 from oscar_shards.stats import count
 from oscar_shards.write import LEFT_OUT_FILE

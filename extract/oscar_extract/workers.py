@@ -18,15 +18,16 @@ from threading import Lock
 from time import monotonic
 from typing import Any, Protocol
 
-from distributed import KilledWorker, WorkerPlugin
+from distributed import KilledWorker, WorkerPlugin, get_worker
 
 from oscar_common.errors import OperationError, UsageError
-from oscar_extract.job import DeviceFailure, Done, Job, Survey, Trial, extract_shard, survey
+from oscar_extract.tasks import DeviceFailure, Done, Job, Survey, Trial
 
 Tell = Callable[[int, int, int], None]  # a shard, its images done so far, and the rejects among them
 TOPIC = "oscar-extract"
 TELL_SECONDS = 0.5
 SHARE = 0.7  # of the free memory, which processes may fill
+DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 POLL = 5.0  # seconds between looks at whether there are still, or more, workers
 PATIENCE = 60.0  # seconds without any worker before that is said
 
@@ -58,10 +59,14 @@ class Here:
 
     def survey(self, job: Job, trial: Trial) -> Survey:
         """See `Workers`."""
+        from oscar_extract.job import survey
+
         return survey(replace(job, threads=cores()), trial)
 
     def extract(self, job: Job, shards: list[int], tell: Tell) -> Iterator[Done]:
         """See `Workers`."""
+        from oscar_extract.job import extract_shard
+
         for number in shards:
             yield extract_shard(replace(job, threads=cores()), number, partial(tell, number))
 
@@ -79,6 +84,8 @@ def cores() -> int:
 
 def gpus() -> list[str]:
     """Return the CUDA devices of this machine, by the names that CUDA_VISIBLE_DEVICES takes."""
+    if not any(map(os.path.exists, DRIVERS)):
+        return []  # torch, which takes seconds to load, would say the same
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -213,12 +220,14 @@ ONE_AT_A_TIME = Lock()  # a dask worker may have several threads, but has one de
 
 
 def _survey_task(job: Job, trial: Trial) -> Survey:
+    from oscar_extract.job import survey
+
     with _giving_way():
         return survey(job, trial)
 
 
 def _extract_task(job: Job, number: int) -> Done:
-    from distributed import get_worker
+    from oscar_extract.job import extract_shard
 
     worker, told = get_worker(), 0.0
 

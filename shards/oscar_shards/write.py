@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import webdataset
 
 from oscar_common.files import TEMPORARY, replacing, temporary
 from oscar_common.sample import Sample
@@ -62,9 +61,11 @@ def write_shard(tar: Path, items: Iterable[Sample | Reject], feature_dim: int) -
     Raises:
         ValueError: a sample's arrays do not have the shapes and dtypes of the contract.
     """
+    from webdataset import TarWriter  # it loads torch, which those who only plan and watch do without
+
     rejects: list[Reject] = []
     with replacing(tar) as file:
-        with webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
+        with TarWriter(file, mtime=0, encoder=False) as writer:
             for item in items:
                 if isinstance(item, Reject):
                     rejects.append(item)
@@ -76,7 +77,7 @@ def write_shard(tar: Path, items: Iterable[Sample | Reject], feature_dim: int) -
         _write_rejects(rejects_path(tar), rejects)
 
 
-def _write_sample(writer: webdataset.TarWriter, sample: Sample, feature_dim: int) -> None:
+def _write_sample(writer: Any, sample: Sample, feature_dim: int) -> None:
     regions, k = sample.regions, len(sample.regions.tags)
     for array, shape, dtype in (
         (regions.boxes, (k, 4), np.float32),
