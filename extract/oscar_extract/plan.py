@@ -17,7 +17,7 @@ from oscar_common.progress import phase
 from oscar_common.sample import KEY_BYTES, Text, make_key
 from oscar_common.settings import Extract
 from oscar_extract.sources.corpus import MISSING, Corpus, Request, find_files, read_corpus
-from oscar_extract.sources.inventory import Inventory
+from oscar_extract.sources.inventory import Listing, take_inventory
 from oscar_extract.sources.tables import LEFT_OUT, TEXTS, Ints, array
 from oscar_shards.manifest import PlanRecord
 from oscar_shards.write import LEFT_OUT_FILE, PLAN_FILE
@@ -87,11 +87,13 @@ def plan_of(request: Request, settings: Extract) -> Plan:
         UsageError: see `read_corpus`.
     """
     with phase("listing files"):
-        inventory = find_files(request)
+        found = find_files(request)
     choices = settings.images_per_shard, settings.limit, settings.shuffle_seed
-    inputs = inputs_digest(request, inventory, *choices)
+    inputs = inputs_digest(request, found, *choices)
     if settings.out and not settings.overwrite and (plan := saved_plan(Path(settings.out), inputs)):
         return plan
+    with phase("looking into tars"):
+        inventory = take_inventory(found)
     with phase("reading and joining datasets"):
         return make_plan(read_corpus(request, inventory), request, inputs, *choices)
 
@@ -177,16 +179,19 @@ def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
     return {row["values"]: row["counts"] for row in pc.value_counts(column).to_pylist()}
 
 
-def inputs_digest(request: Request, inventory: Inventory, *settings: object) -> str:
-    """Return a hash of all that a plan is made from: the request, the files found, sizes and times of what is read."""
+def inputs_digest(request: Request, found: Listing, *settings: object) -> str:
+    """Return a hash of all that a plan is made from: the request, the files found, sizes and times of what is read.
+
+    Of tars that is all; to look for their members again would take minutes.
+    """
     captions = [Path(p.captions) for p in request.parts if p.captions]
-    read = [*inventory.annotations, *inventory.tars, *request.exclude, *captions]
+    read = [*found.annotations, *(tar for _, tar, _ in found.tars), *request.exclude, *captions]
     read += [p.root for p in request.parts if p.is_listing]
     read += [path for folder in captions if folder.is_dir() for path in sorted(folder.rglob("*.txt"))]
     stats = [(str(p), s.st_size, s.st_mtime_ns) for p in read if p.exists() for s in [p.stat()]]
     asked = repr(dataclasses.replace(request, out=None, splits=frozenset()))  # the order of a set is not fixed
     said = json.dumps([asked, sorted(request.splits), settings, stats])
-    return _digest([array(inventory.files[n]) for n in ("root", "path", "offset", "size")], said)
+    return _digest([array(found.files[n]) for n in ("root", "path")], said)
 
 
 def _digest(columns: list[pa.Array], first: str = "") -> str:

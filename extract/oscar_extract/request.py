@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from oscar_common.errors import UsageError, nearest
@@ -86,6 +87,8 @@ def _roots(settings: Extract, catalog: Catalog, names: list[str]) -> dict[str, s
 
 def _layout(name: str, root: str, layout: str | None = None) -> Part:
     layout, place = layout or name, _place("--root", root)
+    if not place.is_dir():
+        raise UsageError(f"--root {place}: no such folder")
     return Part(name=layout, layout=layout, root=_folder_of(layout, place))
 
 
@@ -101,7 +104,7 @@ def _has_lists(layout: str, folder: Path, depth: int = 3) -> bool:
     """Whether a folder, or one not far below it, has files that a dataset is known by."""
     folders = [""]
     for path in folders:
-        with os.scandir(folder / path) as scan:
+        with suppress(OSError), os.scandir(folder / path) as scan:  # the inventory says what cannot be listed
             for entry in scan:
                 name = os.path.join(path, entry.name)
                 if not entry.name.startswith(".") and any(re.search(pattern, name) for pattern in LISTS[layout]):

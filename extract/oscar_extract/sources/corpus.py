@@ -17,7 +17,7 @@ from oscar_extract.sources.exclude import are_named, read_excluded
 from oscar_extract.sources.flickr30k import TOKENS, read_flickr30k
 from oscar_extract.sources.folder import read_folder
 from oscar_extract.sources.genome import GQA, VG_QA, coco_twins, read_gqa, read_vg_qa
-from oscar_extract.sources.inventory import Bools, Inventory, take_inventory
+from oscar_extract.sources.inventory import Bools, Inventory, Listing, list_files
 from oscar_extract.sources.listing import is_listing, read_listing
 from oscar_extract.sources.place import SPLITS, Place
 from oscar_extract.sources.splits import karpathy_split
@@ -106,13 +106,13 @@ class Corpus:
     left_out: pa.Table
 
 
-def find_files(request: Request) -> Inventory:
+def find_files(request: Request) -> Listing:
     """List what lies in the folders of a job."""
     walked = [p for p in request.parts if not p.is_listing]
     further = ([request.images] if request.images else []) + list(request.beside)
     folders = list(dict.fromkeys([p.root for p in walked] + further))
     inner = request.out if request.out and request.out.resolve() not in {f.resolve() for f in folders} else None
-    return take_inventory(folders, walked[0].flag if walked else "--images", inner)
+    return list_files(folders, walked[0].flag if walked else "--images", inner)
 
 
 def read_corpus(request: Request, inventory: Inventory) -> Corpus:

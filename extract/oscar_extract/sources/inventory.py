@@ -60,7 +60,7 @@ class Inventory:
     """`files`: a table of the schema FILES. `annotations`: other files that may say something of them.
 
     `dead`: what img2dataset's tables say was not to be had, of the schema DOWNLOADS. `others`: how many files are
-    neither. `tars`: what the members in `files` lie in.
+    neither.
     """
 
     roots: list[Path]
@@ -69,7 +69,6 @@ class Inventory:
     dead: pa.Table
     damaged: list[tuple[str, str]]  # tars that end before they should, and what is wrong with them
     others: int
-    tars: list[Path] = field(default_factory=list)
 
     @cached_property
     def paths(self) -> pa.Array:
@@ -89,12 +88,11 @@ class Inventory:
     @cached_property
     def family(self) -> npt.NDArray[np.str_]:
         """The image set that a file's folders under its root speak of, or "", [F]."""
-        found = np.full(len(self.files), "", dtype="U9")
-        for number in range(len(self.roots)):
-            own = array(self.files["root"]).to_numpy() == number
-            for name, pattern in FAMILIES.items():
-                named = pc.match_substring_regex(pc.replace_substring_regex(self.paths, r"[^/]*$", ""), pattern)
-                found[own & named.to_numpy(zero_copy_only=False)] = name
+        folder = pc.replace_substring_regex(self.paths, r"[^/]*$", "").dictionary_encode()
+        said = np.full(len(folder.dictionary), "", dtype="U9")
+        for name, pattern in FAMILIES.items():
+            said[pc.match_substring_regex(folder.dictionary, pattern).to_numpy(zero_copy_only=False)] = name
+        found: npt.NDArray[np.str_] = said[folder.indices.to_numpy()]
         return found
 
     @cached_property
@@ -141,45 +139,51 @@ def lie_under(roots: list[Path], folder: Path, root: pa.ChunkedArray, paths: pa.
     return result
 
 
-def take_inventory(roots: list[Path], flag: str, skip: Path | None = None) -> Inventory:
-    """List the images under `roots`: known extensions or none at all, no hidden files, and the members of tars.
+@dataclass(kw_only=True)
+class Listing:
+    """What lies in the folders of a job, before anything is opened. `files`: loose images, of the schema FILES."""
+
+    roots: list[Path]
+    files: pa.Table = field(default_factory=FILES.empty_table)
+    annotations: list[Path] = field(default_factory=list)
+    tars: list[tuple[int, Path, str]] = field(default_factory=list)  # root, tar, and its path relative to the root
+    tables: list[tuple[int, Path]] = field(default_factory=list)  # annotations that a downloader may have written
+    others: int = 0
+
+
+def list_files(roots: list[Path], flag: str, skip: Path | None = None) -> Listing:
+    """List the images under `roots`, known extensions or none at all, no hidden files; and the tars.
 
     A file that is reached twice through symbolic links counts once. `skip` is a folder to leave alone.
 
     Raises:
         UsageError: no such folder.
     """
-    found = _Found()
+    found = Listing(roots=roots)
     seen: set[str] = {os.path.realpath(skip)} if skip else set()
     rows = chain.from_iterable(_rows(number, root, flag, found, seen) for number, root in enumerate(roots))
-    loose = table(FILES, rows)
-    members = table(FILES, chain.from_iterable(_scan_tars(found)))
-    tables = (read_downloads(number, roots[number], path) for number, path in found.tables)
+    found.files = table(FILES, rows)
+    return found
+
+
+def take_inventory(found: Listing) -> Inventory:
+    """Add the members of the tars, and what a downloader says of files."""
+    damaged: list[tuple[str, str]] = []
+    members = table(FILES, chain.from_iterable(_scan_tars(found.tars, damaged)))
+    tables = (read_downloads(number, found.roots[number], path) for number, path in found.tables)
     downloads = pa.concat_tables([DOWNLOADS.empty_table(), *tables])
     is_there = pc.equal(downloads["status"], "success")
     return Inventory(
-        roots=roots,
-        files=_described(pa.concat_tables([loose, members]), downloads.filter(is_there)),
+        roots=found.roots,
+        files=_described(pa.concat_tables([found.files, members]), downloads.filter(is_there)),
         annotations=found.annotations,
         dead=downloads.filter(pc.invert(is_there)),
-        damaged=found.damaged,
+        damaged=damaged,
         others=found.others,
-        tars=[tar for _, tar, _ in found.tars],
     )
 
 
-class _Found:
-    """What turns up beside the images during a walk."""
-
-    def __init__(self) -> None:
-        self.tars: list[tuple[int, Path, str]] = []
-        self.annotations: list[Path] = []
-        self.tables: list[tuple[int, Path]] = []  # of those the ones that a downloader may have written, by root
-        self.damaged: list[tuple[str, str]] = []
-        self.others = 0
-
-
-def _rows(number: int, root: Path, flag: str, found: _Found, seen: set[str]) -> Iterator[tuple[Any, ...]]:
+def _rows(number: int, root: Path, flag: str, found: Listing, seen: set[str]) -> Iterator[tuple[Any, ...]]:
     if root.is_file() and root.suffix == ".tar":
         found.tars.append((number, root, ""))
         return
@@ -245,24 +249,26 @@ def _walk(root: Path, flag: str, seen: set[str]) -> Iterator[tuple[str, bool]]:
         folders.extend(reversed(inner))
 
 
-def _scan_tars(found: _Found) -> Iterator[list[tuple[Any, ...]]]:
-    """Yield the image members of each tar; many tars are read by several processes."""
-    if len(found.tars) < 8:
-        results: Iterable[tuple[list[tuple[Any, ...]], str]] = map(scan_tar, found.tars)
-        yield from _sound(found, results)
+Scanned = tuple[list[tuple[Any, ...]], str]
+
+
+def _scan_tars(tars: list[tuple[int, Path, str]], damaged: list[tuple[str, str]]) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield the image members of each tar, and note what is wrong with it; many are read by several processes."""
+
+    def sound(results: Iterable[Scanned]) -> Iterator[list[tuple[Any, ...]]]:
+        for (_, _, name), (rows, fault) in zip(tars, results, strict=True):
+            if fault:
+                damaged.append((readable(name), fault))
+            yield rows
+
+    if len(tars) < 8:
+        yield from sound(map(scan_tar, tars))
         return
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        yield from _sound(found, pool.map(scan_tar, found.tars))
+        yield from sound(pool.map(scan_tar, tars))
 
 
-def _sound(found: _Found, results: Iterable[tuple[list[tuple[Any, ...]], str]]) -> Iterator[list[tuple[Any, ...]]]:
-    for (_, _, name), (rows, fault) in zip(found.tars, results, strict=True):
-        if fault:
-            found.damaged.append((readable(name), fault))
-        yield rows
-
-
-def scan_tar(place: tuple[int, Path, str]) -> tuple[list[tuple[Any, ...]], str]:
+def scan_tar(place: tuple[int, Path, str]) -> Scanned:
     """Return rows of the schema FILES for a tar's images, with the texts beside them; and what is wrong with it."""
     number, tar, path = place
     label, raw = readable(path or tar.name), os.fsencode(path)
