@@ -444,7 +444,7 @@ FILE_NAMES |= st.text("ab\n. %\\xe9", max_size=12).map(str.encode) | st.sampled_
 FILE_NAMES = FILE_NAMES.filter(is_name)
 
 
-@examples(100)
+@examples(40)
 @given(FILE_NAMES, st.lists(st.tuples(FILE_NAMES, st.sampled_from([b"", b".jpg", b".PNG"])), min_size=1, max_size=5))
 def test_every_file_is_an_image_of_its_own_whatever_its_name(folder_name, names):
     with tempfile.TemporaryDirectory() as there:
@@ -481,7 +481,7 @@ NAMES = st.sampled_from(["0.jpg", "0.json", "0.txt", "/a/../b.png", "é" * 120 +
 TARS = st.lists(st.tuples(NAMES, st.binary(max_size=600) | JSON.map(json.dumps).map(str.encode)), max_size=4)
 
 
-@examples(150)
+@examples(80)
 @given(st.binary() | TARS.map(tar_of).flatmap(lambda t: st.just(t) | damaged(t)) | damaged(tar_of(MEMBERS)))
 def test_any_tar_gives_images_that_lie_in_it_and_says_what_is_wrong(content):
     with tempfile.TemporaryDirectory() as there:

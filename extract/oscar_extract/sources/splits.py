@@ -12,30 +12,29 @@ FILES = {"coco": ("dataset_coco.json",), "flickr30k": ("dataset_flickr30k.json",
 
 def karpathy_split(inventory: Inventory, family: str) -> dict[str, str]:
     """Return the split of every image ("coco/139") in dataset_coco.json or dataset_flickr30k.json, if there."""
-    return {image: split for image, split, _ in _entries(inventory, family)}
+    return {image: split for image, split, *_ in _entries(inventory, family)}
 
 
 def karpathy_texts(place: Place, family: str) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
     """Return images (dataset, image, name, split) and texts of the wanted splits from Karpathy's file itself."""
     images: list[tuple[Any, ...]] = []
     texts: list[tuple[Any, ...]] = []
-    for image, split, entry in _entries(place.inventory, family):
-        images.append((place.name, image, entry["filename"], split))
+    for image, split, name, sentences in _entries(place.inventory, family):
+        images.append((place.name, image, name, split))
         if split in place.splits:
-            texts += [
-                (image, "caption", family, str(s.get("sentid", "")), str(s["raw"]), None, None)
-                for s in entry.get("sentences", [])
-            ]
+            texts += [(image, "caption", family, number, said, None, None) for number, said in sentences]
     return images, texts
 
 
-def _entries(inventory: Inventory, family: str) -> list[tuple[str, str, dict[str, Any]]]:
+def _entries(inventory: Inventory, family: str) -> list[tuple[str, str, str, list[tuple[str, str]]]]:
+    """Return ("coco/139", split, file name, [(id, caption)]) of each image."""
     found = []
     for path in inventory.annotations:
         if path.name in FILES[family]:
             with reading(path, "--root"):
                 for entry in read_json(path, dict, "raw", "sentid")["images"]:
-                    stem = str(entry["filename"]).rpartition(".")[0]
-                    number = int(entry["cocoid"]) if family == "coco" else stem or entry["filename"]
-                    found.append((f"{family}/{number}", split_of(str(entry["split"])), entry))
+                    name = str(entry["filename"])
+                    number = int(entry["cocoid"]) if family == "coco" else name.rpartition(".")[0] or name
+                    sentences = [(str(s.get("sentid", "")), str(s["raw"])) for s in entry.get("sentences", [])]
+                    found.append((f"{family}/{number}", split_of(str(entry["split"])), name, sentences))
     return found
