@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import numpy as np
@@ -46,10 +46,11 @@ IN_FOLDER = IN_TAR = 10_000
 VG = 2_300_000  # the first image
 WORDS = ("a", "the", "man", "woman", "dog", "street", "red", "sitting", "with", "of", "in", "on", "two", "people", "to")
 Sizes = dict[str, tuple[int, int]]
+Result = TypeVar("Result")
 
 # What all jobs import is imported once, by the process that they are forked from; this one stays small.
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["__main__", "oscar_extract.job", "oscar_extract.plan", "oscar_extract.request"])
+CONTEXT.set_forkserver_preload(["__main__", "oscar_extract.plan", "oscar_extract.request", "oscar_extract.tasks"])
 
 
 @dataclass
@@ -102,15 +103,17 @@ def measure(part: str, sizes: Sizes, images_per_shard: int, place: Path) -> dict
     made = round(time.perf_counter() - start, 1)
     settings |= {"out": str(place / "shards"), "images_per_shard": images_per_shard}
     (place / "shards").mkdir()
+    planned = apart(plan, settings)
+    apart(fake_shards, settings, planned["shards"] // 2)
     return {
         "simulated": {"images": count_images(sizes, part), "texts": sum(t for _, t in sizes.values())},
         "seconds_to_make": made,
-        "plan": (planned := apart(plan, settings)),
-        "resume": apart(resume, settings, planned["shards"]),
+        "plan": planned,
+        "resume": apart(resume, settings),
     }
 
 
-def apart(job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def apart(job: Callable[..., Result], *arguments: Any) -> Result:
     """Run a job in a process of its own."""
     with ProcessPoolExecutor(1, CONTEXT) as pool:
         return pool.submit(job, *arguments).result()
@@ -128,6 +131,7 @@ def plan(given: dict[str, Any]) -> dict[str, Any]:
     from oscar_extract.plan import inputs_digest, make_plan, write_plan
     from oscar_extract.request import make_request
     from oscar_extract.sources import corpus
+    from oscar_extract.sources.inventory import take_inventory
     from oscar_shards.write import PLAN_FILE
 
     clock, baseline = Clock(), memory("VmRSS")
@@ -136,9 +140,11 @@ def plan(given: dict[str, Any]) -> dict[str, Any]:
     request = make_request(settings, Catalog())
     looked = timed(corpus, "twins")
     with clock.stage("listing files"):
-        inventory = corpus.find_files(request)
+        listing = corpus.find_files(request)
     with clock.stage("hash of the inputs"):
-        inputs = inputs_digest(request, inventory, *choices)
+        inputs = inputs_digest(request, listing, *choices)
+    with clock.stage("looking into tars"):
+        inventory = take_inventory(listing)
     with clock.stage("reading and joining, duplicates included"):
         found = corpus.read_corpus(request, inventory)
     with clock.stage("making the plan"):
@@ -171,17 +177,16 @@ def timed(module: Any, name: str) -> list[float]:
     return seconds
 
 
-def resume(given: dict[str, Any], shards: int) -> dict[str, Any]:
+def resume(given: dict[str, Any]) -> dict[str, Any]:
     """Do what `plan_of` and `run` do for a job of which half of the shards are there."""
     from oscar_common.settings import Catalog, Extract
-    from oscar_extract.tasks import is_done
     from oscar_extract.plan import plan_of, read_shard_plan
     from oscar_extract.request import make_request
+    from oscar_extract.tasks import is_done
     from oscar_shards.stats import count as count_all
     from oscar_shards.write import shard_path
 
     settings, out = Extract(**given), Path(given["out"])
-    fake_shards(out, settings, shards // 2)
     clock, baseline = Clock(), memory("VmRSS")
     with clock.stage("listing files, taking the saved plan"):
         planned = plan_of(make_request(settings, Catalog()), settings)
@@ -210,11 +215,13 @@ def summary(clock: Clock, baseline: float) -> dict[str, Any]:
     }
 
 
-def fake_shards(out: Path, settings: Any, number: int) -> None:
+def fake_shards(given: dict[str, Any], number: int) -> None:
     """Make the first shards of a job, one small shard under all their names."""
     from oscar_common.sample import ImageRecord, Regions, Sample, Text
+    from oscar_common.settings import Extract
     from oscar_shards.write import index_path, shard_path, write_shard
 
+    settings = Extract(**given)
     regions = Regions(
         boxes=np.zeros((36, 4), np.float32),
         features=np.zeros((36, 1), np.float16),
@@ -231,7 +238,7 @@ def fake_shards(out: Path, settings: Any, number: int) -> None:
         )
         for n in range(settings.images_per_shard)
     )
-    first, *others = (shard_path(out, settings.name, n) for n in range(number))
+    first, *others = (shard_path(Path(given["out"]), settings.name, n) for n in range(number))
     write_shard(first, samples, 1)
     for tar in others:
         os.link(first, tar)
