@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,23 @@ def _repeated(heads: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
 def _heads(roots: list[Path], files: pa.Table) -> npt.NDArray[np.uint64]:
     """Return size and hash of the first bytes of each file, uint64 [N, 2]; zeros for one that cannot be read."""
     heads = np.zeros((len(files), 2), np.uint64)
-    for row, (path, offset, size) in zip(heads, _places(roots, files), strict=True):
+    for path, members in groupby(zip(heads, _places(roots, files), strict=True), lambda member: member[1][0]):
         with suppress(OSError, ValueError):  # ValueError: a zero byte in the path
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
             try:
-                head = xxhash.xxh3_64_intdigest(os.pread(handle, HEAD if size is None else min(size, HEAD), offset))
-                row[:] = os.fstat(handle).st_size if size is None else size, head
+                for row, (_, offset, size) in members:
+                    row[:] = _head(handle, offset, size)
             finally:
                 os.close(handle)
     return heads
+
+
+def _head(handle: int, offset: int, size: int | None) -> tuple[int, int]:
+    try:
+        head = os.pread(handle, HEAD if size is None else min(size, HEAD), offset)
+        return os.fstat(handle).st_size if size is None else size, xxhash.xxh3_64_intdigest(head)
+    except OSError:
+        return 0, 0
 
 
 def _whole(place: Bytes) -> bytes | None:
