@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from oscar_common.errors import UsageError
-from oscar_common.files import locked
+from oscar_common.files import TEMPORARY, locked
 from oscar_common.progress import Meter, meter
 from oscar_extract.plan import Plan, planned_images, read_shard_plan, write_plan
 from oscar_extract.summary import check_missing, check_rejects, print_corpus, print_estimate, print_start, print_summary
@@ -45,15 +45,15 @@ def run(job: Job, plan: Plan) -> None:
         found = workers.survey(job, trial_of(job, plan) if workers.tries else Trial(plan=record, roots=[], images=[]))
         with locked(out, "--out"):
             prepare(out, found.manifest, plan, settings.overwrite)
+            sweep(out, {tars[n].stem for n in {*range(len(tars))} - {*todo}})
             print_start(plan, found, out, workers.describe())
             with meter("images", record.num_images, record.num_images - left) as progress:
                 done = list(follow(workers, job, todo, progress))
             time = f"{progress.seconds:,.0f} s, {progress.rate:.1f} images/s" if todo else "nothing was left to do"
             memory = max([found.memory, *(d.memory for d in done)])
-            print_summary(
-                out, plan, time, f"{memory / 1e9:.2f} GB at most in each of {workers.describe()}", workers.lost
-            )
-    check_rejects(out, plan, settings.max_reject_fraction)
+            told = f"{memory / 1e9:.2f} GB at most in each of {workers.describe()}"
+            refused = print_summary(out, plan, time, told, workers.lost)
+    check_rejects(out, plan, refused, settings.max_reject_fraction)
 
 
 def trial_of(job: Job, plan: Plan, seconds: float = 0.0) -> Trial:
@@ -106,6 +106,13 @@ def follow(workers: Workers, job: Job, todo: list[int], progress: Meter) -> Iter
     for done in workers.extract(job, todo, tell):
         tell(done.shard, done.images, done.rejects)
         yield done
+
+
+def sweep(out: Path, whole: set[str]) -> None:
+    """Remove what a killed worker left of shards that are whole: it had finished, but not tidied up."""
+    for path in out.glob(f"{TEMPORARY}*"):
+        if path.name.removeprefix(TEMPORARY).partition(".")[0] in whole:
+            path.unlink(missing_ok=True)
 
 
 def prepare(out: Path, manifest: Manifest, plan: Plan, overwrite: bool) -> None:

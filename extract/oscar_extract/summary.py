@@ -71,8 +71,8 @@ def print_start(plan: Plan, found: Survey, out: Path, workers: str) -> None:
     )
 
 
-def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> None:
-    """Print a table of what lies in the folder now."""
+def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> int:
+    """Print a table of what lies in the folder now, and return how many images were refused."""
     stats = count(find_shards(out, "--out")[1])
     spread = f"{stats.regions_min}-{stats.regions_max} an image, mean {stats.regions_mean:.1f}"
     table = Table("", out.as_posix(), title="oscar-extract", title_justify="left")
@@ -90,6 +90,7 @@ def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> N
     if lost:
         table.add_row("workers lost", f"{lost:,}; their shards were done again")
     _print(table)
+    return stats.rejects.total()
 
 
 def check_missing(out: Path, plan: Plan, allowed: float) -> None:
@@ -109,9 +110,9 @@ def check_missing(out: Path, plan: Plan, allowed: float) -> None:
     )
 
 
-def check_rejects(out: Path, plan: Plan, allowed: float) -> None:
+def check_rejects(out: Path, plan: Plan, refused: int, allowed: float) -> None:
     """Raise an OperationError if more than the allowed fraction of the images was refused or is missing."""
-    refused, missing, total = count(find_shards(out, "--out")[1]).rejects.total(), plan.record.num_missing, _total(plan)
+    missing, total = plan.record.num_missing, _total(plan)
     if refused + missing > allowed * total:
         gone = f" and {missing} are missing" if missing else ""
         raise OperationError(

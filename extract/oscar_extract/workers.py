@@ -7,6 +7,7 @@ another one.
 import logging
 import os
 import queue
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
+from multiprocessing import resource_tracker
+from pathlib import Path
 from threading import Lock
 from time import monotonic
 from typing import Any, Protocol
@@ -120,7 +123,7 @@ class Dask:
     def survey(self, job: Job, trial: Trial) -> Survey:
         """See `Workers`."""
         with self._listening(lambda *_: None):
-            ((_, future),) = self._done([(_survey_task, job, trial)])
+            ((_, future),) = self._done([(_survey_task, anywhere(job), trial)])
             try:
                 found: Survey = future.result()
             except KilledWorker:
@@ -137,7 +140,7 @@ class Dask:
         Raises:
             OperationError: the cluster is gone, or, at the end, shards were given up.
         """
-        job, given_up = replace(job, threads=self.threads), []
+        job, given_up = replace(anywhere(job), threads=self.threads), []
         with self._listening(tell):
             for number, future in self._done([(_extract_task, job, shard) for shard in shards]):
                 try:
@@ -216,6 +219,12 @@ class Dask:
         return f"{self.count()} processes" if self.count() != 1 else "1 process"
 
 
+def anywhere(job: Job) -> Job:
+    """Return the job with the detector's files by paths that hold in any working folder."""
+    files = {name: given for name, given in vars(job.entry).items() if given and Path(given).is_file()}
+    return replace(job, entry=replace(job.entry, **{n: str(Path(given).absolute()) for n, given in files.items()}))
+
+
 ONE_AT_A_TIME = Lock()  # a dask worker may have several threads, but has one detector and the memory for one shard
 
 
@@ -259,18 +268,16 @@ def local_cluster(count: int, devices: list[str], shared_cores: int) -> Iterator
     from distributed import Client, LocalCluster
 
     environment = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
-    with (
-        dask.config.set({"distributed.nanny.pre-spawn-environ": environment}),
-        LocalCluster(
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}), _deaf_threads():
+        cluster = LocalCluster(
             n_workers=1,
             threads_per_worker=1,
             processes=True,
             dashboard_address="127.0.0.1:0",
             memory_limit=0,
             silence_logs=logging.CRITICAL + 1,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+        )
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}), cluster, Client(cluster) as client:
         client.register_plugin(_Seat(devices=devices))
 
         def grow(found: Survey) -> tuple[int, int]:
@@ -279,6 +286,17 @@ def local_cluster(count: int, devices: list[str], shared_cores: int) -> Iterator
             return size, max(1, shared_cores // size)
 
         yield Dask(client=client, grow=grow)
+
+
+@contextmanager
+def _deaf_threads() -> Iterator[None]:
+    """Have threads that start in the block, and the processes that they start, not hear Ctrl-C: this one tells them."""
+    resource_tracker.ensure_running()  # if it started in the block it would undo this
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @contextmanager

@@ -43,7 +43,9 @@ def test_two_commands_in_one_folder_the_second_is_refused(photos: Path, undistur
     assert contents(out) == contents(undisturbed)
 
 
-@pytest.mark.parametrize("lost", ["the rename of the tar", "the tar's bytes", "the index", "all but the manifest"])
+@pytest.mark.parametrize(
+    "lost", ["the rename of the tar", "the tar's bytes", "the index", "tidying up", "all but the manifest"]
+)
 def test_a_power_cut_costs_the_shard_it_hits(photos: Path, undisturbed: Path, tmp_path: Path, lost: str):
     """What may be found after one: names without content, content without its name, one file of a pair."""
     out = Path(shutil.copytree(undisturbed, tmp_path / "out"))
@@ -53,6 +55,9 @@ def test_a_power_cut_costs_the_shard_it_hits(photos: Path, undisturbed: Path, tm
         os.truncate(out / "shard-000001.tar", 0)
     elif lost == "the index":
         (out / "shard-000001.parquet").unlink()
+    elif lost == "tidying up":
+        (out / ".tmp-shard-000001.decoding").write_bytes(bytes(32))
+        (out / ".lock").touch()
     else:
         for path in out.iterdir():
             if path.name != "manifest.json":

@@ -41,10 +41,24 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def launch(*more: object, fault: str = "", once: Path | None = None) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "PYTHONPATH": str(FAULTS), "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
-    line = [sys.executable, "-m", "oscar_extract", *map(str, more)]
-    return subprocess.Popen(line, text=True, stdout=-1, stderr=-1, env=environment)
+Launch = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    """Starts the command, with a fault put into all its processes; none of them outlives the test."""
+    started = []
+
+    def start(*more: object, fault: str = "", once: Path | None = None) -> "subprocess.Popen[str]":
+        environment = {**os.environ, "PYTHONPATH": str(FAULTS), "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
+        line = [sys.executable, "-m", "oscar_extract", *map(str, more)]
+        started.append(subprocess.Popen(line, text=True, stdout=-1, stderr=-1, env=environment, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def workers_at(out: Path, pid: int) -> list[psutil.Process]:
@@ -68,13 +82,15 @@ def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
     return printed, errors
 
 
-def test_two_processes_make_what_one_makes(images: Path, undisturbed: Path, tmp_path: Path):
+def test_two_processes_make_what_one_makes(images: Path, undisturbed: Path, tmp_path: Path, launch: Launch):
     printed, _ = finish(launch(*arguments(images, tmp_path / "out", "--workers", 2)))
     assert "2 processes" in printed
     assert contents(tmp_path / "out") == contents(undisturbed)
 
 
-def test_a_killed_process_is_replaced_and_its_shard_done_again(images: Path, undisturbed: Path, tmp_path: Path):
+def test_a_killed_process_is_replaced_and_its_shard_done_again(
+    images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
+):
     out = tmp_path / "out"
     process = launch(*arguments(images, out, "--workers", 2))
     until(lambda: workers_at(out, process.pid), process)[0].kill()
@@ -83,7 +99,9 @@ def test_a_killed_process_is_replaced_and_its_shard_done_again(images: Path, und
     assert contents(out) == contents(undisturbed)
 
 
-def test_when_the_command_is_killed_its_processes_end_too(images: Path, undisturbed: Path, tmp_path: Path):
+def test_when_the_command_is_killed_its_processes_end_too(
+    images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
+):
     out = tmp_path / "out"
     process = launch(*arguments(images, out, "--workers", 2))
     until(lambda: workers_at(out, process.pid), process)
@@ -96,7 +114,23 @@ def test_when_the_command_is_killed_its_processes_end_too(images: Path, undistur
     assert contents(out) == contents(undisturbed)
 
 
-def test_a_gpu_error_ends_one_process_and_costs_nothing(images: Path, undisturbed: Path, tmp_path: Path):
+def test_ctrl_c_ends_them_all_with_one_line(images: Path, undisturbed: Path, tmp_path: Path, launch: Launch):
+    out = tmp_path / "out"
+    process = launch(*arguments(images, out, "--workers", 2))
+    until(lambda: workers_at(out, process.pid), process)
+    below = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "error: interrupted; the same command again continues"
+    assert "Traceback" not in errors
+    assert psutil.wait_procs(below, timeout=10)[1] == []
+    assert not [p.name for p in out.iterdir() if p.name == ".lock"]
+
+
+def test_a_gpu_error_ends_one_process_and_costs_nothing(
+    images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
+):
     """A failed GPU is of no more use to its process. With several, another takes over; alone, the next run goes on."""
     out = tmp_path / "many"
     printed, errors = finish(launch(*arguments(images, out, "--workers", 2), fault="gpu", once=tmp_path / "a"))
@@ -113,7 +147,9 @@ def test_a_gpu_error_ends_one_process_and_costs_nothing(images: Path, undisturbe
     assert contents(tmp_path / "alone") == contents(undisturbed)
 
 
-def test_an_image_that_kills_its_decoder_is_refused_alone(images: Path, undisturbed: Path, tmp_path: Path):
+def test_an_image_that_kills_its_decoder_is_refused_alone(
+    images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
+):
     """With several processes in the same run; alone, in the next one, which finds out which image it was."""
     out = tmp_path / "many"
     finish(launch(*arguments(images, out, "--workers", 2), fault="crash"))
@@ -130,7 +166,7 @@ def test_an_image_that_kills_its_decoder_is_refused_alone(images: Path, undistur
 
 
 @pytest.mark.slow
-def test_a_shard_that_kills_every_worker_is_given_up_and_named(photos: Path, tmp_path: Path):
+def test_a_shard_that_kills_every_worker_is_given_up_and_named(photos: Path, tmp_path: Path, launch: Launch):
     from PIL import Image
 
     images, out = tmp_path / "images", tmp_path / "out"
@@ -201,7 +237,11 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]
 
 
 def test_a_dask_cluster_that_loses_a_worker_makes_what_one_process_makes(
-    images: Path, undisturbed: Path, tmp_path: Path, cluster: tuple[str, list["subprocess.Popen[bytes]"]]
+    images: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    launch: Launch,
+    cluster: tuple[str, list["subprocess.Popen[bytes]"]],
 ):
     address, workers = cluster
     out = tmp_path / "out"

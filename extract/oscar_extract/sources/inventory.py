@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -168,8 +168,8 @@ def list_files(roots: list[Path], flag: str, skip: Path | None = None) -> Listin
 
 def take_inventory(found: Listing) -> Inventory:
     """Add the members of the tars, and what a downloader says of files."""
-    damaged: list[tuple[str, str]] = []
-    members = table(FILES, chain.from_iterable(_scan_tars(found.tars, damaged)))
+    scanned = list(_scan_tars(found.tars))
+    members = pa.concat_tables([FILES.empty_table(), *(of_tar for of_tar, _ in scanned)])
     tables = (read_downloads(number, found.roots[number], path) for number, path in found.tables)
     downloads = pa.concat_tables([DOWNLOADS.empty_table(), *tables])
     is_there = pc.equal(downloads["status"], "success")
@@ -178,7 +178,7 @@ def take_inventory(found: Listing) -> Inventory:
         files=_described(pa.concat_tables([found.files, members]), downloads.filter(is_there)),
         annotations=found.annotations,
         dead=downloads.filter(pc.invert(is_there)),
-        damaged=damaged,
+        damaged=[(readable(tar[2]), fault) for tar, (_, fault) in zip(found.tars, scanned, strict=True) if fault],
         others=found.others,
     )
 
@@ -249,26 +249,22 @@ def _walk(root: Path, flag: str, seen: set[str]) -> Iterator[tuple[str, bool]]:
         folders.extend(reversed(inner))
 
 
-Scanned = tuple[list[tuple[Any, ...]], str]
-
-
-def _scan_tars(tars: list[tuple[int, Path, str]], damaged: list[tuple[str, str]]) -> Iterator[list[tuple[Any, ...]]]:
-    """Yield the image members of each tar, and note what is wrong with it; many are read by several processes."""
-
-    def sound(results: Iterable[Scanned]) -> Iterator[list[tuple[Any, ...]]]:
-        for (_, _, name), (rows, fault) in zip(tars, results, strict=True):
-            if fault:
-                damaged.append((readable(name), fault))
-            yield rows
-
+def _scan_tars(tars: list[tuple[int, Path, str]]) -> Iterator[tuple[pa.Table, str]]:
+    """Yield the image members of each tar, and what is wrong with it; many are read by several processes."""
     if len(tars) < 8:
-        yield from sound(map(scan_tar, tars))
+        yield from map(_scanned, tars)
         return
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        yield from sound(pool.map(scan_tar, tars))
+        yield from pool.map(_scanned, tars)
 
 
-def scan_tar(place: tuple[int, Path, str]) -> Scanned:
+def _scanned(place: tuple[int, Path, str]) -> tuple[pa.Table, str]:
+    """Return a table, which takes a tenth of the memory, and of the time to send, of a list of rows."""
+    rows, fault = scan_tar(place)
+    return table(FILES, rows), fault
+
+
+def scan_tar(place: tuple[int, Path, str]) -> tuple[list[tuple[Any, ...]], str]:
     """Return rows of the schema FILES for a tar's images, with the texts beside them; and what is wrong with it."""
     number, tar, path = place
     label, raw = readable(path or tar.name), os.fsencode(path)
