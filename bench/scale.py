@@ -48,24 +48,24 @@ WORDS = ("a", "the", "man", "woman", "dog", "street", "red", "sitting", "with", 
 Sizes = dict[str, tuple[int, int]]
 Result = TypeVar("Result")
 
-# What all jobs import is imported once, by the process that they are forked from; this one stays small.
+# What all jobs import is imported once, by the process that they are forked from.
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["__main__", "oscar_extract.plan", "oscar_extract.request", "oscar_extract.tasks"])
 
 
 @dataclass
 class Clock:
-    """Seconds and the most memory by stage."""
+    """Seconds, those of processors (of ended processes that the job started, too), and the most memory, by stage."""
 
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         Path("/proc/self/clear_refs").write_text("5")  # the most from here on
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), sum(os.times()[:4])
         yield
-        seconds = time.perf_counter() - start
-        self.stages[name] = {"seconds": round(seconds, 3), "peak_gb": memory("VmHWM")}
+        seconds, busy = time.perf_counter() - start, sum(os.times()[:4]) - busy
+        self.stages[name] = {"seconds": round(seconds, 3), "cpu_seconds": round(busy, 2), "peak_gb": memory("VmHWM")}
 
 
 def memory(name: str) -> float:
@@ -209,6 +209,7 @@ def resume(given: dict[str, Any]) -> dict[str, Any]:
 def summary(clock: Clock, baseline: float) -> dict[str, Any]:
     return {
         "seconds": round(sum(s["seconds"] for s in clock.stages.values()), 3),
+        "cpu_seconds": round(sum(s["cpu_seconds"] for s in clock.stages.values()), 2),
         "peak_gb": max(s["peak_gb"] for s in clock.stages.values()),
         "imports_gb": baseline,
         "stages": clock.stages,
@@ -420,6 +421,7 @@ def circumstances() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[2], 1),  # of the last 15 minutes: what else the machine did
         "versions": {"python": platform.python_version(), "pyarrow": pa.__version__, "numpy": np.__version__},
     }
 
@@ -427,13 +429,13 @@ def circumstances() -> dict[str, Any]:
 def show(part: str, report: dict[str, Any]) -> None:
     found, resumed = report["plan"], report["resume"]
     title = f"{part}: {found['images']:,} images, {found['texts']:,} texts, {found['shards']:,} shards"
-    table = Table("", "seconds", "peak GB", title=title, title_justify="left")
+    table = Table("", "seconds", "of processors", "peak GB", title=title, title_justify="left")
     for name, job in (("planning", found), ("resuming", resumed)):
         for stage, said in job["stages"].items():
-            table.add_row(stage, f"{said['seconds']:,.2f}", f"{said['peak_gb']:.2f}")
+            table.add_row(stage, *cells(said))
         table.add_section()
-        table.add_row(f"{name} in all", f"{job['seconds']:,.2f}", f"{job['peak_gb']:.2f}")
-        table.add_row("  of that, the imports", "", f"{job['imports_gb']:.2f}")
+        table.add_row(f"{name} in all", *cells(job))
+        table.add_row("  of that, the imports", "", "", f"{job['imports_gb']:.2f}")
         table.add_section()
     console, same = Console(), found["duplicates"]
     console.print(table)
@@ -441,6 +443,10 @@ def show(part: str, report: dict[str, Any]) -> None:
         f"duplicates: {same['seconds']:,.1f} s, {same['files_per_second']:,} files/s; plan: {found['plan_bytes']:,} "
         f"bytes; {resumed['shards_left']:,} shards left; making the files took {report['seconds_to_make']:,.0f} s"
     )
+
+
+def cells(said: dict[str, float]) -> list[str]:
+    return [f"{said[name]:,.2f}" for name in ("seconds", "cpu_seconds", "peak_gb")]
 
 
 if __name__ == "__main__":
