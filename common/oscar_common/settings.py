@@ -75,8 +75,8 @@ class Extract:
     )
     exclude: list[str] = setting(
         [],
-        "File of images to keep out, one a line (id, source/id, file name or path), or a .json: Karpathy's split (val and "
-        "test), COCO annotations, or a list. May be given again.",
+        "File of images to keep out, one a line (id, source/id, file name or path), or a .json: Karpathy's split (its "
+        "val and test), COCO annotations, or a list. May be given again.",
     )
     duplicates: str = setting(
         "merge",

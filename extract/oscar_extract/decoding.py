@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as WaitedTooLong
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -40,8 +40,8 @@ class Journal:
         os.ftruncate(handle, self._first)
 
     def note(self, slot: int, number: int | None) -> None:
-        """Write that a thread decodes an image, or none."""
-        with self._lock:
+        """Write that a thread decodes an image, or none; on a full disk, do without."""
+        with self._lock, suppress(OSError):
             if self._handle is not None:
                 os.pwrite(self._handle, SLOT.pack(0 if number is None else number + 1), self._first + slot * SLOT.size)
 

@@ -32,16 +32,18 @@ PLAIN_WIDTH = 130
 
 def print_corpus(plan: Plan) -> None:
     """Print images and texts by dataset, beside the paper's, and what is left out."""
+    published = any(row.dataset in PAPER for row in plan.counts)
     table = Table("dataset", title="corpus", title_justify="left")
-    for name in ("images", "texts", "Oscar's images / texts"):
-        table.add_column(name, justify="right")
-    table.add_column("left out")
+    for name in ("images", "texts", *(["Oscar's images / texts"] if published else []), "left out"):
+        table.add_column(name, justify="left" if name == "left out" else "right")
     for row in plan.counts:
         left_out = ", ".join(f"{reason} {n:,}" for reason, n in sorted(row.left_out.items()))
-        table.add_row(row.dataset, f"{row.images:,}", f"{row.texts:,}", PAPER.get(row.dataset, ""), left_out)
+        paper = [PAPER.get(row.dataset, "")] if published else []
+        table.add_row(row.dataset, f"{row.images:,}", f"{row.texts:,}", *paper, left_out)
     record = plan.record
     table.add_section()
-    table.add_row("all, each image once", f"{record.num_images:,}", f"{record.num_texts:,}", "4.1M / 6.5M", "")
+    paper = ["4.1M / 6.5M"] if published else []
+    table.add_row("all, each image once", f"{record.num_images:,}", f"{record.num_texts:,}", *paper, "")
     _print(table)
 
 
@@ -49,7 +51,9 @@ def print_estimate(plan: Plan, found: Survey, workers: str, speedup: int) -> Non
     """Print the plan, and what a sample says of the time and the bytes that it will take."""
     record, rate = plan.record, found.images_per_second * speedup
     table = Table("", "", title="plan", title_justify="left", show_header=False)
-    table.add_row("images", f"{record.num_images:,} in {record.num_shards:,} shards of {record.images_per_shard:,}")
+    table.add_row(
+        "images", f"{record.num_images:,} in {_shards(record.num_shards)} of up to {record.images_per_shard:,}"
+    )
     table.add_row("bytes", f"about {_bytes(found.bytes_per_image * record.num_images)}")
     detector = found.manifest.detector
     table.add_row(
@@ -65,7 +69,7 @@ def print_start(plan: Plan, found: Survey, out: Path, workers: str) -> None:
     """Say what is about to happen."""
     record, detector = plan.record, found.manifest.detector
     print(
-        f"{record.num_images:,} images of {record.images}, {record.num_texts:,} texts -> {record.num_shards:,} shards "
+        f"{record.num_images:,} images of {record.images}, {record.num_texts:,} texts -> {_shards(record.num_shards)} "
         f"in {out}; detector {detector.name} (P = {detector.feature_dim}) on {found.device}, {workers}",
         flush=True,
     )
@@ -76,7 +80,7 @@ def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> i
     stats = count(find_shards(out, "--out")[1])
     spread = f"{stats.regions_min}-{stats.regions_max} an image, mean {stats.regions_mean:.1f}"
     table = Table("", out.as_posix(), title="oscar-extract", title_justify="left")
-    table.add_row("images", f"{stats.images:,} in {stats.shards:,} shards")
+    table.add_row("images", f"{stats.images:,} in {_shards(stats.shards)}")
     table.add_row("regions", f"{stats.regions:,}; {spread}")
     table.add_row("texts", f"{stats.triples.total():,}; {stats.images_without_text:,} images have none")
     left_out = sum((Counter(row.left_out) for row in plan.counts), Counter[str]())
@@ -128,6 +132,10 @@ def _total(plan: Plan) -> int:
 
 def _counts(counts: "Counter[str]") -> str:
     return ", ".join(f"{reason}: {n:,}" for reason, n in counts.most_common())
+
+
+def _shards(count: int) -> str:
+    return f"{count:,} shard{'s' * (count != 1)}"
 
 
 def _bytes(size: float) -> str:

@@ -310,7 +310,7 @@ def remote_cluster(address: str) -> Iterator[Dask]:
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL + 1)
     try:
-        client = Client(address, timeout=20, set_as_default=False)
+        client = Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"--scheduler {address}: no dask scheduler answers there: {error or type(error).__name__}"

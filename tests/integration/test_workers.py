@@ -14,6 +14,9 @@ import psutil
 import pytest
 from support import contents, error_line, oscar, rejects, until
 
+from oscar_extract.tasks import Survey
+from oscar_extract.workers import local_cluster
+
 FAULTS = Path(__file__).parents[1] / "faults"
 MARK = b"this image kills"
 
@@ -257,6 +260,21 @@ def _works(process: "subprocess.Popen[bytes]", out: Path) -> bool:
     return any(
         f.path.startswith(f"{out}/") and f.path.endswith(".decoding") for f in psutil.Process(process.pid).open_files()
     )
+
+
+@pytest.mark.slow
+def test_each_process_has_a_gpu_of_its_own():
+    """Which CUDA device a process sees is settled before torch is loaded in it; the devices need not be there."""
+    survey = Survey(manifest=None, device="", images_per_second=1, bytes_per_image=1, memory=1)  # type: ignore[arg-type]
+    with local_cluster(3, ["4", "GPU-5", "7"], 3) as workers:
+        assert workers.grow(survey) == (3, 1)
+        workers.client.wait_for_workers(3, timeout=60)
+        seen = workers.client.run(_devices)
+    assert sorted(seen.values()) == [("4", False), ("7", False), ("GPU-5", False)]
+
+
+def _devices() -> tuple[str, bool]:
+    return os.environ["CUDA_VISIBLE_DEVICES"], "torch" in sys.modules
 
 
 def test_no_scheduler_is_one_line(images: Path, tmp_path: Path):
