@@ -70,8 +70,8 @@ class Extract:
     source: str | None = setting(None, "Name of the dataset in the samples. [default: the images folder's name]")
     splits: str = setting(
         "train",
-        "Splits of a --dataset to take, of train, val, test: like train,val. Images of val and test splits not taken are "
-        "kept out, whichever dataset names them.",
+        "Splits of a --dataset to take: train, val, test, or several like train,val. Images of val and test splits not "
+        "taken are kept out, whichever dataset names them.",
     )
     exclude: list[str] = setting(
         [],
