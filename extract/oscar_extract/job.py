@@ -183,8 +183,10 @@ def extract_shard(job: Job, number: int, tell: Callable[[int, int], None]) -> Do
             yield item
 
     with journal(tar) as record:
-        if not is_done(tar, job.settings.retry_rejects):
-            roots, planned = read_shard_plan(job.out, number)
+        roots, planned = read_shard_plan(job.out, number)
+        if is_done(tar, job.settings.retry_rejects):  # somebody else was faster
+            images = len(planned)
+        else:
             items = with_twins(counted(extract(job, tools, roots, planned, record)), planned)
             write_shard(tar, items, tools.detector.record.feature_dim)
     return Done(shard=number, images=images, rejects=rejects, memory=peak_memory())

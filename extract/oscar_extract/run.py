@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 
 from oscar_common.errors import UsageError
 from oscar_common.files import TEMPORARY, locked
@@ -93,18 +94,19 @@ def speedup(job: Job, workers: Workers) -> int:
 
 def follow(workers: Workers, job: Job, todo: list[int], progress: Meter) -> Iterator[Done]:
     """Have shards done, showing the progress of all of them together."""
-    start, so_far = progress.done, dict.fromkeys(todo, (0, 0))
-    total = [0, 0]
+    start, so_far, whole = progress.done, dict.fromkeys(todo, (0, 0)), set[int]()
+    lock, total = Lock(), [0, 0]
 
     def tell(number: int, images: int, rejects: int) -> None:
-        before = so_far[number]
-        so_far[number] = images, rejects
-        total[0] += images - before[0]
-        total[1] += rejects - before[1]
-        progress.show(start + total[0], total[1])
+        with lock:  # workers are heard in another thread, and what they said may come after their work
+            if number not in whole:
+                before, so_far[number] = so_far[number], (images, rejects)
+                total[:] = total[0] + images - before[0], total[1] + rejects - before[1]
+                progress.show(start + total[0], total[1])
 
     for done in workers.extract(job, todo, tell):
         tell(done.shard, done.images, done.rejects)
+        whole.add(done.shard)
         yield done
 
 
