@@ -85,12 +85,6 @@ def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
     return printed, errors
 
 
-def test_two_processes_make_what_one_makes(images: Path, undisturbed: Path, tmp_path: Path, launch: Launch):
-    printed, _ = finish(launch(*arguments(images, tmp_path / "out", "--workers", 2)))
-    assert "2 processes" in printed
-    assert contents(tmp_path / "out") == contents(undisturbed)
-
-
 def test_a_killed_process_is_replaced_and_its_shard_done_again(
     images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
 ):
@@ -98,10 +92,12 @@ def test_a_killed_process_is_replaced_and_its_shard_done_again(
     process = launch(*arguments(images, out, "--workers", 2))
     until(lambda: workers_at(out, process.pid), process)[0].kill()
     printed, _ = finish(process)
+    assert ", 2 processes" in printed
     assert "workers lost" in printed
     assert contents(out) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_when_the_command_is_killed_its_processes_end_too(
     images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
 ):
@@ -131,41 +127,53 @@ def test_ctrl_c_ends_them_all_with_one_line(images: Path, undisturbed: Path, tmp
     assert not [p.name for p in out.iterdir() if p.name == ".lock"]
 
 
-def test_a_gpu_error_ends_one_process_and_costs_nothing(
+@pytest.mark.slow
+def test_a_gpu_error_ends_one_process_of_several_and_costs_nothing(
     images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
 ):
-    """A failed GPU is of no more use to its process. With several, another takes over; alone, the next run goes on."""
-    out = tmp_path / "many"
-    printed, errors = finish(launch(*arguments(images, out, "--workers", 2), fault="gpu", once=tmp_path / "a"))
+    out = tmp_path / "out"
+    printed, errors = finish(launch(*arguments(images, out, "--workers", 2), fault="gpu", once=tmp_path / "once"))
     assert "workers lost" in printed
     assert "CUDA error: an illegal memory access" in errors
     assert contents(out) == contents(undisturbed)
-    alone = arguments(images, tmp_path / "alone", "--workers", 1)
-    process = launch(*alone, fault="gpu", once=tmp_path / "b")
+
+
+def test_a_gpu_error_of_the_only_process_is_one_line_and_the_next_run_goes_on(
+    images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
+):
+    given = arguments(images, tmp_path / "out", "--workers", 1)
+    process = launch(*given, fault="gpu", once=tmp_path / "once")
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     assert errors.startswith("error: the GPU of ")
     assert errors.count("\n") == 1
-    finish(launch(*alone, fault="gpu", once=tmp_path / "b"))
-    assert contents(tmp_path / "alone") == contents(undisturbed)
+    finish(launch(*given, fault="gpu", once=tmp_path / "once"))
+    assert contents(tmp_path / "out") == contents(undisturbed)
 
 
+def assert_one_crash(out: Path, undisturbed: Path) -> None:
+    assert [(r["path"], r["reason"]) for r in rejects(out)] == [("size0/broken.jpg", "crash")]
+    tars = {p.name: p.read_bytes() for p in out.glob("*.tar")}
+    assert tars == {p.name: p.read_bytes() for p in undisturbed.glob("*.tar")}
+
+
+@pytest.mark.slow
 def test_an_image_that_kills_its_decoder_is_refused_alone(
     images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
 ):
-    """With several processes in the same run; alone, in the next one, which finds out which image it was."""
-    out = tmp_path / "many"
-    finish(launch(*arguments(images, out, "--workers", 2), fault="crash"))
-    assert [(r["path"], r["reason"]) for r in rejects(out)] == [("size0/broken.jpg", "crash")]
-    alone = arguments(images, tmp_path / "alone", "--workers", 1)
-    process = launch(*alone, fault="crash")
+    finish(launch(*arguments(images, tmp_path / "out", "--workers", 2), fault="crash"))
+    assert_one_crash(tmp_path / "out", undisturbed)
+
+
+def test_an_image_that_kills_the_only_process_is_found_out_in_the_next_run(
+    images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
+):
+    given = arguments(images, tmp_path / "out", "--workers", 1)
+    process = launch(*given, fault="crash")
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGSEGV
-    finish(launch(*alone, fault="crash"))
-    for folder in (out, tmp_path / "alone"):
-        assert [r["reason"] for r in rejects(folder)] == ["crash"]
-        tars = {p.name: p.read_bytes() for p in folder.glob("*.tar")}
-        assert tars == {p.name: p.read_bytes() for p in undisturbed.glob("*.tar")}
+    finish(launch(*given, fault="crash"))
+    assert_one_crash(tmp_path / "out", undisturbed)
 
 
 @pytest.mark.slow
@@ -196,6 +204,7 @@ def test_what_is_wrong_with_the_arguments_is_one_line_from_a_worker_too(images: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_all_of_them_and_then_the_work_goes_on(
     images: Path, undisturbed: Path, tmp_path: Path, disk: Callable[[str], Path]
 ):
