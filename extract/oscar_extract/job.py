@@ -113,16 +113,14 @@ def choose_selection(preset: Selection, least: int | None, most: int | None, thr
 @device_failures()
 def survey(job: Job, trial: Trial) -> Survey:
     """Load the detector and find regions in some of the images, in this process."""
-    tools, threads = equip(job), max(job.threads, 1)
-    size = job.settings.batch_size
+    tools = equip(job)
     loaded = (
         i for p in trial.images if isinstance(i := _load(tools.detector, trial.roots, p, job, trial.apart), Loaded)
     )
-    batches = in_batches(loaded, size)
     images = found = 0
     began = monotonic()
-    for number, part in enumerate(ahead(partial(detect_batch, tools), batches, threads, _prepare_thread(tools))):
-        if number == threads:  # those before it warmed up
+    for number, part in enumerate(detect_ahead(job, tools, loaded)):
+        if number == job.threads:  # those before it warmed up
             began, images, found = monotonic(), 0, 0
         images += len(part)
         found += sum(len(i.regions.tags) for i in part if isinstance(i, Sample))
@@ -209,8 +207,7 @@ def extract(
         image or Reject(path=planned[n].path, reason="timeout", message=late)
         for n, image in zip(numbers, decoders.map(numbers, count), strict=True)
     )
-    batches = in_batches(loaded, settings.batch_size)
-    for items in ahead(partial(detect_batch, tools), batches, job.threads, _prepare_thread(tools)):
+    for items in detect_ahead(job, tools, loaded):
         yield from items
 
 
@@ -224,13 +221,17 @@ def with_twins(items: Iterable[Sample | Reject], planned: list[PlannedImage]) ->
                 yield Reject(path=path, reason=item.reason, message=item.message)
 
 
-def _prepare_thread(tools: Equipment) -> Callable[[], None] | None:
-    """Return what a thread that detects does first.
+def detect_ahead(job: Job, tools: Equipment, loaded: Iterable[Loaded | Reject]) -> Iterator[list[Sample | Reject]]:
+    """Yield what is found in batch after batch, by threads that are ahead of the one that takes it.
 
-    On a CPU torch works with one thread in each: sums come out the same to the last bit however many there are, which
-    is not so for torch's own threads, and two images at once are faster than one with two.
+    On a CPU torch works with one core in each of them: sums come out the same to the last bit however many there are,
+    which is not so for torch's own threads, and two images at once are faster than one with two. A GPU has one thread,
+    and so has a compiled network, which must not be compiled by two at a time.
     """
-    return partial(torch.set_num_threads, 1) if tools.detector.model.device.type == "cpu" else None
+    on_cpu = tools.detector.model.device.type == "cpu"
+    threads = job.threads if on_cpu and not job.settings.compile else 1
+    prepare = partial(torch.set_num_threads, 1) if on_cpu else None
+    return ahead(partial(detect_batch, tools), in_batches(loaded, job.settings.batch_size), threads, prepare)
 
 
 def ahead(

@@ -17,7 +17,7 @@ class DeviceFailure(OperationError):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All that a worker must know. `threads`: how many detect at once, each on one core; a GPU has one."""
+    """All that a worker must know. `threads`: how many detect at once on a CPU, each with one core."""
 
     out: Path
     settings: Extract

@@ -232,7 +232,7 @@ def _survey_task(job: Job, trial: Trial) -> Survey:
     from oscar_extract.job import survey
 
     with _giving_way():
-        return survey(job, trial)
+        return survey(replace(job, threads=job.threads or get_worker().state.nthreads), trial)
 
 
 def _extract_task(job: Job, number: int) -> Done:
