@@ -1,6 +1,7 @@
 """A run: what is left of a plan is handed to workers, and people are told how it goes."""
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -77,6 +78,12 @@ def choose_workers(job: Job, plan: Plan, images: int, shards: int) -> Iterator[W
         return
     devices = gpus() if settings.device != "cpu" else []
     count = settings.workers or min(len(devices) or cores(), max(1, images // WORTH))
+    if settings.workers and count > shards > 0:
+        print(
+            f"--workers {count}: there are {shards} shards to do, one for a process at a time; a smaller "
+            "--images-per-shard makes more",
+            file=sys.stderr,
+        )
     count = min(count, max(shards, 1))
     if count == 1 or settings.dry_run:
         yield Here()

@@ -102,22 +102,32 @@ def test_the_same_image_under_two_names_is_one_sample_with_the_texts_of_both(pho
     shutil.copy(photos / "size0/rocket.0.jpg", images / "c.jpg")
     (images / "broken1.jpg").write_bytes(b"no image")
     (images / "broken2.jpg").write_bytes(b"no image")
+    os.mkfifo(images / "pipe.jpg")  # whoever opens it waits for a writer
+    (images / "nowhere.jpg").symlink_to("gone.jpg")
     (images / "a.txt").write_text("A cup.\nCoffee.\n")
     (images / "b.txt").write_text("A cup.\nA mug.\n")
-    done = extract(*command(images, out, "--captions", "txt"))
+    done = extract(*command(images, out, "--captions", "txt", "--max-reject-fraction", 1))
     assert done.returncode == 0, done.stderr
     assert [(r["id"], [t["text"] for t in r["texts"]]) for r in table(out)] == [
         ("a", ["A cup.", "Coffee.", "A mug."]),
         ("c", []),
     ]
-    assert sorted(r["path"] for r in rejects(out)) == ["broken1.jpg", "broken2.jpg"]
+    reasons = {r["path"]: r["reason"] for r in rejects(out)}
+    assert reasons == {
+        "broken1.jpg": "not-an-image",
+        "broken2.jpg": "not-an-image",
+        "nowhere.jpg": "unreadable",
+        "pipe.jpg": "unreadable",
+    }
     left_out = pq.read_table(out / "_left-out.parquet").to_pylist()
     assert {(r["image"].rpartition("/")[2], r["reason"]) for r in left_out} == {
         ("b", "duplicate"),
         ("broken2", "duplicate"),
     }
     assert "duplicate: 2" in done.stdout
-    both = extract(*command(images, tmp_path / "both", "--captions", "txt", "--duplicates", "keep"))
+    both = extract(
+        *command(images, tmp_path / "both", "--captions", "txt", "--duplicates", "keep", "--max-reject-fraction", 1)
+    )
     assert both.returncode == 0, both.stderr
     assert [r["id"] for r in table(tmp_path / "both")] == ["a", "b", "c"]
 

@@ -213,7 +213,8 @@ def _rows(number: int, root: Path, flag: str, found: Listing, seen: set[str]) ->
 
 def _listed(real: str, folders: set[str]) -> bool:
     folder, name = os.path.split(real)
-    return folder in folders and not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+    is_image = not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+    return is_image and folder in folders and os.path.exists(real)
 
 
 def _row(number: int, path: str) -> tuple[Any, ...]:
@@ -225,7 +226,7 @@ def _walk(root: Path, flag: str, seen: set[str]) -> Iterator[tuple[str, bool]]:
     """Yield the relative paths of visible files in a fixed order, and whether each is a link.
 
     Links to folders are followed, but no folder is visited twice. What is no regular file (a pipe, a device) is left
-    out; a link that leads nowhere is not, so that it is refused later by name.
+    out, unless it has an image's name: then it is refused later by that, as a link that leads nowhere is.
     """
     folders = [""]
     while folders:
@@ -244,9 +245,17 @@ def _walk(root: Path, flag: str, seen: set[str]) -> Iterator[tuple[str, bool]]:
             path = os.path.join(folder, entry.name)
             if entry.is_dir():
                 inner.append(path)
-            elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+            elif entry.is_file() or _leads_nowhere(entry) or _looks_like_an_image(entry):
                 yield path, entry.is_symlink()
         folders.extend(reversed(inner))
+
+
+def _leads_nowhere(entry: "os.DirEntry[str]") -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def _looks_like_an_image(entry: "os.DirEntry[str]") -> bool:
+    return os.path.splitext(entry.name)[1].lower() in EXTENSIONS - {""}
 
 
 def _scan_tars(tars: list[tuple[int, Path, str]]) -> Iterator[tuple[pa.Table, str]]:
