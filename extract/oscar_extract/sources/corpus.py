@@ -163,19 +163,19 @@ def _left_out(
     mention: pa.Table, held_out: Bools, excluded: Bools, missing: Bools, is_twin: Bools
 ) -> Iterator[pa.Table]:
     """Yield tables of the schema LEFT_OUT, given the row of IMAGES that names each image first."""
-    because = array(mention["message"])
-    is_dead = because.is_valid().to_numpy(zero_copy_only=False)
+    is_dead = array(mention["message"]).is_valid().to_numpy(zero_copy_only=False)
     for rows, reason, message in (
         (held_out, "held-out", "of a validation or test split, or the same bytes as an image of one"),
         (excluded & ~held_out, "excluded", "named by --exclude, or the same bytes as an image that is"),
-        (missing & ~is_dead, "missing", array(mention["name"])),
-        (missing & is_dead, "dead-link", because),
+        (missing & ~is_dead, "missing", None),
+        (missing & is_dead, "dead-link", None),
         (is_twin, "duplicate", "its bytes are those of another image, which has its texts"),
     ):
-        everything = columns(
-            LEFT_OUT, len(mention), dataset=mention["dataset"], image=mention["image"], reason=reason, message=message
+        some = mention.filter(pa.array(rows))
+        said = {"dataset": some["dataset"], "image": some["image"], "reason": reason}
+        yield columns(
+            LEFT_OUT, len(some), **said, message=message or some["name" if reason == "missing" else "message"]
         )
-        yield everything.filter(pa.array(rows))
 
 
 def _nothing_left(request: Request, missing: Bools, held_out: Bools, excluded: Bools) -> UsageError:
