@@ -53,7 +53,7 @@ def run(job: Job, plan: Plan) -> None:
                 done = list(follow(workers, job, todo, progress))
             time = f"{progress.seconds:,.0f} s, {progress.rate:.1f} images/s" if todo else "nothing was left to do"
             memory = max([found.memory, *(d.memory for d in done)])
-            told = f"{memory / 1e9:.2f} GB at most in each of {workers.describe()}"
+            told = f"at most {memory / 1e9:.2f} GB a process; {workers.describe()}"
             refused = print_summary(out, plan, time, told, workers.lost)
     check_rejects(out, plan, refused, settings.max_reject_fraction)
 
