@@ -150,7 +150,7 @@ def make_manifest(plan: PlanRecord, tools: Equipment, settings: Extract) -> Mani
         | {name: getattr(settings, name) for name in ("batch_size", "precision", "compile")},
         plan=plan,
         software={"python": platform.python_version(), "device": str(tools.detector.model.device.type)}
-        | {module.__name__: module.__version__ for module in SOFTWARE},
+        | {module.__name__: str(module.__version__) for module in SOFTWARE},  # torch's is of a type of its own
     )
 
 
