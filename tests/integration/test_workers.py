@@ -55,7 +55,9 @@ def launch() -> Iterator[Launch]:
     def start(*more: object, fault: str = "", once: Path | None = None) -> "subprocess.Popen[str]":
         environment = {**os.environ, "PYTHONPATH": str(FAULTS), "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
         line = [sys.executable, "-m", "oscar_extract", *map(str, more)]
-        started.append(subprocess.Popen(line, text=True, stdout=-1, stderr=-1, env=environment, start_new_session=True))
+        # Whoever runs the tests in the background has Ctrl-C ignored, and so would what they start.
+        hears = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        started.append(subprocess.Popen(line, text=True, stdout=-1, stderr=-1, env=environment, **hears))
         return started[-1]
 
     yield start
