@@ -98,7 +98,7 @@ with journal(Path(tar)) as record:
         if str(number) not in bad:
             return number
         if form == "hang":
-            os.write(1, b"%d\n" % number)  # at once: two threads may say it
+            os.write(1, b"%d\\n" % number)  # at once: two threads may say it
             threading.Event().wait()
         elif number not in record.suspects:
             os.kill(os.getpid(), 9)
