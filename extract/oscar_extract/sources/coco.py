@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from oscar_extract.sources.place import Place, annotations, read_json, split_of
-from oscar_extract.sources.splits import karpathy_split, karpathy_texts
+from oscar_extract.sources.splits import karpathy_texts
 from oscar_extract.sources.tables import Annotations, Ints, numbers, reading, strings
 
 FILES = r"(^|/)((captions|instances)_(train|val|test)|image_info_test)[^/]*\.json$"
@@ -21,7 +21,7 @@ def read_coco(place: Place) -> Annotations:
     Karpathy's split (dataset_coco.json), where it is there, decides over the annotation files' names: its `restval`
     images are of the training split, although they are in val2014. What no captions_*.json says, it says itself.
     """
-    split = karpathy_split(place.inventory, "coco")
+    split = place.karpathy.get("coco", {})
     paths = place.annotations(FILES) if split else place.required(FILES, "captions_*.json or instances_*.json")
     images: list[tuple[Any, ...]] = []
     texts: list[tuple[Any, ...]] = []

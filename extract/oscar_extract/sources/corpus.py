@@ -20,7 +20,7 @@ from oscar_extract.sources.genome import GQA, VG_QA, coco_twins, read_gqa, read_
 from oscar_extract.sources.inventory import Bools, Inventory, Listing, list_files
 from oscar_extract.sources.listing import is_listing, read_listing
 from oscar_extract.sources.place import SPLITS, Place
-from oscar_extract.sources.splits import karpathy_split
+from oscar_extract.sources.splits import karpathy_splits
 from oscar_extract.sources.tables import (
     FILES,
     LEFT_OUT,
@@ -121,8 +121,10 @@ def read_corpus(request: Request, inventory: Inventory) -> Corpus:
     Raises:
         UsageError: something is not there, cannot be read, or leaves no image.
     """
-    roots, files, images, texts, left_out = _read_parts(request, inventory)
-    same = coco_twins(inventory) if any(p.layout for p in request.parts) else {}
+    published = any(part.layout for part in request.parts)
+    karpathy = karpathy_splits(inventory) if published else {}
+    same = coco_twins(inventory) if published else {}
+    roots, files, images, texts, left_out = _read_parts(request, inventory, karpathy)
     called = array(images["image"])
     images = images.set_column(1, "image", _renamed(called, same))
     texts = texts.set_column(0, "image", _renamed(array(texts["image"]), same))
@@ -130,7 +132,7 @@ def read_corpus(request: Request, inventory: Inventory) -> Corpus:
     of_mention = find(array(images["image"]), names)
     file = _first_file(array(images["file"]).to_numpy(), of_mention, len(names))
     mention = images.take(pa.array(np.unique(of_mention, return_index=True)[1]))
-    unwanted, held_out = _held_out(request, inventory, images, of_mention, names)
+    unwanted, held_out = _held_out(request, karpathy, images, of_mention, names)
     excluded = _excluded(request, files, images, called, of_mention, len(names))
     there = np.flatnonzero((file >= 0) & ~unwanted)
     group = _groups(request, roots, files, file[there])
@@ -186,12 +188,12 @@ def _nothing_left(request: Request, missing: Bools, held_out: Bools, excluded: B
 
 
 def _read_parts(
-    request: Request, inventory: Inventory
+    request: Request, inventory: Inventory, karpathy: dict[str, dict[str, str]]
 ) -> tuple[list[Path], pa.Table, pa.Table, pa.Table, list[pa.Table]]:
     """Read every dataset; files of manifests follow those found in folders."""
     roots, files, said = list(inventory.roots), [inventory.files], []
     for part in request.parts:
-        place = _place(request, part, inventory)
+        place = _place(request, part, inventory, karpathy)
         if part.layout:
             said.append(READERS[part.layout](place))
         elif not part.is_listing:
@@ -221,7 +223,7 @@ def _read_parts(
     return roots, pa.concat_tables(files), *tables, [damaged, *(a.left_out for a in said)]
 
 
-def _place(request: Request, part: Part, inventory: Inventory) -> Place:
+def _place(request: Request, part: Part, inventory: Inventory, karpathy: dict[str, dict[str, str]]) -> Place:
     others = [p.root for p in request.parts if p.layout and p.name != part.name]
     shared = any(part.root.is_relative_to(other) or other.is_relative_to(part.root) for other in others)
     return Place(
@@ -231,6 +233,7 @@ def _place(request: Request, part: Part, inventory: Inventory) -> Place:
         splits=request.splits,
         shared=shared,
         alone=len(request.parts) == 1,
+        karpathy=karpathy,
     )
 
 
@@ -255,7 +258,7 @@ def _first_file(file: Ints, of_mention: Ints, count: int) -> Ints:
 
 
 def _held_out(
-    request: Request, inventory: Inventory, images: pa.Table, of_mention: Ints, names: pa.Array
+    request: Request, karpathy: dict[str, dict[str, str]], images: pa.Table, of_mention: Ints, names: pa.Array
 ) -> tuple[Bools, Bools]:
     """Return which images no wanted split has, and which are held out: in a val or test split that is not wanted."""
     split = array(images["split"])
@@ -266,10 +269,9 @@ def _held_out(
     in_wanted, held_out = np.zeros(len(names), bool), np.zeros(len(names), bool)
     in_wanted[of_mention[wanted]] = True
     held_out[of_mention[unwanted]] = True
-    if any(p.layout for p in request.parts):
-        splits = karpathy_split(inventory, "coco") | karpathy_split(inventory, "flickr30k")
-        outside = strings([i for i, s in splits.items() if s != "train" and s not in request.splits])
-        held_out |= pc.is_in(names, value_set=outside).to_numpy(zero_copy_only=False)
+    splits = [item for of_family in karpathy.values() for item in of_family.items()]
+    outside = strings([image for image, split in splits if split != "train" and split not in request.splits])
+    held_out |= pc.is_in(names, value_set=outside).to_numpy(zero_copy_only=False)
     return ~in_wanted & ~held_out, held_out
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oscar_extract.sources.place import Place, annotations, split_of
-from oscar_extract.sources.splits import karpathy_split, karpathy_texts
+from oscar_extract.sources.splits import karpathy_texts
 from oscar_extract.sources.tables import Annotations, reading, stems, strings
 
 TOKENS = r"(?i)(^|/)((results|flickr\d+k)[^/]*\.token|flickr\d+k\.token\.txt|results(_20130124)?\.csv|captions\.txt)$"
@@ -21,7 +21,7 @@ def read_flickr30k(place: Place) -> Annotations:
     Splits are those of Karpathy's dataset_flickr30k.json, or of lists train.txt, val.txt and test.txt (Flickr30k
     Entities; Flickr8k's names are known, too). Without any, every image is of the training split.
     """
-    split = karpathy_split(place.inventory, "flickr30k") | _lists(place)
+    split = place.karpathy.get("flickr30k", {}) | _lists(place)
     paths = sorted(place.annotations(TOKENS), key=lambda path: ".token" not in path.name)
     images: dict[str, str] = {}
     texts: list[tuple[Any, ...]] = []

@@ -11,8 +11,7 @@ from oscar_extract.sources.inventory import Inventory
 from oscar_extract.sources.place import SPLITS, Place, annotations, read_json, split_of
 from oscar_extract.sources.tables import Annotations, Ints, reading, strings
 
-GQA = r"(^|/)(train|val|testdev|test|challenge|submission)_(?P<kind>balanced|all)_questions(/[^/]*|[^/]*)\.json$"
-
+GQA = r"(^|/)(train|val|testdev|test|challenge|submission)_(balanced|all)_questions(/[^/]*|[^/]*)\.json$"
 VG_QA = r"(^|/)question_answers[^/]*\.json$"
 
 

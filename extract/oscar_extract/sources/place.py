@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Place:
     splits: frozenset[str] = frozenset({"train"})
     shared: bool = False  # whether other published datasets of the job lie in the same folder
     alone: bool = True  # whether the job has no other dataset
+    karpathy: dict[str, dict[str, str]] = field(default_factory=dict)  # split of "coco/139", for coco and flickr30k
 
     def annotations(self, pattern: str) -> list[Path]:
         """Return this dataset's annotation files whose path under its folder matches, in order."""
@@ -103,12 +104,7 @@ def read_json(path: Path, form: type | tuple[type, ...], *fields: str) -> Any:
         return content
 
 
-def annotations(
-    images: list[tuple[Any, ...]], rows: Ints, texts: list[tuple[Any, ...]], message: str | None = None
-) -> Annotations:
+def annotations(images: list[tuple[Any, ...]], rows: Ints, texts: list[tuple[Any, ...]]) -> Annotations:
     """Make the tables from rows (dataset, image, name, split) with their files' rows, and rows of the schema TEXTS."""
-    messages = [message if row < 0 else None for row in rows.tolist()]
-    listed = (
-        (*image[:3], row, image[3], note) for image, row, note in zip(images, rows.tolist(), messages, strict=True)
-    )
+    listed = ((*image[:3], row, image[3], None) for image, row in zip(images, rows.tolist(), strict=True))
     return Annotations(images=table(IMAGES, listed), texts=table(TEXTS, texts))

@@ -10,9 +10,9 @@ from oscar_extract.sources.tables import reading
 FILES = {"coco": ("dataset_coco.json",), "flickr30k": ("dataset_flickr30k.json", "dataset_flickr8k.json")}
 
 
-def karpathy_split(inventory: Inventory, family: str) -> dict[str, str]:
-    """Return the split of every image ("coco/139") in dataset_coco.json or dataset_flickr30k.json, if there."""
-    return {image: split for image, split, *_ in _entries(inventory, family)}
+def karpathy_splits(inventory: Inventory) -> dict[str, dict[str, str]]:
+    """Return the split of every image ("coco/139") in dataset_coco.json and dataset_flickr30k.json, if there."""
+    return {family: {image: split for image, split, *_ in _entries(inventory, family)} for family in FILES}
 
 
 def karpathy_texts(place: Place, family: str) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:

@@ -6,7 +6,6 @@ from typing import Any
 from oscar_common.errors import UsageError
 from oscar_extract.sources.coco import locate_coco
 from oscar_extract.sources.place import Place, annotations, read_json, split_of
-from oscar_extract.sources.splits import karpathy_split
 from oscar_extract.sources.tables import Annotations, reading
 
 QUESTIONS = r"OpenEnded_mscoco_[\w-]+?_questions[^/]*\.json$"
@@ -19,7 +18,7 @@ def read_vqa(place: Place) -> Annotations:
     A question without an answer is left out. Karpathy's split of COCO, where it is there, decides for the images.
     Where version 2 is there, version 1 is not read: the same numbers mean other questions in it.
     """
-    split = karpathy_split(place.inventory, "coco")
+    split = place.karpathy.get("coco", {})
     answers = _answers(place)
     images: dict[int, str] = {}
     texts: list[tuple[Any, ...]] = []
