@@ -114,7 +114,7 @@ def make_plan(
         num_images=len(table),
         num_texts=len(array(table["texts"]).flatten()),
         num_duplicates=len(array(table["also"]).flatten()),
-        num_missing=missing,
+        num_missing=missing if len(table) == len(corpus.image) else 0,  # with a limit, others are taken instead
         images_per_shard=images_per_shard,
         num_shards=-(-len(table) // images_per_shard),
         sha256=_digest([array(table[name]) for name in CONTENT]),

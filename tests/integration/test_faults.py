@@ -150,6 +150,22 @@ def test_half_of_the_images_broken(photos: Path, tmp_path: Path):
     assert contents(out) == before
 
 
+def test_a_few_images_of_a_corpus_are_not_outnumbered_by_all_that_is_missing(photos: Path, tmp_path: Path):
+    """--limit takes some of those that are there; without it what is missing counts, and ends the job at once."""
+    root, out = tmp_path / "flickr30k", tmp_path / "out"
+    shutil.copytree(photos / "size0", root / "flickr30k-images")
+    names = [*(p.name for p in (root / "flickr30k-images").iterdir()), *(f"gone{n}.jpg" for n in range(20))]
+    (root / "results_20130124.token").write_text("".join(f"{name}#0\tA photo.\n" for name in names))
+    given = ["--dataset", "flickr30k", "--root", root, "--out", out, "--device", "cpu", "--workers", 1]
+    done = extract(*given)
+    assert done.returncode == 1
+    assert "20 of 28 images are missing (0.714, like flickr30k/gone0" in error_line(done)
+    assert sorted(p.name for p in out.iterdir()) == ["_left-out.parquet"]
+    done = extract(*given, "--limit", 2)
+    assert done.returncode == 0, done.stderr
+    assert len(table(out)) == 2
+
+
 def test_another_detector_is_refused_with_both_named(photos: Path, undisturbed: Path, tmp_path: Path):
     before = contents(undisturbed)
     config = Path(sys.modules["oscar_extract"].__file__ or "").parent / "builtin"
