@@ -184,7 +184,7 @@ def test_a_shard_that_kills_every_worker_is_given_up_and_named(photos: Path, tmp
 
     images, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(photos, images)
-    Image.new("RGB", (333, 200), "red").save(images / "size0" / "astronaut.9.png")
+    Image.new("RGB", (333, 200), "red").save(images / "size0" / "coffee.9.png")
     process = launch(*arguments(images, out, "--workers", 2), fault="die")
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 1
