@@ -43,6 +43,7 @@ from oscar_extract.nms import intersection_over_union
 from oscar_extract.preset import PRESETS, Preset
 from oscar_extract.regions import Input, classify, collect, detect, feature_maps, load_batch, make_input
 from oscar_extract.selection import Candidates, Selection
+from oscar_shards.manifest import Layout
 from oscar_shards.write import write_shard
 
 PRESET_OF = {"builtin": "detectron2", "vg-r101": "bua", "vinvl-x152": "vinvl"}
@@ -236,7 +237,7 @@ def timed_batch(
     ]
     shard = [replace(sample, key=f"{sample.key}-{n}") for n in range(SHARD // len(samples)) for sample in samples]
     with clock.stage("write"):
-        write_shard(tar, iter(shard), detector.record.feature_dim)
+        write_shard(tar, iter(shard), Layout(feature_dim=detector.record.feature_dim))
     clock.seconds["write"][-1] *= len(samples) / len(shard)
     return found, inputs
 

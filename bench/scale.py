@@ -205,7 +205,9 @@ def fake_shards(given: dict[str, Any], number: int) -> None:
     """Make the first shards of a job, one small shard under all their names."""
     from oscar_common.sample import ImageRecord, Regions, Sample, Text
     from oscar_common.settings import Extract
-    from oscar_shards.write import index_path, shard_path, write_shard
+    from oscar_shards.index import index_path
+    from oscar_shards.manifest import Layout
+    from oscar_shards.write import shard_path, write_shard
 
     settings = Extract(**given)
     regions = Regions(
@@ -225,7 +227,7 @@ def fake_shards(given: dict[str, Any], number: int) -> None:
         for n in range(settings.images_per_shard)
     )
     first, *others = (shard_path(Path(given["out"]), settings.name, n) for n in range(number))
-    write_shard(first, samples, 1)
+    write_shard(first, samples, Layout(feature_dim=1))
     for tar in others:
         os.link(first, tar)
         os.link(index_path(first), index_path(tar))

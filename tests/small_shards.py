@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from oscar_common.sample import ImageRecord, Regions, Sample, Text
-from oscar_shards.manifest import DetectorRecord, Manifest, PlanRecord, write_manifest
+from oscar_shards.manifest import DetectorRecord, Layout, Manifest, PlanRecord, write_manifest
 from oscar_shards.write import shard_path, write_shard
 
 P = 24
@@ -46,12 +46,14 @@ def make_sample(number: int, rng: np.random.Generator) -> Sample:
     )
 
 
-def write_folder(folder: Path, samples: list[Sample], per_shard: int = 9, feature_dim: int = P) -> Path:
+def write_folder(
+    folder: Path, samples: list[Sample], per_shard: int = 9, feature_dim: int = P, dtype: str = "float16"
+) -> Path:
     """Write samples as oscar-extract would."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = [samples[i : i + per_shard] for i in range(0, len(samples), per_shard)]
     for number, part in enumerate(parts):
-        write_shard(shard_path(folder, "shard", number), part, feature_dim)
+        write_shard(shard_path(folder, "shard", number), part, Layout(feature_dim=feature_dim, dtype=dtype))
     detector = DetectorRecord(
         name="test",
         preset="detectron2",
@@ -60,6 +62,7 @@ def write_folder(folder: Path, samples: list[Sample], per_shard: int = 9, featur
         weights_sha256="0",
         classes=CLASSES,
         feature_dim=feature_dim,
+        dtype=dtype,
     )
     plan = PlanRecord(
         images="images",

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,13 +48,13 @@ class ImageRecord:
 class Regions:
     """What a detector found in one image, in detector order.
 
-    boxes: float32 [K, 4], xyxy, pixels of the original image. features: float16 [K, P].
-    tags, scores: K class names and their probabilities. attributes: a list for each region, the likeliest first;
-    none at all if the detector has no such head.
+    boxes: float32 [K, 4], xyxy, pixels of the original image. features: float16 [K, P]; float32 if they come from
+    elsewhere. tags, scores: K class names and their probabilities; none at all where no class is known. attributes: a
+    list for each region, the likeliest first; none at all if the detector has no such head.
     """
 
     boxes: npt.NDArray[np.float32]
-    features: npt.NDArray[np.float16]
+    features: npt.NDArray[np.floating[Any]]
     tags: list[str]
     scores: list[float]
     attributes: list[list[Attribute]] = field(default_factory=list)

@@ -6,6 +6,7 @@ from typing import Any
 PRESETS = ("detectron2", "bua", "bua-r152", "lxmert", "bua-d2", "vinvl")
 PRECISIONS = ("fp32", "tf32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float16", "int8")
 LAYOUTS = ("coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa")
 
 
@@ -124,6 +125,11 @@ class Extract:
         "[default: 0.2, bua-d2 0.05]",
         low=0,
         high=1,
+    )
+    dtype: str = setting(
+        "float16",
+        "How features are stored: float16; or int8 with a scale a region, half as large (error: docs/shards.md).",
+        choices=DTYPES,
     )
     images_per_shard: int = setting(1000, "Images in a shard, the unit of work, of failure and of resume.", low=1)
     batch_size: int = setting(1, "Images of equal resized shape per forward pass (try 8 on a GPU).", low=1)

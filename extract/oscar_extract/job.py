@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from time import monotonic
@@ -81,17 +81,19 @@ def equip(job: Job) -> Equipment:
         UsageError: see `load_detector`.
     """
     settings = job.settings
-    return _equip(job.entry, *(getattr(settings, name) for name in EQUIPMENT))
+    return _equip(job.entry, *(getattr(settings, name) for name in (*EQUIPMENT, *SELECTION)))
 
 
-EQUIPMENT = ("detector", "device", "precision", "compile", "batch_size", "min_boxes", "max_boxes", "score_threshold")
+EQUIPMENT = ("detector", "device", "precision", "compile", "batch_size", "dtype")
+SELECTION = ("min_boxes", "max_boxes", "score_threshold")
 
 
 @lru_cache(maxsize=1)
 def _equip(
-    entry: Entry, name: str, device: str, precision: str, compile: bool, batch_size: int, *selection: Any
+    entry: Entry, name: str, device: str, precision: str, compile: bool, batch_size: int, dtype: str, *selection: Any
 ) -> Equipment:
     detector = load_detector(name, entry, choose_device(device), precision)
+    detector = replace(detector, record=replace(detector.record, dtype=dtype))
     if compile:
         compile_network(detector.model)
     chosen = choose_selection(detector.preset.selection, *selection)
@@ -131,7 +133,8 @@ def survey(job: Job, trial: Trial) -> Survey:
         manifest=make_manifest(trial.plan, tools, job.settings),
         device=str(tools.detector.model.device.type),
         images_per_second=images / max(monotonic() - began, 1e-9),
-        bytes_per_image=found / max(images, 1) * (record.feature_dim * 2 + 16 + 24) + 4096,
+        bytes_per_image=found / max(images, 1) * (record.feature_dim * (1 if record.dtype == "int8" else 2) + 16 + 24)
+        + 4096,
         memory=peak_memory(),
     )
 
@@ -164,7 +167,8 @@ def extract_shard(job: Job, number: int, tell: Callable[[int, int], None]) -> Do
         OSError: the disk is full, or refuses.
     """
     tools = equip(job)
-    if read_manifest(job.out, "--out").detector != tools.detector.record:
+    manifest = read_manifest(job.out, "--out")
+    if manifest.detector != tools.detector.record:
         raise OperationError(
             f"{platform.node()} has another detector than {job.out}/manifest.json says; give all workers the same "
             "software and weights"
@@ -186,7 +190,7 @@ def extract_shard(job: Job, number: int, tell: Callable[[int, int], None]) -> Do
             images = len(planned)
         else:
             items = with_twins(counted(extract(job, tools, roots, planned, record)), planned)
-            write_shard(tar, items, tools.detector.record.feature_dim)
+            write_shard(tar, items, manifest.layout)
     return Done(shard=number, images=images, rejects=rejects, memory=peak_memory())
 
 

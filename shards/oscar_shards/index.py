@@ -1,88 +1,122 @@
 """The index of a shard: one Parquet row an image, made by reading the tar, which is the truth."""
 
-import json
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import xxhash
+import pyarrow.parquet as pq
 
-TEXT = pa.struct([(name, pa.string()) for name in ("kind", "source", "id", "text", "question", "answer")])
-ATTRIBUTE = pa.struct([("id", pa.int32()), ("name", pa.string()), ("score", pa.float32())])
-SCHEMA = pa.schema(
+from oscar_common.files import replacing
+from oscar_shards.content import CONTENT, read_content
+from oscar_shards.samples import Entry, Span, entries
+from oscar_shards.tar import Window, members
+
+BATCH = 4 << 20  # bytes of JSON that are parsed at once
+
+
+def _array_fields(name: str) -> list[tuple[str, pa.DataType]]:
+    return [(f"{name}_offset", pa.int64()), (f"{name}_bytes", pa.int64()), (f"{name}_xxh3", pa.uint64())]
+
+
+PLACES = pa.schema(
     [
-        ("key", pa.string()),
-        ("source", pa.string()),
-        ("id", pa.string()),
-        ("path", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("sha256", pa.string()),
-        ("tags", pa.list_(pa.string())),
-        ("scores", pa.list_(pa.float32())),
-        ("attributes", pa.list_(pa.list_(ATTRIBUTE))),  # a list for every region
-        ("texts", pa.list_(TEXT)),
-        ("num_boxes", pa.int32()),
-        # Where the raw array lies in the tar, after its .npy header: little-endian, C order, float32 [K, 4]
-        ("boxes_offset", pa.int64()),
-        ("boxes_bytes", pa.int64()),
-        ("boxes_xxh3", pa.uint64()),  # XXH3-64 of these bytes
-        # ... and float16 [K, P]
-        ("features_offset", pa.int64()),
-        ("features_bytes", pa.int64()),
-        ("features_xxh3", pa.uint64()),
+        ("num_boxes", pa.int32()),  # K
+        # The whole sample: from its first header to the next sample's
+        ("sample_offset", pa.int64()),
+        ("sample_bytes", pa.int64()),
+        ("frame_xxh3", pa.uint64()),  # XXH3-64 of its bytes that are in no array: headers, JSON, padding
+        # Where the raw arrays lie in the tar, after their .npy headers: little-endian, C order; and XXH3-64
+        *_array_fields("boxes"),  # float32 [K, 4]
+        *_array_fields("scales"),  # float32 [K], only where features are int8, else null
+        *_array_fields("features"),  # float16 [K, P], or int8 [K, P] to be multiplied by the row's scale
     ]
 )
+SCHEMA = pa.schema([("key", pa.string()), *CONTENT, *PLACES])
 SIZE = b"oscar.tar_bytes"  # key of the Parquet schema's metadata: the size of the tar, by which a cut is noticed
+
+
+def index_path(tar: Path) -> Path:
+    """Return the Parquet index that lies next to a tar."""
+    return tar.with_suffix(".parquet")
 
 
 def index_tar(tar: Path) -> pa.Table:
     """Read a tar from beginning to end and return its index (columns of `SCHEMA`).
 
+    The tar may be of any writer: members of a sample in any order, extended headers, further members.
+
     Raises:
-        ValueError: a member is missing, out of order, or no array of the contract.
-        tarfile.TarError: not a whole tar.
+        ValueError: a member is missing, or no array of the contract; or (TarFault) not a whole tar.
     """
-    with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
-        rows = list(_rows(archive, file))
-    schema = SCHEMA.with_metadata({SIZE: str(tar.stat().st_size)})
-    return pa.Table.from_pylist(rows, schema)
+    with Window(tar) as window:
+        batches = list(_batches(window))
+    schema = SCHEMA.with_metadata({SIZE: str(window.size)})
+    return pa.Table.from_batches(batches, SCHEMA).replace_schema_metadata(schema.metadata)
 
 
-def _rows(archive: tarfile.TarFile, file: BinaryIO) -> Iterator[dict[str, Any]]:
-    members = iter(archive)
-    for member in members:
-        key, _, extension = member.name.partition(".")
-        if extension != "json":
-            raise ValueError(f"{member.name}: a sample begins with KEY.json")
-        file.seek(member.offset_data)
-        content = json.loads(file.read(member.size))
-        yield {
-            "key": key,
-            **content.pop("image"),
-            **content,
-            "num_boxes": len(content["tags"]),
-            **_array(next(members, None), file, key, "boxes", "<f4"),
-            **_array(next(members, None), file, key, "features", "<f2"),
-        }
+def write_index(table: pa.Table, path: Path) -> None:
+    """Write an index, whole or not at all; its bytes are a function of the table alone."""
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
-def _array(member: tarfile.TarInfo | None, file: BinaryIO, key: str, name: str, dtype: str) -> dict[str, int]:
-    if member is None or member.name != f"{key}.{name}.npy":
-        raise ValueError(f"{key}: {name}.npy must follow, not {member.name if member else 'the end'}")
-    file.seek(member.offset_data)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError(f"{member.name}: not a version 1.0 .npy file")
-    shape, fortran, found = np.lib.format.read_array_header_1_0(file)
-    offset = file.tell()
-    size = member.offset_data + member.size - offset
-    if fortran or found != np.dtype(dtype) or size != found.itemsize * int(np.prod(shape)):
-        raise ValueError(f"{member.name}: {found} array of shape {shape} in {size} bytes is not the contract's {dtype}")
-    return {
-        f"{name}_offset": offset,
-        f"{name}_bytes": size,
-        f"{name}_xxh3": xxhash.xxh3_64_intdigest(file.read(size)),
-    }
+def _batches(window: Window) -> Iterator[pa.RecordBatch]:
+    for rows in in_batches(_rows(window)):
+        batch, faults = make_batch(rows)
+        for key, message in faults:
+            raise ValueError(f"{key}: {message}")
+        yield batch
+
+
+def _rows(window: Window) -> Iterator["Row"]:
+    for entry in entries(window, members(window)):
+        if entry.faults:
+            raise ValueError(f"{entry.key}: {entry.faults[0]}")
+        yield read_row(window, entry)
+
+
+class Row(NamedTuple):
+    """A row of the index whose JSON is still to be parsed. `places` are its values of `PLACES`."""
+
+    key: str
+    json: bytes
+    places: tuple[int | None, ...]
+
+
+def read_row(window: Window, entry: Entry) -> Row:
+    """Read all bytes of an image that has no faults."""
+    assert entry.json
+    assert entry.boxes
+    hashes = (v for span in (entry.boxes, entry.scales, entry.features) for v in _place(window, span))
+    frame = window.xxh3(*entry.frame())
+    places = (entry.boxes.shape[0], entry.begin, entry.end - entry.begin, frame, *hashes)
+    return Row(entry.key, bytes(window.view(entry.json.data, entry.json.size)), places)
+
+
+def _place(window: Window, span: Span | None) -> tuple[int | None, int | None, int | None]:
+    return (span.begin, span.size, window.xxh3((span.begin, span.end))) if span else (None, None, None)
+
+
+def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Gather rows until their JSON is worth parsing; an empty batch if there are no rows."""
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.json)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def make_batch(rows: list[Row]) -> tuple[pa.RecordBatch, list[tuple[str, str]]]:
+    """Return rows as columns of `SCHEMA`, and (key, fault) of those whose JSON is not the contract's: left out."""
+    content, wrong = read_content([row.json for row in rows])
+    good = [row for number, row in enumerate(rows) if number not in wrong]
+    places = zip(*(row.places for row in good), strict=True) if good else [()] * len(PLACES)
+    columns = [pa.array(column, form) for column, form in zip(places, PLACES.types, strict=True)]
+    keys = pa.array([row.key for row in good], pa.string())
+    batch = pa.RecordBatch.from_arrays([keys, *content.columns, *columns], schema=SCHEMA)
+    return batch, [(rows[number].key, message) for number, message in wrong.items()]

@@ -15,6 +15,15 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What every sample of a folder must fit: at most `max_boxes` regions of `feature_dim` (P) numbers each."""
+
+    feature_dim: int
+    dtype: str = "float16"  # or "int8", each row with a scale
+    max_boxes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DetectorRecord:
     """What decides the numbers in a shard: the model, its weights, and the numerics preset."""
 
@@ -26,7 +35,7 @@ class DetectorRecord:
     classes: list[str]
     attributes: list[str] = field(default_factory=list)
     feature_dim: int  # P
-    dtype: str = "float16"
+    dtype: str = "float16"  # how features are stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +62,27 @@ class Manifest:
     """The content of manifest.json."""
 
     format_version: int = FORMAT
-    name: str  # of the shards: NAME-000000.tar
+    name: (
+        str  # of the shards: NAME-000000.tar; empty if they are called otherwise, and all tars of the folder are meant
+    )
     detector: DetectorRecord
     settings: dict[str, Any]
     plan: PlanRecord
     software: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """What every sample must fit."""
+        most = self.settings.get("max_boxes")
+        return Layout(
+            feature_dim=self.detector.feature_dim,
+            dtype=self.detector.dtype,
+            max_boxes=most if isinstance(most, int) else None,
+        )
+
+    def tars(self, folder: Path) -> list[Path]:
+        """Return the shards that are in `folder`, in their order."""
+        return sorted(p for p in folder.glob(f"{self.name}-*.tar" if self.name else "*.tar") if p.name[0] != ".")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

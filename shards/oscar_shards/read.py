@@ -1,8 +1,10 @@
 """A folder of shards, opened through its indexes; arrays are read at their offsets, without parsing tars."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError
-from oscar_shards.index import SCHEMA, SIZE
-from oscar_shards.manifest import Manifest, read_manifest
-from oscar_shards.write import index_path, rejects_path
+from oscar_common.sample import Attribute, ImageRecord, Regions, Sample, Text
+from oscar_shards.index import SCHEMA, SIZE, index_path, index_tar
+from oscar_shards.manifest import FILE, Manifest, read_manifest
+from oscar_shards.quantise import dequantise
+from oscar_shards.samples import Entry, array, entries
+from oscar_shards.tar import Window, members
+from oscar_shards.write import rejects_path
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +43,7 @@ def find_shards(folder: Path, flag: str = "--shards") -> tuple[Manifest, list[Pa
     if not folder.is_dir():
         raise UsageError(f"{flag} {folder}: no such folder; give one made by oscar-extract")
     manifest = read_manifest(folder, flag)
-    tars = sorted(folder.glob(f"{manifest.name}-*.tar"))
+    tars = manifest.tars(folder)
     if len(tars) != manifest.plan.num_shards:
         raise UsageError(
             f"{flag} {folder}: {len(tars)} of {manifest.plan.num_shards} shards are there; "
@@ -69,19 +77,112 @@ def _constant(number: int, tar: Path) -> pa.Array:
 
 
 def _read_index(tar: Path, flag: str) -> pa.Table:
-    again = "delete it and run its oscar-extract command again"
+    again = f"run: oscar-shards index {tar}"
     try:
-        table = pq.read_table(index_path(tar))
+        table = pq.read_table(index_path(tar), page_checksum_verification=True)
     except FileNotFoundError:
         raise UsageError(f"{flag}: {tar} has no index {index_path(tar).name}; {again}") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{flag}: {index_path(tar)} is damaged ({str(error).splitlines()[0]}); {again}") from None
+    if not table.schema.equals(SCHEMA):
+        raise UsageError(f"{flag}: {index_path(tar)} is an index of another version; {again}")
     size = int((table.schema.metadata or {}).get(SIZE, -1))
-    if tar.stat().st_size != size or not table.schema.equals(SCHEMA):
+    if tar.stat().st_size != size:
         raise UsageError(
-            f"{flag}: {tar} has {tar.stat().st_size} bytes, its index says {size}: it is cut or changed; {again}"
+            f"{flag}: {tar} has {tar.stat().st_size} bytes, its index says {size}: it is cut or changed; "
+            "delete it and run its oscar-extract command again"
         )
     return table.replace_schema_metadata()
+
+
+def tars_at(path: Path, flag: str = "PATH") -> list[Path]:
+    """Return a tar, or the tars of a folder, with or without a manifest.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UsageError(f"{flag} {path}: no such file or folder; give a folder of shards, or a tar")
+    manifest = manifest_of(path)
+    found = manifest.tars(path) if manifest else sorted(path.glob("[!.]*.tar"))
+    if not found:
+        raise UsageError(f"{flag} {path}: no tar in it; give a folder of shards, or a tar")
+    return found
+
+
+def manifest_of(path: Path) -> Manifest | None:
+    """Return the manifest of a folder, or of a tar's folder, if there is one."""
+    folder = path if path.is_dir() else path.parent
+    return read_manifest(folder, "PATH") if (folder / FILE).exists() else None
+
+
+def read_index(tar: Path) -> pa.Table:
+    """Return the index of a tar, made anew if there is none of this version beside it.
+
+    Raises:
+        UsageError: the tar is damaged, or not one of shards.
+    """
+    if is_whole(tar) and pq.read_schema(index_path(tar)).equals(SCHEMA):
+        return pq.read_table(index_path(tar))
+    try:
+        return index_tar(tar)
+    except ValueError as error:
+        raise UsageError(f"PATH {tar}: {error}; see: oscar-shards verify {tar}") from None
+
+
+def read_samples(tar: Path) -> Iterator[Sample]:
+    """Yield the samples of a tar as they were given to `write_shard`; features of int8 as float32.
+
+    Raises:
+        ValueError: a sample is not the contract's, or (TarFault) the tar is damaged.
+    """
+    with Window(tar) as window:
+        for entry in entries(window, members(window)):
+            if entry.faults:
+                raise ValueError(f"{entry.key}: {entry.faults[0]}")
+            yield _sample(window, entry)
+
+
+def _sample(window: Window, entry: Entry) -> Sample:
+    assert entry.json
+    assert entry.boxes
+    assert entry.features
+    content = _content(bytes(window.view(entry.json.data, entry.json.size)), entry.key)
+    boxes, features = array(window, entry.boxes).copy(), array(window, entry.features).copy()
+    return Sample(
+        key=entry.key,
+        image=content["image"],
+        regions=Regions(
+            boxes=boxes,
+            features=dequantise(features, array(window, entry.scales)) if entry.scales else features,
+            tags=content["tags"],
+            scores=content["scores"],
+            attributes=content["attributes"],
+        ),
+        texts=content["texts"],
+    )
+
+
+def _content(raw: bytes, key: str) -> dict[str, Any]:
+    """Parse a KEY.json: what is missing is empty, as in the index, and what is not known is passed over."""
+    try:
+        content = json.loads(raw)
+        image = {"source": "", "id": key, "path": "", "width": 0, "height": 0, "sha256": ""} | content.get("image", {})
+        return {
+            "image": _made(ImageRecord, image),
+            "tags": list(content.get("tags") or ()),
+            "scores": list(content.get("scores") or ()),
+            "attributes": [[_made(Attribute, a) for a in some] for some in content.get("attributes") or ()],
+            "texts": [_made(Text, t | {n: str(t[n]) for n in ("id",) if n in t}) for t in content.get("texts") or ()],
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{key}: json: {error}") from None
+
+
+def _made(form: type[T], content: dict[str, Any]) -> T:
+    return form(**{f.name: content[f.name] for f in fields(form) if f.name in content})  # type: ignore[arg-type]
 
 
 def read_rejects(tars: list[Path]) -> pa.Table | None:
@@ -96,7 +197,12 @@ def read_boxes(tar: Path, row: dict[str, Any]) -> npt.NDArray[np.float32]:
     return np.fromfile(tar, "<f4", count, offset=row["boxes_offset"]).reshape(row["num_boxes"], 4)
 
 
-def read_features(tar: Path, row: dict[str, Any]) -> npt.NDArray[np.float16]:
-    """Return the features of one image, float16 [K, P], given its row of the table as a dict."""
-    count = row["features_bytes"] // 2
-    return np.fromfile(tar, "<f2", count, offset=row["features_offset"]).reshape(row["num_boxes"], -1)
+def read_features(tar: Path, row: dict[str, Any]) -> npt.NDArray[np.floating[Any]]:
+    """Return the features of one image, [K, P], given its row of the table as a dict: float16, or float32 if the shard
+    holds int8, which are multiplied by their rows' scales."""
+    k = row["num_boxes"]
+    if row["scales_offset"] is None:
+        return np.fromfile(tar, "<f2", row["features_bytes"] // 2, offset=row["features_offset"]).reshape(k, -1)
+    scales = np.fromfile(tar, "<f4", k, offset=row["scales_offset"])
+    values = np.fromfile(tar, "i1", row["features_bytes"], offset=row["features_offset"])
+    return dequantise(values.reshape(k, -1), scales)

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from oscar_shards.index import index_path
 from oscar_shards.read import read_rejects
-from oscar_shards.write import index_path
 
 
 @dataclass(frozen=True, kw_only=True)

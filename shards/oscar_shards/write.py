@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from oscar_common.files import TEMPORARY, replacing, temporary
 from oscar_common.sample import Sample
 from oscar_shards import manifest
-from oscar_shards.index import index_tar
+from oscar_shards.index import index_path, index_tar, write_index
+from oscar_shards.manifest import Layout
+from oscar_shards.quantise import are_finite, quantise
 
 PLAN_FILE = "_plan.parquet"  # what oscar-extract is to do; readers of Parquet folders pass over names with _
 LEFT_OUT_FILE = "_left-out.parquet"  # what it could not even begin with: missing images, texts without an image, ...
@@ -43,23 +45,18 @@ def shard_path(folder: Path, name: str, number: int) -> Path:
     return folder / f"{name}-{number:06d}.tar"
 
 
-def index_path(tar: Path) -> Path:
-    """Return the Parquet index that lies next to a tar."""
-    return tar.with_suffix(".parquet")
-
-
 def rejects_path(tar: Path) -> Path:
     """Return the file of refused images that lies next to a tar, if any were."""
     return tar.with_suffix(".rejects.parquet")
 
 
-def write_shard(tar: Path, items: Iterable[Sample | Reject], feature_dim: int) -> None:
+def write_shard(tar: Path, items: Iterable[Sample | Reject], layout: Layout) -> None:
     """Write one shard from samples and rejects, in their order; the tar takes its final name last.
 
-    The bytes are a function of `items` alone: integer mtime 0, no pax headers, no clock, no host name.
+    The bytes are a function of `items` and `layout` alone: integer mtime 0, no pax headers, no clock, no host name.
 
     Raises:
-        ValueError: a sample's arrays do not have the shapes and dtypes of the contract.
+        ValueError: a sample does not fit the layout: shapes, dtypes, numbers that are not finite, too many regions.
     """
     from webdataset import TarWriter  # it loads torch, which those who only plan and watch do without
 
@@ -70,29 +67,41 @@ def write_shard(tar: Path, items: Iterable[Sample | Reject], feature_dim: int) -
                 if isinstance(item, Reject):
                     rejects.append(item)
                 else:
-                    _write_sample(writer, item, feature_dim)
+                    _write_sample(writer, item, layout)
         file.flush()
-        with replacing(index_path(tar)) as index:
-            pq.write_table(index_tar(temporary(tar)), index, compression="zstd")
+        write_index(index_tar(temporary(tar)), index_path(tar))
         _write_rejects(rejects_path(tar), rejects)
 
 
-def _write_sample(writer: Any, sample: Sample, feature_dim: int) -> None:
-    regions, k = sample.regions, len(sample.regions.tags)
-    for array, shape, dtype in (
-        (regions.boxes, (k, 4), np.float32),
-        (regions.features, (k, feature_dim), np.float16),
-        (np.asarray(regions.scores), (k,), np.float64),
+def _write_sample(writer: Any, sample: Sample, layout: Layout) -> None:
+    regions, k = sample.regions, len(sample.regions.boxes)
+    if layout.max_boxes is not None and k > layout.max_boxes:
+        raise ValueError(f"{sample.key}: {k} regions; the manifest has at most {layout.max_boxes}")
+    for name, array, shape, dtypes in (
+        ("boxes", regions.boxes, (k, 4), (np.float32,)),
+        ("features", regions.features, (k, layout.feature_dim), (np.float16, np.float32)),
+        ("scores", np.asarray(regions.scores, float), (len(regions.tags),), (np.float64,)),
+        ("tags", np.asarray(regions.tags or [""] * k), (k,), None),
     ):
-        if array.shape != shape or array.dtype != dtype:
-            raise ValueError(f"{sample.key}: array is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
-    # One call a member: TarWriter would sort the three by name, and the contract has the JSON first.
-    for extension, content in (
-        ("json", sample_json(sample)),
-        ("boxes.npy", _npy(regions.boxes)),
-        ("features.npy", _npy(regions.features)),
-    ):
-        writer.write({"__key__": sample.key, extension: content})
+        if array.shape != shape or (dtypes and array.dtype not in dtypes):
+            expected = f"{np.dtype(dtypes[0])} {shape}" if dtypes else shape
+            raise ValueError(f"{sample.key}: {name} are {array.dtype} {array.shape}, not {expected}")
+    stored = _stored(regions.features, layout.dtype)
+    if not all(map(are_finite, (regions.boxes, *stored.values()))):
+        raise ValueError(f"{sample.key}: boxes or features are not finite, or too large for {layout.dtype}")
+    # One call a member: TarWriter would sort them by name, and the contract has the JSON first.
+    writer.write({"__key__": sample.key, "json": sample_json(sample)})
+    for name, array in ({"boxes": regions.boxes} | stored).items():
+        writer.write({"__key__": sample.key, f"{name}.npy": _npy(array)})
+
+
+def _stored(features: npt.NDArray[Any], dtype: str) -> dict[str, npt.NDArray[Any]]:
+    """Return features as the members that hold them."""
+    if dtype == "int8":
+        values, scales = quantise(features)
+        return {"scales": scales, "features": values}
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused for that
+        return {"features": features.astype(np.float16, copy=False)}
 
 
 def sample_json(sample: Sample) -> bytes:

@@ -11,13 +11,14 @@ import xxhash
 
 from oscar_common.errors import UsageError
 from oscar_common.sample import Attribute, ImageRecord, Regions, Sample, Text, make_key
-from oscar_shards.index import index_tar
-from oscar_shards.manifest import DetectorRecord, Manifest, PlanRecord, write_manifest
+from oscar_shards.index import index_path, index_tar
+from oscar_shards.manifest import DetectorRecord, Layout, Manifest, PlanRecord, write_manifest
 from oscar_shards.read import open_folder, read_boxes, read_features, read_rejects
 from oscar_shards.stats import count
-from oscar_shards.write import Reject, index_path, shard_path, write_shard
+from oscar_shards.write import Reject, shard_path, write_shard
 
 P = 16
+LAYOUT = Layout(feature_dim=P)
 
 
 def make_sample(rng, number: int) -> Sample:
@@ -45,9 +46,9 @@ def make_sample(rng, number: int) -> Sample:
 def folder(tmp_path, rng):
     """Two shards of four samples; the second has a reject."""
     samples = [make_sample(rng, n) for n in range(8)]
-    write_shard(shard_path(tmp_path, "s", 0), samples[:4], P)
+    write_shard(shard_path(tmp_path, "s", 0), samples[:4], LAYOUT)
     write_shard(
-        shard_path(tmp_path, "s", 1), [Reject(path="x.jpg", reason="truncated", message="cut"), *samples[4:]], P
+        shard_path(tmp_path, "s", 1), [Reject(path="x.jpg", reason="truncated", message="cut"), *samples[4:]], LAYOUT
     )
     detector = DetectorRecord(
         name="d", preset="detectron2", config="A: 1", weights="w", weights_sha256="0", classes=["cat"], feature_dim=P
@@ -124,7 +125,7 @@ def test_the_index_can_be_made_again_from_the_tar(folder):
 def test_the_same_samples_give_the_same_bytes(folder, tmp_path_factory):
     path, samples = folder
     other = shard_path(tmp_path_factory.mktemp("other"), "s", 0)
-    write_shard(other, samples[:4], P)
+    write_shard(other, samples[:4], LAYOUT)
     assert other.read_bytes() == (path / "s-000000.tar").read_bytes()
     assert index_path(other).read_bytes() == (path / "s-000000.parquet").read_bytes()
 
@@ -143,13 +144,13 @@ def test_a_failure_leaves_nothing_under_a_final_name(tmp_path, rng):
         raise RuntimeError("the detector died")
 
     with pytest.raises(RuntimeError):
-        write_shard(shard_path(tmp_path, "s", 0), failing(), P)
+        write_shard(shard_path(tmp_path, "s", 0), failing(), LAYOUT)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sample_of_another_size_is_refused(tmp_path, rng):
-    with pytest.raises(ValueError, match=r"float16 \(3, 16\), not float16 \(3, 17\)"):
-        write_shard(shard_path(tmp_path, "s", 0), [make_sample(rng, 0)], P + 1)
+    with pytest.raises(ValueError, match=r"features are float16 \(3, 16\), not float16 \(3, 17\)"):
+        write_shard(shard_path(tmp_path, "s", 0), [make_sample(rng, 0)], Layout(feature_dim=P + 1))
 
 
 def test_statistics(folder):
