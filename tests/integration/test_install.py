@@ -72,13 +72,13 @@ def test_packages_come_from_the_wheel(bin_folder: Path) -> None:
     [
         "oscar_common/pipelines.yaml",
         "oscar_common/py.typed",
+        "oscar_common/vocab/vocab.txt",
         "oscar_shards/py.typed",
         "oscar_extract/py.typed",
         "oscar_extract/builtin/config.yaml",
         "oscar_extract/builtin/model.safetensors",
         "oscar_extract/builtin/MODEL_CARD.md",
         "oscar_train/py.typed",
-        "oscar_train/vocab/vocab.txt",
     ],
 )
 def test_wheel_carries_the_file(wheel: Path, member: str) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
+from oscar_common.wordpiece import SHIPPED
 from oscar_train.ragged import Ragged, concatenated, ragged
 
-SHIPPED = Path(__file__).parent / "vocab"  # bert-base-uncased
 FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHUNK = 20_000  # texts tokenised at once; bounds the memory that the tokenizer's Python objects take
 
