@@ -1,15 +1,17 @@
 """Regions come out of the tars as they went in."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from small_shards import P
+from small_shards import P, write_folder
 
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.sample import Sample
+from oscar_shards.quantise import dequantise, quantise
 from oscar_shards.read import ShardFolder, open_folder
 from oscar_train.regions import MAX_REGIONS, RegionReader
 
@@ -63,3 +65,49 @@ def test_an_index_that_contradicts_the_manifest_is_refused(folder: ShardFolder):
     broken = ShardFolder(folder=folder.folder, manifest=folder.manifest, tars=folder.tars, table=table)
     with pytest.raises(UsageError, match=r"shard-000001\.tar: image image-011 has .* not 48 each \(P = 24"):
         RegionReader(broken)
+
+
+@pytest.fixture(scope="module")
+def int8_shards(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("int8") / "shards", samples, dtype="int8")
+
+
+def test_features_stored_as_int8_arrive_as_the_stored_numbers_rounded_to_float16(
+    int8_shards: Path, samples: list[Sample]
+):
+    reader = RegionReader(open_folder(int8_shards), threads=3)
+    slots = reader.slots(40)
+    for images in (np.arange(40), np.array([5, 5, 4, 39, *range(36)])):  # the second time into used room
+        reader.read(images, slots)
+        for row, image in enumerate(images):
+            regions = samples[image].regions
+            k = min(len(regions.tags), MAX_REGIONS)
+            expected = dequantise(*quantise(regions.features))[:k].astype(np.float16)
+            np.testing.assert_array_equal(slots.features[row, :k], expected)
+            np.testing.assert_allclose(expected, regions.features[:k], rtol=0, atol=0.015)
+            assert not slots.features[row, k:].any()
+            np.testing.assert_array_equal(slots.boxes[row, :k], regions.boxes[:k])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("float16", r"image image-000 has features as int8, manifest\.json says float16; extract it again"),
+        ("int4", r"manifest\.json has features of dtype 'int4'; known: float16, int8"),
+    ],
+)
+def test_a_manifest_of_another_dtype_is_refused(int8_shards: Path, dtype: str, message: str):
+    folder = open_folder(int8_shards)
+    detector = replace(folder.manifest.detector, dtype=dtype)
+    with pytest.raises(UsageError, match=message):
+        RegionReader(replace(folder, manifest=replace(folder.manifest, detector=detector)))
+
+
+def test_features_cut_short_are_refused_for_int8_too(int8_shards: Path):
+    folder = open_folder(int8_shards)
+    position = folder.table.schema.get_field_index("scales_bytes")
+    sizes = folder.table.column("scales_bytes").to_numpy().copy()
+    sizes[11] += 2
+    table = folder.table.set_column(position, "scales_bytes", pa.array(sizes))
+    with pytest.raises(UsageError, match=r"shard-000001\.tar: image image-011 has .* scales_bytes for .* not 4 each"):
+        RegionReader(replace(folder, table=table))

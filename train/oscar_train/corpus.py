@@ -122,7 +122,10 @@ def _strung(tags: pa.ListArray, names: pa.Array, known: Ragged) -> Ragged:
 
 def _fingerprint(first: Ragged, second: Ragged, image: Ints, table: pa.Table) -> str:
     digest = xxhash.xxh3_64()
-    regions = (table.column(name).to_numpy() for name in ("width", "height", "boxes_xxh3", "features_xxh3"))
+    names = ["width", "height", "boxes_xxh3", "features_xxh3"]
+    if table.column("scales_xxh3").null_count < len(table):  # features as int8
+        names.append("scales_xxh3")
+    regions = (table.column(name).fill_null(0).to_numpy() for name in names)
     for array in (first.values, first.offsets, second.values, second.offsets, image, *regions):
         digest.update(np.ascontiguousarray(array).data)
     return str(digest.hexdigest())
