@@ -21,6 +21,7 @@ class Meter:
     total: int
     done: int = 0
     rejects: int = 0
+    refusal: str = "rejected"  # what a reject is called
     began: float = field(default_factory=time.monotonic)
     _at_start: int = 0
     _printed: float = field(default_factory=time.monotonic)
@@ -49,13 +50,13 @@ class Meter:
     def text(self) -> str:
         """Return rate, ETA and rejects as one short phrase."""
         left = str(timedelta(seconds=round((self.total - self.done) / self.rate))) if self.rate else "?"
-        return f"{self.rate:.1f} {self.unit}/s  ETA {left}  {self.rejects} rejected"
+        return f"{self.rate:.1f} {self.unit}/s  ETA {left}  {self.rejects} {self.refusal}"
 
 
 @contextmanager
-def meter(unit: str, total: int, done: int = 0) -> Iterator[Meter]:
+def meter(unit: str, total: int, done: int = 0, refusal: str = "rejected") -> Iterator[Meter]:
     """Show progress towards `total` on stderr while the block runs."""
-    shown = Meter(unit=unit, total=total, done=done, _at_start=done)
+    shown = Meter(unit=unit, total=total, done=done, refusal=refusal, _at_start=done)
     console = Console(stderr=True)
     if not console.is_terminal:
         yield shown

@@ -16,11 +16,11 @@ or of any other writer with the same members: KEY.json, KEY.boxes.npy, KEY.featu
 """
 
 
-def _examples(*lines: str) -> dict[str, Any]:
-    return {"epilog": "\b\nExamples:\n" + "\n".join(f"  oscar-shards {line}" for line in lines)}
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  oscar-shards {line}" for line in lines)
 
 
-class _File(click.ParamType):
+class _File(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A path; whether it is there is for the command to say, with what to give instead."""
 
     name = "path"
@@ -38,7 +38,7 @@ workers = click.option("--workers", type=click.IntRange(1), help="Processes. [de
 @click.group(
     help=HELP,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
-    **_examples(
+    epilog=_examples(
         "verify shards",
         "index shards",
         "stats shards --html stats.html",
@@ -53,22 +53,24 @@ def command() -> None:
     """Group the commands."""
 
 
-@command.command(**_examples("verify shards", "verify shards/shard-000003.tar", "verify --quick shards more-shards"))
+@command.command(
+    epilog=_examples("verify shards", "verify shards/shard-000003.tar", "verify --quick shards more-shards")
+)
 @paths
 @click.option("--quick", is_flag=True, help="Check sizes and headers only; no array is read.")
 @workers
 def verify(paths: tuple[Path, ...], quick: bool, workers: int | None) -> int:
     """Read every byte of shards and name whatever is wrong, by shard and key; exit 1 if anything is.
 
-    Checked are the tars' structure, checksums of all bytes, counts against index and manifest, boxes within their image,
-    features that are numbers, tags of the detector's vocabulary, and keys that occur twice in a folder.
+    Checked are the tars' structure, checksums of all bytes, counts against index and manifest, boxes within their
+    image, features that are numbers, tags of the detector's vocabulary, and keys that occur twice in a folder.
     """
     from oscar_shards.verify import verify as check
 
     return check(paths, quick, workers)
 
 
-@command.command(**_examples("index shards", "index others/*.tar", "index others --classes names.txt"))
+@command.command(epilog=_examples("index shards", "index others/*.tar", "index others --classes names.txt"))
 @paths
 @click.option("--classes", type=FILE, help="Class names, one a line, for a manifest.json where there is none.")
 @workers
@@ -83,7 +85,7 @@ def index(paths: tuple[Path, ...], classes: Path | None, workers: int | None) ->
     reindex(paths, classes, workers)
 
 
-@command.command(**_examples("stats shards", "stats shards --html stats.html"))
+@command.command(epilog=_examples("stats shards", "stats shards --html stats.html"))
 @paths
 @click.option("--html", type=FILE, help="Write a page with plots.")
 def stats(paths: tuple[Path, ...], html: Path | None) -> None:
@@ -94,7 +96,7 @@ def stats(paths: tuple[Path, ...], html: Path | None) -> None:
 
 
 @command.command(
-    **_examples(
+    epilog=_examples(
         "show shards --images photos",
         "show shards/shard-000000.tar --key 000000391895 --html one.html",
         "show shards --tag dog --limit 50",
@@ -115,7 +117,7 @@ def show(path: Path, keys: tuple[str, ...], tags: tuple[str, ...], images: Path 
 
 @command.command(
     "import",
-    **_examples(
+    epilog=_examples(
         "import oscar vinvl/coco_flickr30k_gqa.yaml --out shards",
         "import oscar vinvl/coco/features.tsv --source coco --out shards",
         "import lxmert train2014_obj36.tsv --source coco --out shards",
@@ -142,7 +144,9 @@ def import_(format: str, source_path: Path, **options: Any) -> None:
 
 
 @command.command(
-    **_examples("export oscar shards --out tsv", "export lxmert shards --out tsv", "export npz shards --out features")
+    epilog=_examples(
+        "export oscar shards --out tsv", "export lxmert shards --out tsv", "export npz shards --out features"
+    )
 )
 @click.argument("format", metavar="FORMAT", type=click.Choice(FORMATS))
 @one_path
@@ -156,7 +160,7 @@ def export(format: str, path: Path, out: Path, overwrite: bool) -> None:
 
 
 @command.command(
-    **_examples(
+    epilog=_examples(
         "texts shards --captions more.tsv --out more.parquet",
         "texts shards --captions better.json --replace image --out better.parquet",
         "texts shards --captions qa.jsonl --source my-qa --out qa.parquet",

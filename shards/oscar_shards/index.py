@@ -1,6 +1,6 @@
 """The index of a shard: one Parquet row an image, made by reading the tar, which is the truth."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,15 +87,19 @@ class Row(NamedTuple):
 def read_row(window: Window, entry: Entry) -> Row:
     """Read all bytes of an image that has no faults."""
     assert entry.json
+    json = bytes(window.view(entry.json.data, entry.json.size))
+
+    def xxh3(span: Span) -> int:
+        return window.xxh3((span.begin, span.end))
+
+    return Row(entry.key, json, places(entry, window.xxh3(*entry.frame()), xxh3))
+
+
+def places(entry: Entry, frame: int | None, xxh3: Callable[[Span], int | None]) -> tuple[int | None, ...]:
+    """Return the values of `PLACES` of an image that has no faults."""
     assert entry.boxes
-    hashes = (v for span in (entry.boxes, entry.scales, entry.features) for v in _place(window, span))
-    frame = window.xxh3(*entry.frame())
-    places = (entry.boxes.shape[0], entry.begin, entry.end - entry.begin, frame, *hashes)
-    return Row(entry.key, bytes(window.view(entry.json.data, entry.json.size)), places)
-
-
-def _place(window: Window, span: Span | None) -> tuple[int | None, int | None, int | None]:
-    return (span.begin, span.size, window.xxh3((span.begin, span.end))) if span else (None, None, None)
+    arrays = ((s.begin, s.size, xxh3(s)) if s else (None,) * 3 for s in (entry.boxes, entry.scales, entry.features))
+    return (entry.boxes.shape[0], entry.begin, entry.end - entry.begin, frame, *(v for a in arrays for v in a))
 
 
 def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -111,12 +115,16 @@ def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     yield batch
 
 
+def columns(rows: Iterable[tuple[int | None, ...]]) -> list[pa.Array]:
+    """Return values of `PLACES` by column."""
+    turned = list(zip(*rows, strict=True)) or [()] * len(PLACES)
+    return [pa.array(column, form) for column, form in zip(turned, PLACES.types, strict=True)]
+
+
 def make_batch(rows: list[Row]) -> tuple[pa.RecordBatch, list[tuple[str, str]]]:
     """Return rows as columns of `SCHEMA`, and (key, fault) of those whose JSON is not the contract's: left out."""
     content, wrong = read_content([row.json for row in rows])
     good = [row for number, row in enumerate(rows) if number not in wrong]
-    places = zip(*(row.places for row in good), strict=True) if good else [()] * len(PLACES)
-    columns = [pa.array(column, form) for column, form in zip(places, PLACES.types, strict=True)]
     keys = pa.array([row.key for row in good], pa.string())
-    batch = pa.RecordBatch.from_arrays([keys, *content.columns, *columns], schema=SCHEMA)
+    batch = pa.RecordBatch.from_arrays([keys, *content.columns, *columns(row.places for row in good)], schema=SCHEMA)
     return batch, [(rows[number].key, message) for number, message in wrong.items()]

@@ -1,0 +1,263 @@
+"""Every byte of shards read again: what differs from index, manifest or contract, by shard and key."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from oscar_common.processes import each
+from oscar_common.progress import meter
+from oscar_shards.index import PLACES, SCHEMA, SIZE, Row, columns, in_batches, index_path, make_batch, places, read_row
+from oscar_shards.manifest import Manifest
+from oscar_shards.quantise import are_finite
+from oscar_shards.read import manifest_of, read_rejects, tars_at
+from oscar_shards.samples import Entry, array, entries
+from oscar_shards.tar import TarFault, Window, members
+from oscar_shards.values import Boxes, check_fit, check_values
+
+GLANCE = 64 << 10  # bytes of the window when arrays are not read
+MEGA = 1_000_000
+Told = Iterator[tuple[str, str]]  # (key, what is wrong with it); the key is empty where it is the whole shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was found in one tar; `faults` are (key, what is wrong)."""
+
+    faults: list[tuple[str, str]]
+    keys: pa.Array
+    texts: int
+    rejects: int
+    bytes: int
+
+
+def verify(paths: Iterable[Path], quick: bool, workers: int | None) -> int:
+    """Check shards and print what is wrong with them; return 1 if anything is, else 0.
+
+    Raises:
+        UsageError: a path has no tar.
+    """
+    began = time.monotonic()
+    tars = list(dict.fromkeys(tar for path in paths for tar in tars_at(path)))
+    sizes = {tar: tar.stat().st_size for tar in tars}
+    reports: dict[Path, Report] = {}
+    faults = done = 0
+    with meter("MB", sum(sizes.values()) // MEGA, refusal="faults") as progress:
+        for tar, report in each(partial(check, quick=quick), tars, workers):
+            reports[tar] = report
+            for key, message in report.faults:
+                print(f"{tar}: {_in_line(f'{key}: {message}' if key else message)}", flush=True)
+            done, faults = done + sizes[tar], faults + len(report.faults)
+            progress.show(done // MEGA, faults)
+    for folder in dict.fromkeys(tar.parent for tar in tars):
+        for message in check_folder(folder, {t: reports[t] for t in tars if t.parent == folder}):
+            print(f"{folder}: {_in_line(message)}")
+            faults += 1
+    images, texts = (sum(n) for n in zip(*((len(r.keys), r.texts) for r in reports.values()), strict=True))
+    read, seconds = sum(r.bytes for r in reports.values()), time.monotonic() - began
+    what = "sizes and headers" if quick else f"{read / 1e9:.3g} GB"
+    rate = "" if quick else f", {read / seconds / 1e9:.2g} GB/s"
+    result = f"{faults} fault{'s' * (faults != 1)}" if faults else "no fault"
+    print(f"{len(tars):,} shards, {images:,} images, {texts:,} texts: {result} ({what} in {seconds:.1f} s{rate})")
+    return int(faults > 0)
+
+
+def check(tar: Path, quick: bool) -> Report:
+    """Check one tar with its index and its folder's manifest."""
+    faults: list[tuple[str, str]] = []
+    stored = None
+    try:
+        manifest = manifest_of(tar)
+        stored = read_stored(tar, faults)
+        table = _read(tar, manifest, stored, quick, faults)
+    except OSError as error:
+        faults.append(("", f"cannot be read: {error.strerror or error}"))
+        table = SCHEMA.empty_table()
+    if stored is not None:
+        faults.extend(_differences(stored, table, {key for key, _ in faults}))
+    rejects = read_rejects([tar])
+    counted = stored if quick and stored is not None else table
+    return Report(
+        faults=faults,
+        keys=table["key"].combine_chunks(),
+        texts=pc.sum(pc.list_value_length(counted["texts"])).as_py() or 0 if "texts" in counted.schema.names else 0,
+        rejects=0 if rejects is None else len(rejects),
+        bytes=tar.stat().st_size if tar.exists() else 0,
+    )
+
+
+def read_stored(tar: Path, faults: list[tuple[str, str]]) -> pa.Table | None:
+    """Read the index beside a tar, if it is whole and of this version."""
+    again = f"run: oscar-shards index {tar}"
+    try:
+        table = pq.read_table(index_path(tar), page_checksum_verification=True)
+        table.validate(full=True)
+    except FileNotFoundError:
+        faults.append(("", f"it has no index, so that no byte can be compared; {again}"))
+        return None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        faults.append(("", f"{index_path(tar).name} is damaged ({str(error).splitlines()[0]}); {again}"))
+        return None
+    if not table.schema.equals(SCHEMA):
+        faults.append(("", f"{index_path(tar).name} is an index of another version; {again}"))
+        return None
+    said, there = int((table.schema.metadata or {}).get(SIZE, -1)), tar.stat().st_size
+    if said != there:
+        faults.append(("", f"it has {there:,} bytes, its index says {said:,}"))
+    return table
+
+
+def _read(
+    tar: Path, manifest: Manifest | None, stored: pa.Table | None, quick: bool, faults: list[tuple[str, str]]
+) -> pa.Table:
+    """Read a tar and return its index anew, without the images whose faults are noted; if `quick`, key and places."""
+    with Window(tar, GLANCE) if quick else Window(tar) as window:
+        found = check_fit(_sound(_entries(window, stored, faults), faults), manifest, faults)
+        if quick:
+            rows = [(entry.key, places(entry, None, lambda span: None)) for entry in found]
+            keys = pa.array([key for key, _ in rows], pa.string())
+            return pa.table([keys, *columns(row for _, row in rows)], schema=pa.schema([SCHEMA.field("key"), *PLACES]))
+        boxes = Boxes()
+        batches = []
+        for part in in_batches(_rows(window, found, boxes, faults)):
+            batch, wrong = make_batch(part)
+            batches.append(batch)
+            faults.extend(wrong)
+            boxes.drop({key for key, _ in wrong})
+    table = pa.Table.from_batches(batches, SCHEMA)
+    faults.extend(check_values(table, boxes, manifest))
+    return table
+
+
+def _entries(window: Window, stored: pa.Table | None, faults: list[tuple[str, str]]) -> Iterator[Entry]:
+    """Yield the images of a tar; after a damage go on with the next one that the index knows."""
+    begins = np.zeros(0, np.int64) if stored is None else np.sort(stored["sample_offset"].to_numpy())
+    offset = 0
+    while True:
+        try:
+            yield from entries(window, members(window, offset))
+            return
+        except TarFault as fault:
+            faults.append((_key_at(stored, fault.offset), str(fault)))
+            later = begins[(begins > max(fault.offset, offset)) & (begins < window.size)]
+            if not len(later):
+                return
+            offset = int(later[0])
+
+
+def _key_at(stored: pa.Table | None, offset: int) -> str:
+    """Return the key of the image that has a byte, as the index says, or an empty one."""
+    if stored is None:
+        return ""
+    begin, size = stored["sample_offset"].to_numpy(), stored["sample_bytes"].to_numpy()
+    rows = np.flatnonzero((begin <= offset) & (offset < begin + size))
+    return str(stored["key"][int(rows[0])]) if len(rows) else ""
+
+
+def _sound(found: Iterator[Entry], faults: list[tuple[str, str]]) -> Iterator[Entry]:
+    for entry in found:
+        if entry.faults:
+            faults.append((entry.key, "; ".join(entry.faults)))
+        else:
+            yield entry
+
+
+def _rows(window: Window, found: Iterator[Entry], boxes: Boxes, faults: list[tuple[str, str]]) -> Iterator[Row]:
+    for entry in found:
+        assert entry.boxes
+        assert entry.features
+        try:
+            row = read_row(window, entry)
+            boxes.add(entry.key, array(window, entry.boxes))
+            if not all(are_finite(array(window, span)) for span in (entry.features, entry.scales) if span):
+                faults.append((entry.key, "features are not all finite numbers"))
+        except TarFault as fault:  # it became shorter meanwhile
+            faults.append((entry.key, str(fault)))
+            return
+        yield row
+
+
+def _differences(stored: pa.Table, made: pa.Table, told: set[str]) -> Told:
+    """Say where the index made anew is not the one that is stored; nothing more of the keys in `told`."""
+    if not stored["key"].equals(made["key"]):
+        lost = pc.invert(pc.is_in(stored["key"], value_set=made["key"].combine_chunks()))
+        gone = [key for key in stored["key"].filter(lost).to_pylist() if key not in told]
+        if gone:
+            yield gone[0], f"{len(gone)} images of the index are not in the tar (this is the first)"
+        unknown = pc.invert(pc.is_in(made["key"], value_set=stored["key"].combine_chunks()))
+        yield from ((key, "it is not in the index") for key in made["key"].filter(unknown).to_pylist())
+        rows = pc.index_in(stored["key"], value_set=made["key"].combine_chunks())
+        stored, made = stored.filter(pc.is_valid(rows)), made.take(rows.drop_null())
+    different: dict[str, list[str]] = defaultdict(list)
+    for name in made.schema.names:
+        if made[name].null_count == len(made) and name.endswith("_xxh3"):
+            continue  # not read, or scales that are not there; these are noticed by their offsets
+        if not made[name].equals(stored[name]):
+            ours, theirs = made[name].combine_chunks(), stored[name].combine_chunks()
+            for row in range(len(made)):
+                if not ours.slice(row, 1).equals(theirs.slice(row, 1)):
+                    different[str(made["key"][row])].append(_NAMES.get(name, name))
+    for key, names in different.items():
+        if key not in told:
+            yield key, f"not what the index says: {', '.join(names)}"
+
+
+_NAMES = {
+    "frame_xxh3": "the bytes of headers, JSON or padding",
+    "boxes_xxh3": "the bytes of boxes",
+    "scales_xxh3": "the bytes of scales",
+    "features_xxh3": "the bytes of features",
+}
+
+
+def check_folder(folder: Path, reports: dict[Path, Report]) -> Iterator[str]:
+    """Say what is wrong with a folder as a whole; of some of its tars only what these say."""
+    yield from _twice({tar.name: report.keys for tar, report in reports.items()})
+    manifest = manifest_of(folder)
+    if manifest is None or set(manifest.tars(folder)) - set(reports):
+        return
+    for stray in sorted(set(folder.glob("[!.]*.parquet")) - {p for t in reports for p in _beside(t)}):
+        if not stray.name.startswith("_"):
+            yield f"{stray.name}: its tar is not there"
+    yield from _counts(manifest, reports)
+
+
+def _twice(keys: dict[str, pa.Array]) -> Iterator[str]:
+    """Say which keys occur more than once, and in which tars."""
+    counts = pc.value_counts(pa.chunked_array(keys.values(), pa.string()))
+    several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    where: dict[str, list[str]] = defaultdict(list)
+    for name, mine in keys.items() if len(several) else ():
+        for key in mine.filter(pc.is_in(mine, value_set=several)).to_pylist():
+            where[key].append(name)
+    for key, names in where.items():
+        yield f"{key}: it is there {len(names)} times, in {', '.join(dict.fromkeys(names))}"
+
+
+def _beside(tar: Path) -> tuple[Path, Path]:
+    return index_path(tar), tar.with_suffix(".rejects.parquet")
+
+
+def _counts(manifest: Manifest, reports: dict[Path, Report]) -> Iterator[str]:
+    plan = manifest.plan
+    images, texts, rejects = (
+        sum(n) for n in zip(*((len(r.keys), r.texts, r.rejects) for r in reports.values()), strict=True)
+    )
+    if len(reports) != plan.num_shards:
+        yield f"{len(reports)} of the {plan.num_shards} shards of manifest.json are there"
+    elif not images <= plan.num_images <= images + rejects:
+        yield f"{images} images and {rejects} rejects; manifest.json says {plan.num_images} images"
+    elif texts > plan.num_texts or (texts < plan.num_texts and images == plan.num_images):
+        yield f"{texts} texts; manifest.json says {plan.num_texts}"
+
+
+def _in_line(text: str) -> str:
+    """Return a text of unknown origin so that a terminal shows it in one line and does nothing else."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
