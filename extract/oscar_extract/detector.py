@@ -17,18 +17,19 @@ import oscar_extract.backbone  # noqa: F401  (registers the built-in detector's 
 from oscar_common import settings
 from oscar_common.errors import UsageError
 from oscar_common.files import sha256
+from oscar_common.vocabulary import NAMES, read_names
 from oscar_extract.architecture import add_config
 from oscar_extract.checkpoint import DETECTRON2, Family, family_of
 from oscar_extract.download import local_file, zoo_config
 from oscar_extract.preset import PRESETS, Preset
-from oscar_extract.vocabulary import known_names, read_names
+from oscar_extract.vocabulary import known_names
 from oscar_extract.weights import fill, read_weights
 from oscar_shards.manifest import DetectorRecord
 
 HERE = Path(__file__).parent
 BUILTIN = HERE / "builtin"
 CONFIGS = {"builtin": BUILTIN / "config.yaml"} | {p.stem: p for p in (HERE / "vg").glob("*.yaml")}
-VISUAL_GENOME = 1600, 400  # classes and attributes of bottom-up attention, whose names come with this package
+VISUAL_GENOME = 1600, 400  # classes and attributes of bottom-up attention, whose names come with oscar_common
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,7 @@ def _classes(name: str, cfg: CfgNode, entry: settings.Detector) -> list[str]:
     if entry.classes:
         names, where = read_names("--classes", Path(entry.classes), "label_to_idx"), f"--classes {entry.classes} has"
     elif (count, cfg.MODEL.ROI_ATTRIBUTE_HEAD.NUM_CLASSES) == VISUAL_GENOME:
-        return read_names("--classes", HERE / "vg/objects.txt")
+        return read_names("--classes", NAMES / "objects.txt")
     else:
         names, where = known_names(cfg), f"its training set {cfg.DATASETS.TRAIN} is known with"
     if len(names) != count:
@@ -223,7 +224,7 @@ def _attributes(name: str, cfg: CfgNode, entry: settings.Detector) -> list[str]:
     if file and count:
         names = read_names("--attributes", Path(file), "attribute_to_idx")
     else:
-        names = read_names("--attributes", HERE / "vg/attributes.txt") if count == VISUAL_GENOME[1] else []
+        names = read_names("--attributes", NAMES / "attributes.txt") if count == VISUAL_GENOME[1] else []
     if len(names) != count:
         raise UsageError(
             f"--detector {name}: it has {count} attributes, but {file or 'this package'} has {len(names)} names for "

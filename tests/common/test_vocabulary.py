@@ -5,13 +5,12 @@ import json
 import pytest
 
 from oscar_common.errors import UsageError
-from oscar_extract.detector import HERE
-from oscar_extract.vocabulary import read_names
+from oscar_common.vocabulary import NAMES, read_names
 
 
 def test_visual_genomes_names_come_with_the_package():
-    objects = read_names("--classes", HERE / "vg/objects.txt")
-    attributes = read_names("--attributes", HERE / "vg/attributes.txt")
+    objects = read_names("--classes", NAMES / "objects.txt")
+    attributes = read_names("--attributes", NAMES / "attributes.txt")
     assert (len(objects), len(set(objects)), objects[0], objects[16]) == (1600, 1600, "yolk", "stop sign")
     assert (len(attributes), len(set(attributes))) == (400, 400)
 
