@@ -1,0 +1,169 @@
+"""What features stored as int8 cost: their error, and the losses of the same short pre-training on them.
+
+    python bench/int8.py --shards runs/shards
+
+The samples of a folder of float16 shards are written again as int8. Then the same pre-training is done on both, once
+for each seed; a seed decides order, masks and new weights alike for both, so its two runs make a pair. How far the
+losses of a pair lie apart means something only beside how far those of two seeds do. The numbers go to
+bench/results/int8.json.
+"""
+
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from oscar_common.sample import Sample
+from oscar_shards.manifest import Layout, write_manifest
+from oscar_shards.quantise import dequantise, quantise
+from oscar_shards.read import ShardFolder, open_folder, read_samples
+from oscar_shards.write import write_shard
+
+DTYPES = ("float16", "int8")
+LOSSES = ("mlm_loss", "match_loss")
+LAST = 50  # steps whose mean loss is compared
+
+
+@click.command(help=__doc__)
+@click.option("--shards", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of float16 shards.")
+@click.option("--init", default="random:tiny", show_default=True, help="As oscar-train's.")
+@click.option("--steps", default=300, show_default=True)
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--lr", default=1e-3, show_default=True)
+@click.option("--warmup-steps", default=30, show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/results"), help="Folder for the numbers.")
+def main(shards: Path, init: str, out: Path, seeds: int, **settings: Any) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folders = {"float16": shards, "int8": Path(place, "int8")}
+        report: dict[str, Any] = {"features": features(open_folder(shards), folders["int8"])}
+        report |= {"init": init, **settings, "losses_of_the_last_steps": LAST}
+        arguments = [
+            "--init",
+            init,
+            *(str(part) for n, v in settings.items() for part in (f"--{n}".replace("_", "-"), v)),
+        ]
+        runs = [
+            {"seed": seed, "dtype": dtype}
+            | run(["--shards", str(folders[dtype]), *arguments, "--seed", str(seed)], Path(place, f"{dtype}-{seed}"))
+            for seed in range(seeds)
+            for dtype in DTYPES
+        ]
+    report |= {"runs": runs, "compared": {loss: compare(runs, loss) for loss in LOSSES}, **circumstances()}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "int8.json").write_text(json.dumps(report, indent=1) + "\n")
+    show(report)
+
+
+def features(folder: ShardFolder, out: Path) -> dict[str, Any]:
+    """Write the samples of a folder as int8; return the features' error (root mean square, relative) and the bytes."""
+    out.mkdir()
+    layout = Layout(feature_dim=folder.manifest.detector.feature_dim, dtype="int8")
+    errors: list[tuple[float, float]] = []  # squares of an image's errors, and of its features
+    images = 0
+    for tar in folder.tars:
+        samples = list(read_samples(tar))
+        write_shard(out / tar.name, samples, layout)
+        errors += [squares(sample) for sample in samples if len(sample.regions.tags)]
+        images += len(samples)
+    write_manifest(out, replace(folder.manifest, detector=replace(folder.manifest.detector, dtype="int8")))
+    wrong, whole = np.array(errors).T
+    sizes = {
+        dtype: {
+            "tar_bytes": sum(tar.stat().st_size for tar in tars),
+            "features_bytes": int(sum(np.sum(opened.table[n].fill_null(0).to_numpy()) for n in ARRAYS)),
+        }
+        for dtype, opened in (("float16", folder), ("int8", open_folder(out)))
+        for tars in [opened.tars]
+    }
+    return {
+        "detector": folder.manifest.detector.name,
+        "feature_dim": layout.feature_dim,
+        "images": images,
+        "regions": int(np.sum(folder.table["num_boxes"].to_numpy())),
+        "relative_rms_error": {
+            "overall": float(np.sqrt(wrong.sum() / whole.sum())),
+            "mean_of_images": float(np.sqrt(wrong / whole).mean()),
+            "worst_image": float(np.sqrt(wrong / whole).max()),
+        },
+        "bytes": sizes,
+    }
+
+
+ARRAYS = ("features_bytes", "scales_bytes")
+
+
+def squares(sample: Sample) -> tuple[float, float]:
+    exact = sample.regions.features.astype(np.float64)
+    error = dequantise(*quantise(sample.regions.features)) - exact
+    return float(np.square(error).sum()), float(np.square(exact).sum())
+
+
+def run(arguments: list[str], out: Path) -> dict[str, float]:
+    """Pre-train once, by the command; return the mean losses and accuracies of the last steps."""
+    line = [sys.executable, "-m", "oscar_train", *arguments, "--out", str(out), "--checkpoint-every", "1000000"]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))[-LAST:]
+    names = (*LOSSES, "mlm_accuracy", "match_accuracy", "samples_per_second")
+    return {name: statistics.fmean(float(row[name]) for row in rows) for name in names}
+
+
+def compare(runs: list[dict[str, Any]], loss: str) -> dict[str, Any]:
+    """Return each dtype's losses over seeds, how far int8's lie above float16's seed by seed, and the seeds' spread."""
+    of = {dtype: [r[loss] for r in runs if r["dtype"] == dtype] for dtype in DTYPES}
+    pairs = [b - a for a, b in zip(*of.values(), strict=True)]
+    return {
+        "mean": {dtype: statistics.fmean(values) for dtype, values in of.items()},
+        "spread_of_seeds": {dtype: statistics.stdev(values) for dtype, values in of.items() if len(values) > 1},
+        "int8_less_float16": pairs,
+        "mean_difference": statistics.fmean(pairs),
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[2], 1),  # of the last 15 minutes
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    console, found = Console(), report["features"]
+    error, sizes = found["relative_rms_error"], found["bytes"]
+    console.print(
+        f"{found['images']:,} images, {found['regions']:,} regions of {found['feature_dim']} numbers: error "
+        f"{error['overall']:.3%} overall, {error['mean_of_images']:.3%} an image, {error['worst_image']:.3%} the "
+        f"worst; tars {sizes['float16']['tar_bytes']:,} → {sizes['int8']['tar_bytes']:,} bytes"
+    )
+    table = Table("", *DTYPES, "difference by seed", "spread of seeds")
+    for loss, said in report["compared"].items():
+        pairs = ", ".join(f"{d:+.4f}" for d in said["int8_less_float16"])
+        spread = " / ".join(f"{s:.4f}" for s in said["spread_of_seeds"].values())
+        table.add_row(loss, *(f"{said['mean'][dtype]:.4f}" for dtype in DTYPES), pairs, spread)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
