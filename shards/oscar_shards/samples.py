@@ -1,6 +1,6 @@
 """The samples of a tar: which members are one image's, where their arrays lie, and what is wrong with them."""
 
-import io
+import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from oscar_shards.tar import Member, Window
+from oscar_shards.tar import Member, TarFault, Window
 
 JSON = "json"
 BOXES, SCALES, FEATURES = "boxes.npy", "scales.npy", "features.npy"
@@ -64,13 +64,18 @@ def entries(window: Window, found: Iterator[Member]) -> Iterator[Entry]:
         TarFault: see `oscar_shards.tar.members`.
     """
     group: list[Member] = []
-    for member in found:
-        if group and _key(member) != _key(group[0]):
+    try:
+        for member in found:
+            if group and _key(member) != _key(group[0]):
+                yield _entry(window, group)
+                group.clear()
+            if not group:
+                window.mark = member.begin
+            group.append(member)
+    except TarFault:
+        if len(group) >= len((JSON, BOXES, FEATURES)):  # what is damaged is the next one
             yield _entry(window, group)
-            group.clear()
-        if not group:
-            window.mark = member.begin
-        group.append(member)
+        raise
     if group:
         yield _entry(window, group)
 
@@ -153,19 +158,18 @@ def parse_npy_header(header: bytes) -> tuple[tuple[int, ...], str]:
     Raises:
         ValueError: it is damaged, or an array of Python objects, or in Fortran order.
     """
-    stream = io.BytesIO(header)
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    start = 10 if header[6] == 1 else 12
     try:
-        shape, fortran, dtype = read(stream)
-    except (SyntaxError, TypeError, RecursionError, MemoryError, UnicodeError) as error:
+        said = ast.literal_eval(header[start:].decode("latin1").strip())
+        shape, fortran, dtype = said["shape"], said["fortran_order"], np.dtype(str(said["descr"]))
+    except (ValueError, SyntaxError, TypeError, LookupError, RecursionError, MemoryError) as error:
         raise ValueError(f"a damaged .npy header ({type(error).__name__})") from None
     if dtype.hasobject or dtype.names or dtype.subdtype:
         raise ValueError(f"an array of {dtype} is refused; allowed are plain numbers")
+    if not isinstance(shape, tuple) or any(type(n) is not int or not 0 <= n < 1 << 40 for n in shape):
+        raise ValueError(f"a shape of {str(shape)[:80]}")
     if fortran and len(shape) > 1 and min(shape) > 1:
         raise ValueError("in Fortran order; the contract has C order")
-    if any(type(n) is not int or n < 0 for n in shape):
-        raise ValueError(f"a shape of {shape}")
     return shape, dtype.str
 
 

@@ -68,7 +68,7 @@ def check_values(table: pa.Table, boxes: Boxes, manifest: Manifest | None) -> It
     lengths = {n: pc.list_value_length(table[n]).to_numpy() for n in ("tags", "scores", "attributes")}
     checks: list[tuple[Bools, str]] = [
         ((width < 1) | (height < 1), "its width or height is missing"),
-        (boxes.outside(width, height), "a box is not within the image"),
+        (boxes.outside(*(np.where(n < 1, np.inf, n) for n in (width, height))), "a box is not within the image"),
         ((lengths["tags"] != count) & (lengths["tags"] != 0), "it has not as many tags as boxes"),
         (lengths["scores"] != lengths["tags"], "it has not as many scores as tags"),
         ((lengths["attributes"] != count) & (lengths["attributes"] != 0), "it has not as many attributes as boxes"),
