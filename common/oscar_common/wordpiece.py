@@ -8,6 +8,6 @@ SHIPPED = Path(__file__).parent / "vocab"  # bert-base-uncased
 
 def wordpiece() -> Any:
     """Return the `tokenizers.Tokenizer` of bert-base-uncased; it splits as transformers does."""
-    from tokenizers.implementations import BertWordPieceTokenizer
+    from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
     return BertWordPieceTokenizer(str(SHIPPED / "vocab.txt"), lowercase=True)

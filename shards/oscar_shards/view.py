@@ -1,84 +1,184 @@
-"""Regions to look at: boxes and tags drawn on the photo, and a page of such photos."""
+"""Regions to look at: a photo with its boxes, tags, scores and texts as an HTML figure, and a sheet of them to filter."""
 
-import base64
-import colorsys
-import html
-import io
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from oscar_shards.read import ShardFolder, read_boxes
+from oscar_shards.page import text
+from oscar_shards.photos import embedded, find_photos
 
-CSS = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
-.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:1.2em}
-figure{margin:0}figure img{width:100%;border-radius:4px}
-figcaption{font-size:13px}figcaption ul{margin:.2em 0;padding-left:1.2em}
-table{border-collapse:collapse}td,th{padding:.15em .8em .15em 0;text-align:left;vertical-align:top}.key{color:#777}"""
-
-
-def draw_regions(
-    photo: Image.Image, boxes: npt.NDArray[np.float32], tags: list[str], scores: list[float]
-) -> Image.Image:
-    """Return a copy of the photo (RGB, W x H) with boxes [K, 4] (xyxy, its pixels) and labels drawn on it."""
-    drawn = photo.convert("RGB")
-    pen = ImageDraw.Draw(drawn)
-    size = max(drawn.size) / 34
-    font = ImageFont.load_default(max(size, 9))
-    for box, tag, score in reversed(list(zip(boxes.tolist(), tags, scores, strict=True))):  # the surest on top
-        colour = _colour(tag)
-        label = f"{tag} {score:.2f}"
-        pen.rectangle(box, outline=colour, width=max(2, round(size / 6)))
-        corner = (box[0], max(box[1] - 1.25 * size, 0))
-        pen.rectangle(pen.textbbox(corner, label, font=font), fill=colour)
-        pen.text(corner, label, fill="white", font=font)
-    return drawn
+MOST = 1000  # regions, and texts, of one image that are shown
+SHOWN_TEXTS = 6  # the others are folded away
+TAGS = 5000  # in the list that the tag field offers
+NO_SHAPE = (640.0, 480.0)
+FAR = 1e7  # pixels; no image has a side of so many
+Picture = tuple[str, int, int]  # data: URL, width, height
 
 
-def _colour(tag: str) -> tuple[int, int, int]:
-    red, green, blue = colorsys.hls_to_rgb(crc32(tag.encode()) % 360 / 360, 0.38, 0.75)
-    return round(255 * red), round(255 * green), round(255 * blue)
+class Region(NamedTuple):
+    """A box (xyxy, pixels of the original image) with what is known of it; `score` is None where there is none."""
+
+    box: tuple[float, float, float, float]
+    tag: str
+    score: float | None
+    attributes: list[str]
+
+    @property
+    def says(self) -> str:
+        """All of it as one line."""
+        head = f"{self.tag} {_score(self.score)}".strip() or "region"
+        return f"{head}: {', '.join(self.attributes)}" if self.attributes else head
 
 
-def photo_of(row: dict[str, Any], images: Path | None, width: int = 640) -> Image.Image:
-    """Return an image's photo from the folder `images`, at most `width` wide, or a blank canvas of its shape."""
-    path = images / row["path"] if images else None
-    if path and path.is_file():
-        with Image.open(path) as image:
-            photo = ImageOps.exif_transpose(image).convert("RGB")
-    else:
-        photo = Image.new("RGB", (row["width"], row["height"]), "#ddd")
-    scale = min(1.0, width / photo.width)
-    return photo.resize((max(1, round(photo.width * scale)), max(1, round(photo.height * scale))))
+def boxes_of(tar: Path, row: dict[str, Any]) -> npt.NDArray[np.float32]:
+    """Return the first boxes of an image, float32 [K, 4]; none if the index does not say where in the tar they lie."""
+    count, begin, size = (row.get(name) for name in ("num_boxes", "boxes_offset", "boxes_bytes"))
+    if not (count and begin and size and size == 16 * count and 0 < begin <= tar.stat().st_size - size):
+        return np.zeros((0, 4), np.float32)
+    return np.fromfile(tar, "<f4", 4 * min(count, MOST), offset=begin).reshape(-1, 4)
 
 
-def draw_row(folder: ShardFolder, row: dict[str, Any], images: Path | None, min_score: float) -> Image.Image:
-    """Draw one image's regions of at least `min_score`, given its row of the table as a dict."""
-    photo = photo_of(row, images)
-    shown = [n for n, score in enumerate(row["scores"]) if score >= min_score]
-    boxes = read_boxes(folder.tars[row["shard"]], row)[shown] * np.float32(photo.width / row["width"])
-    return draw_regions(photo, boxes, [row["tags"][n] for n in shown], [row["scores"][n] for n in shown])
+def regions_of(row: dict[str, Any], boxes: npt.NDArray[np.float32]) -> list[Region]:
+    """Pair boxes with tags, scores and attributes, the surest last; what is not a box in the plane is left out."""
+    tags, scores, attributes = ((row.get(name) or [])[: len(boxes)] for name in ("tags", "scores", "attributes"))
+    found = []
+    for corners, tag, score, some in zip_longest(boxes.tolist()[:MOST], tags, scores, attributes):
+        if all(map(math.isfinite, corners)):
+            x0, y0, x1, y1 = (min(max(c, -FAR), FAR) for c in corners)
+            box = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+            known = score if score is not None and math.isfinite(score) else None
+            found.append(Region(box, tag or "", known, [_attribute(a) for a in some or () if a and a.get("name")]))
+    return sorted(found, key=lambda region: -1.0 if region.score is None else region.score)
 
 
-def figures(folder: ShardFolder, images: Path | None, limit: int, min_score: float) -> Iterator[str]:
-    """Yield an HTML figure for each of the first `limit` images: photo with regions, key, texts."""
-    for row in folder.table.slice(0, limit).to_pylist():
-        texts = "".join(f"<li>{html.escape(t['text'] or t['question'] + ' ' + t['answer'])}</li>" for t in row["texts"])
-        picture = embedded(draw_row(folder, row, images, min_score))
-        yield (
-            f'<figure><img alt="{html.escape(", ".join(row["tags"]))}" src="{picture}">'
-            f'<figcaption><span class="key">{html.escape(row["key"])}: {row["num_boxes"]} regions</span>'
-            f"<ul>{texts}</ul></figcaption></figure>"
-        )
+def _attribute(attribute: dict[str, Any]) -> str:
+    return f"{attribute['name']} {_score(attribute.get('score'))}".strip()
 
 
-def embedded(image: Image.Image) -> str:
-    """Return an image as a data: URL, so that a page is one file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _score(score: float | None) -> str:
+    return "" if score is None or not math.isfinite(score) else f"{score:.2f}"
+
+
+def figure(row: dict[str, Any], boxes: npt.NDArray[np.float32], picture: Picture | None) -> str:
+    """Return one image as an HTML figure, given its row of the index as a dict. All of it may be anything."""
+    regions = regions_of(row, boxes)
+    width, height = _shape(row, regions, picture)
+    shown = max(0.2, min(5.0, width / height))  # a strip of a photo is drawn wider than it is
+    alt = ", ".join(Counter(r.tag for r in reversed(regions) if r.tag))
+    image = f'<img alt="{text(alt)}" src="{picture[0]}">' if picture else ""
+    rects, labels = "".join(map(_rect, regions)), "".join(_label(region, width, height) for region in regions)
+    key = text(row.get("key") or "")
+    return (
+        f'<figure><div class="frame" tabindex="0" role="button" aria-label="Enlarge {key}">'
+        f'<div class="photo{"" if picture else " blank"}" style="--w:{shown:.5f};--h:1">{image}'
+        f'<svg viewBox="0 0 {width:g} {height:g}" preserveAspectRatio="none">{rects}</svg>{labels}</div></div>\n'
+        f'<figcaption><bdi class="key">{key}</bdi> <span class="meta">{_meta(row, regions)}</span>\n'
+        f"{_chips(regions)}{_texts(row)}</figcaption></figure>\n"
+    )
+
+
+def _shape(row: dict[str, Any], regions: list[Region], picture: Picture | None) -> tuple[float, float]:
+    """Return an image's width and height: as stored, else the photo's, else such that all boxes fit."""
+    width, height = (row.get(name) or 0 for name in ("width", "height"))
+    if width > 0 and height > 0:
+        return width, height
+    if picture:
+        return picture[1], picture[2]
+    return tuple(max([1, *(r.box[n] for r in regions)]) for n in (2, 3)) if regions else NO_SHAPE  # type: ignore[return-value]
+
+
+def _hue(tag: str) -> str:
+    return f"--hue:{crc32(tag.encode('utf-8', 'replace')) % 360}"
+
+
+def _rect(region: Region) -> str:
+    x0, y0, x1, y1 = region.box
+    score = "" if region.score is None else f' data-score="{region.score:.4f}"'
+    return (
+        f'<rect x="{x0:.2f}" y="{y0:.2f}" width="{x1 - x0:.2f}" height="{y1 - y0:.2f}" style="{_hue(region.tag)}" '
+        f'data-tag="{text(region.tag)}"{score} aria-label="{text(region.says)}"/>'
+    )
+
+
+def _label(region: Region, width: float, height: float) -> str:
+    """Return a label at the box's upper left corner; within the box at the photo's upper edge, where no room is above."""
+    left, top, right = region.box[0] / width, region.box[1] / height, region.box[2] / width
+    side = f"left:{100 * max(left, 0):.2f}%" if left < 0.7 else f"right:{100 * max(1 - right, 0):.2f}%"
+    inside = " inside" if top < 0.07 else ""
+    words = f"<b>{text(region.tag, 60)}</b> {_score(region.score)}"
+    return f'<span class="label{inside}" style="{side};top:{100 * max(top, 0):.2f}%;{_hue(region.tag)}">{words}</span>'
+
+
+def _meta(row: dict[str, Any], regions: list[Region]) -> str:
+    count = row.get("num_boxes") or 0
+    undrawn = f" ({count - len(regions):,} cannot be drawn)" if count > len(regions) else ""
+    parts = [
+        text(row.get("source") or "", 100),
+        f"{row.get('width') or '?'} × {row.get('height') or '?'}",
+        f"{count:,} region{'s' * (count != 1)}{undrawn}",
+    ]
+    return " · ".join(filter(None, parts))
+
+
+def _chips(regions: list[Region]) -> str:
+    """Return the image's tags, the surest first, with how often they occur."""
+    counts = Counter(r.tag for r in reversed(regions) if r.tag)
+    chips = (
+        f'<button type="button" class="chip" style="{_hue(tag)}" data-tag="{text(tag)}">{text(tag, 60)}'
+        f"{f' <i>×{n}</i>' if n > 1 else ''}</button>"
+        for tag, n in counts.items()
+    )
+    return f'<div class="chips">{"".join(chips)}</div>\n' if counts else ""
+
+
+def _texts(row: dict[str, Any]) -> str:
+    lines = [_text(t) for t in (row.get("texts") or [])[:MOST] if t]
+    first, others = "".join(lines[:SHOWN_TEXTS]), "".join(lines[SHOWN_TEXTS:])
+    more = f"<li><details><summary>{len(lines) - SHOWN_TEXTS} more</summary>" if others else ""
+    folded = f'{more}<ul class="texts">{others}</ul></details></li>' if others else ""
+    return f'<ul class="texts">{first}{folded}</ul>'
+
+
+def _text(one: dict[str, Any]) -> str:
+    said = one.get("text") or one.get("question") or ""
+    answer = f" <b>{text(one['answer'])}</b>" if one.get("answer") else ""
+    return f'<li dir="auto" title="{text(one.get("source") or "", 100)}">{text(said)}{answer}</li>'
+
+
+def figures(rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None) -> Iterator[str]:
+    """Yield an HTML figure for each (tar, row of its index), with the photo where there is one in `images`."""
+    found: Iterable[Path | None] = find_photos(images, [row for _, row in rows]) if images else [None] * len(rows)
+    for (tar, row), picture in zip(rows, embedded(found), strict=True):
+        yield figure(row, boxes_of(tar, row), picture)
+
+
+def sheet(rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None, score: float, tag: str = "") -> Iterator[str]:
+    """Yield a contact sheet in pieces: filters, set to a least `score` and a `tag` at first, and the figures."""
+    counts = Counter(name for _, row in rows for name in {n for n in row.get("tags") or () if n})
+    options = "".join(
+        f'<option value="{text(name)}">{n} image{"s" * (n != 1)}</option>' for name, n in counts.most_common(TAGS)
+    )
+    yield f"""<form class="tools" id="tools" autocomplete="off">
+<input type="search" id="tag" list="tags" value="{text(tag)}" placeholder="tag, of {len(counts):,}" aria-label="Tag">
+<datalist id="tags">{options}</datalist>
+<label>score ≥ <input type="range" id="score" min="0" max="1" step="0.01" value="{score}"><output id="least"></output></label>
+<input type="search" id="text" placeholder="search in texts" aria-label="Search in texts">
+<label><input type="checkbox" id="labels" checked> labels</label>
+<button type="button" id="reset">reset</button>
+<span class="count" id="count" role="status"></span></form>
+<div class="sheet">
+"""
+    yield from figures(rows, images)
+    yield """</div>
+<p class="nothing" id="nothing" hidden>No image fits these filters.</p>
+<dialog id="large"><div class="bar"><button type="button" id="before" aria-label="Before">‹</button>
+<button type="button" id="after" aria-label="After">›</button><button type="button" id="close">close</button></div>
+<div class="place"></div></dialog>
+"""

@@ -1,0 +1,138 @@
+"""`oscar-shards show`: some images of shards on one page, with photos, boxes, tags, scores and texts."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from oscar_common.errors import UsageError, nearest
+from oscar_common.files import replacing
+from oscar_common.progress import meter
+from oscar_shards.manifest import Manifest
+from oscar_shards.page import page, size, text
+from oscar_shards.read import manifest_of, read_index, tars_at
+from oscar_shards.view import MOST, sheet
+
+MIN_SCORE = 0.3  # at first; the page has a slider
+CANDIDATES = 10_000  # names among which one is looked for that was meant
+LISTS = ("tags", "scores", "attributes", "texts")
+
+
+def show(
+    path: Path, keys: Sequence[str], tags: Sequence[str], images: Path | None, limit: int, html: Path
+) -> None:
+    """Write the page of at most `limit` images: those with these keys, those with any of these tags, else the first.
+
+    Raises:
+        UsageError: nothing to read or to write there, or a key or tag that no image has.
+    """
+    tars, manifest = tars_at(path), manifest_of(path)
+    if images is not None and not images.is_dir():
+        raise UsageError(f"--images {images}: no such folder; give the one that has the photos")
+    if html.is_dir() or not html.parent.is_dir():
+        raise UsageError(f"--html {html}: {'a folder' if html.is_dir() else 'no such folder'}; give a file to write")
+    rows = choose(path, tars, keys, tags, limit)
+    lead = _lead(len(rows), len(tars), limit, manifest)
+    with replacing(html) as file:
+        for piece in page(f"Shards: {path.name or path}", _body(path, lead, sheet(rows, images, MIN_SCORE, _first(tags)))):
+            file.write(piece.encode("utf-8", "replace"))
+    print(f"{html}: {len(rows):,} image{'s' * (len(rows) != 1)}, {size(html.stat().st_size)}")
+
+
+def _first(tags: Sequence[str]) -> str:
+    return tags[0] if len(tags) == 1 else ""
+
+
+def _body(path: Path, lead: str, sheet: Iterator[str]) -> Iterator[str]:
+    yield f'<h1>{text(path)}</h1>\n<p class="lead">{lead}</p>\n'
+    yield from sheet
+
+
+def _lead(shown: int, shards: int, limit: int, manifest: Manifest | None) -> str:
+    more = "; --limit shows more" if shown == limit else ""
+    parts = [f"{shown:,} image{'s' * (shown != 1)} of {shards:,} shard{'s' * (shards != 1)}{more}"]
+    if manifest:
+        detector = manifest.detector
+        parts.append(f"detector {text(detector.name)}, preset {text(detector.preset)}, P = {detector.feature_dim:,}")
+    return " · ".join(parts)
+
+
+def choose(
+    path: Path, tars: list[Path], keys: Sequence[str], tags: Sequence[str], limit: int
+) -> list[tuple[Path, dict[str, Any]]]:
+    """Return (tar, row) of the images asked for, reading one shard after the other and no more than needed.
+
+    Raises:
+        UsageError: a key or a tag that no image has.
+    """
+    found: list[tuple[Path, dict[str, Any]]] = []
+    missing, met = set(keys), _Names()
+    with meter("shards", len(tars)) as shown:
+        for number, tar in enumerate(tars, start=1):
+            table = _read(tar)
+            chosen = table.filter(_wanted(table, keys, tags)).slice(0, limit - len(found))
+            found += [(tar, row) for row in _rows(chosen)]
+            missing -= set(chosen["key"].to_pylist()) if missing else set()
+            shown.show(number, 0)
+            if len(found) == limit or (keys and not missing):
+                return found
+            met.add(table["key"] if keys else pc.list_flatten(table["tags"]) if tags else None)
+    if keys and missing and not tags:
+        raise UsageError(f"--key {min(missing)!r}: no image of {path} has it{met.like(min(missing))}")
+    if tags and not found:
+        raise UsageError(f"--tag {tags[0]!r}: no image of {path} has it{met.like(tags[0])}")
+    return found
+
+
+class _Names:
+    """Some of the keys or tags that were met, to say which one may have been meant."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+
+    def add(self, column: Any) -> None:
+        """Note the names of a shard, as long as there is room."""
+        if column is not None and len(self.names) < CANDIDATES:
+            self.names |= dict.fromkeys(n for n in pc.unique(column)[:CANDIDATES].to_pylist() if n is not None)
+
+    def like(self, name: str) -> str:
+        """Return the nearest names, as the tail of a message."""
+        close = difflib.get_close_matches(name[:200], [n for n in self.names if len(n) < 200], n=5, cutoff=0.3)
+        return nearest(name, close or list(self.names)[:5])
+
+
+def _read(tar: Path) -> pa.Table:
+    """Return the index of a tar, every string of it valid.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    try:
+        table = read_index(tar)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"PATH {tar}: its index is damaged ({str(error).splitlines()[0]}); run: oscar-shards index {tar}") from None
+    return table
+
+
+def _wanted(table: pa.Table, keys: Sequence[str], tags: Sequence[str]) -> pa.Array:
+    """Return whether each row has one of the keys and one of the tags, as far as any are asked for."""
+    wanted = pa.repeat(True, len(table))
+    if keys:
+        wanted = pc.and_(wanted, pc.is_in(table["key"].combine_chunks(), value_set=pa.array(keys, pa.string())))
+    if tags:
+        column = table["tags"].combine_chunks()
+        has = pc.is_in(column.flatten(), value_set=pa.array(tags, pa.string()))
+        rows = pc.list_parent_indices(column).filter(has)
+        wanted = pc.and_(wanted, pc.is_in(pa.array(range(len(table)), rows.type), value_set=rows))
+    return wanted
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Return rows as dicts, of each list no more than is shown."""
+    for name in LISTS:
+        table = table.set_column(table.schema.get_field_index(name), name, pc.list_slice(table[name], 0, MOST))
+    return table.to_pylist()  # type: ignore[no-any-return]
