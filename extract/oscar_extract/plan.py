@@ -16,9 +16,10 @@ from oscar_common.files import replacing
 from oscar_common.progress import phase
 from oscar_common.sample import KEY_BYTES, Text, make_key
 from oscar_common.settings import Extract
+from oscar_common.tables import TEXTS, Ints, array
 from oscar_extract.sources.corpus import MISSING, Corpus, Request, find_files, read_corpus
 from oscar_extract.sources.inventory import Listing, take_inventory
-from oscar_extract.sources.tables import LEFT_OUT, TEXTS, Ints, array
+from oscar_extract.sources.tables import LEFT_OUT
 from oscar_shards.manifest import PlanRecord
 from oscar_shards.write import LEFT_OUT_FILE, PLAN_FILE
 

@@ -105,7 +105,7 @@ class RegionReader:
 
     def _fill(self, handle: int, array: npt.NDArray[Any], offset: np.int64, image: int) -> None:
         """Read so many bytes from `offset` as the array has; it is contiguous."""
-        if os.preadv(handle, [array.reshape(-1).view(np.uint8)], int(offset)) != array.nbytes:
+        if os.preadv(handle, [array.reshape(-1).view(np.uint8).data], int(offset)) != array.nbytes:
             tar, key = self._named(image)
             raise OperationError(f"{tar}: image {key} is cut off; the file changed after the run began")
 

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from oscar_common.tables import Ints, numbers, reading, strings
 from oscar_extract.sources.place import Place, annotations, read_json, split_of
 from oscar_extract.sources.splits import karpathy_texts
-from oscar_extract.sources.tables import Annotations, Ints, numbers, reading, strings
+from oscar_extract.sources.tables import Annotations
 
 FILES = r"(^|/)((captions|instances)_(train|val|test)|image_info_test)[^/]*\.json$"
 

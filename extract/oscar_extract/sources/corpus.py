@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from oscar_common.errors import UsageError
+from oscar_common.tables import Ints, array, columns, find, strings
 from oscar_extract.sources.coco import FILES as COCO
 from oscar_extract.sources.coco import read_coco
 from oscar_extract.sources.downloads import SBU_JSON, SBU_URLS, read_cc, read_sbu
@@ -21,16 +22,7 @@ from oscar_extract.sources.inventory import Bools, Inventory, Listing, list_file
 from oscar_extract.sources.listing import is_listing, read_listing
 from oscar_extract.sources.place import SPLITS, Place
 from oscar_extract.sources.splits import karpathy_splits
-from oscar_extract.sources.tables import (
-    FILES,
-    LEFT_OUT,
-    Annotations,
-    Ints,
-    array,
-    columns,
-    find,
-    strings,
-)
+from oscar_extract.sources.tables import FILES, LEFT_OUT, Annotations
 from oscar_extract.sources.vqa import QUESTIONS, read_vqa
 
 READERS: dict[str, Callable[[Place], Annotations]] = {

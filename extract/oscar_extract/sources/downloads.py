@@ -13,28 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
+from oscar_common.captions import TEXT_COLUMNS
 from oscar_common.errors import UsageError
-from oscar_extract.sources.captions import TEXT_COLUMNS
+from oscar_common.tables import TEXTS, Ints, array, columns, find, last, numbers, once, reading, stems, strings, table
 from oscar_extract.sources.folder import read_files
 from oscar_extract.sources.inventory import Bools
 from oscar_extract.sources.place import Place, read_json, split_of
-from oscar_extract.sources.tables import (
-    IMAGES,
-    LEFT_OUT,
-    TEXTS,
-    Annotations,
-    Ints,
-    array,
-    columns,
-    find,
-    last,
-    numbers,
-    once,
-    reading,
-    stems,
-    strings,
-    table,
-)
+from oscar_extract.sources.tables import IMAGES, LEFT_OUT, Annotations
 
 URL = r"(?i)^https?://"
 COLUMNS = 100  # of a .tsv file that are looked at

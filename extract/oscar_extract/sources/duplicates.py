@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from oscar_extract.sources.tables import Ints
+from oscar_common.tables import Ints
 
 HEAD = 16 << 10
 TOGETHER = 2048  # files that a thread looks at in one go

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from oscar_common.captions import IMAGE_COLUMNS
 from oscar_common.errors import UsageError
-from oscar_extract.sources.captions import IMAGE_COLUMNS
+from oscar_common.tables import last, numbers, reading, stems, text_array
 from oscar_extract.sources.place import split_of
-from oscar_extract.sources.tables import last, numbers, reading, stems, text_array
 
 FLAG = "--exclude"
 

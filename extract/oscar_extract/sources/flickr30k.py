@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from oscar_common.tables import reading, stems, strings
 from oscar_extract.sources.place import Place, annotations, split_of
 from oscar_extract.sources.splits import karpathy_texts
-from oscar_extract.sources.tables import Annotations, reading, stems, strings
+from oscar_extract.sources.tables import Annotations
 
 TOKENS = r"(?i)(^|/)((results|flickr\d+k)[^/]*\.token|flickr\d+k\.token\.txt|results(_20130124)?\.csv|captions\.txt)$"
 LISTS = r"(?i)(^|/)((flickr_?\d+k[._])?(train|val|dev|test)(images)?)\.txt$"

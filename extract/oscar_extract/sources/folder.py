@@ -5,20 +5,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from oscar_common.errors import UsageError
+from oscar_common.tables import TEXTS, array, columns, once, without_extension
 from oscar_extract.images import EXTENSIONS
 from oscar_extract.sources.captions import read_captions
 from oscar_extract.sources.inventory import Bools
 from oscar_extract.sources.place import Place
-from oscar_extract.sources.tables import (
-    IMAGES,
-    LEFT_OUT,
-    TEXTS,
-    Annotations,
-    array,
-    columns,
-    once,
-    without_extension,
-)
+from oscar_extract.sources.tables import IMAGES, LEFT_OUT, Annotations
 
 
 def read_folder(place: Place, captions: str | None = None) -> Annotations:

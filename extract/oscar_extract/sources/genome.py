@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from oscar_common.tables import Ints, reading, strings
 from oscar_extract.sources.coco import locate_coco
 from oscar_extract.sources.inventory import Inventory
 from oscar_extract.sources.place import SPLITS, Place, annotations, read_json, split_of
-from oscar_extract.sources.tables import Annotations, Ints, reading, strings
+from oscar_extract.sources.tables import Annotations
 
 GQA = r"(^|/)(train|val|testdev|test|challenge|submission)_(balanced|all)_questions(/[^/]*|[^/]*)\.json$"
 VG_QA = r"(^|/)question_answers[^/]*\.json$"

@@ -21,19 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError
+from oscar_common.tables import Ints, array, columns, find, last, reading, stems, table, without_extension
 from oscar_extract.images import EXTENSIONS
-from oscar_extract.sources.tables import (
-    FILES,
-    Ints,
-    array,
-    columns,
-    find,
-    last,
-    reading,
-    stems,
-    table,
-    without_extension,
-)
+from oscar_extract.sources.tables import FILES
 from oscar_extract.sources.tars import Window, members
 
 ANNOTATIONS = frozenset({".json", ".jsonl", ".tsv", ".csv", ".txt", ".token", ".parquet"})

@@ -11,24 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from oscar_common.captions import TEXT_COLUMNS, tsv_rows
 from oscar_common.errors import UsageError
-from oscar_extract.sources.captions import TEXT_COLUMNS, tsv_rows
+from oscar_common.tables import CHUNK, TEXTS, Ints, array, columns, find, in_line, reading, text_array
 from oscar_extract.sources.folder import make_ids
-from oscar_extract.sources.tables import (
-    CHUNK,
-    FILES,
-    IMAGES,
-    LEFT_OUT,
-    TEXTS,
-    Annotations,
-    Ints,
-    array,
-    columns,
-    find,
-    in_line,
-    reading,
-    text_array,
-)
+from oscar_extract.sources.tables import FILES, IMAGES, LEFT_OUT, Annotations
 
 FLAG = "--images"
 PATH_COLUMNS = ("path", "image_path", "image", "file_name", "filename", "filepath", "file")

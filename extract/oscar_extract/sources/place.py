@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from oscar_common.errors import UsageError
+from oscar_common.tables import TEXTS, Ints, array, reading, table
 from oscar_extract.sources.inventory import Bools, Inventory, lie_under
-from oscar_extract.sources.tables import IMAGES, TEXTS, Annotations, Ints, array, reading, table
+from oscar_extract.sources.tables import IMAGES, Annotations
 
 SPLITS = ("train", "val", "test")
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from oscar_common.tables import reading
 from oscar_extract.sources.inventory import Inventory
 from oscar_extract.sources.place import Place, read_json, split_of
-from oscar_extract.sources.tables import reading
 
 # As Karpathy and Fei-Fei (2015) published them
 FILES = {"coco": ("dataset_coco.json",), "flickr30k": ("dataset_flickr30k.json", "dataset_flickr8k.json")}

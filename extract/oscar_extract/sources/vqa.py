@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from oscar_common.errors import UsageError
+from oscar_common.tables import reading
 from oscar_extract.sources.coco import locate_coco
 from oscar_extract.sources.place import Place, annotations, read_json, split_of
-from oscar_extract.sources.tables import Annotations, reading
+from oscar_extract.sources.tables import Annotations
 
 QUESTIONS = r"OpenEnded_mscoco_[\w-]+?_questions[^/]*\.json$"
 ANSWERS = r"mscoco_[\w-]+?_annotations[^/]*\.json$"
