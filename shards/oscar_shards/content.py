@@ -79,6 +79,9 @@ def _parse_slowly(content: bytes) -> pa.StructArray:
     parsed = json.loads(content)
     if not isinstance(parsed, dict):
         raise ValueError(f"{type(parsed).__name__} instead of an object")
+    for name in LISTS:
+        if not isinstance(parsed.get(name, []), list | None):
+            raise ValueError(f"{name} is {type(parsed[name]).__name__} instead of a list")
     image = parsed.get("image")
     if isinstance(image, dict) and isinstance(image.get("id"), int):
         image["id"] = str(image["id"])

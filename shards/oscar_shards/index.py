@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 from oscar_common.files import replacing
 from oscar_shards.content import CONTENT, read_content
 from oscar_shards.samples import Entry, Span, entries
-from oscar_shards.tar import Window, members
+from oscar_shards.tar import BLOCK, Window, members
 
+SAMPLE_BYTES = 3 * BLOCK  # of a sample at least: three headers
+MARGIN = 1 << 20  # bytes that a small index may have beyond four times its tar's
 BATCH = 4 << 20  # bytes of JSON that are parsed at once
 
 
@@ -59,6 +61,35 @@ def write_index(table: pa.Table, path: Path) -> None:
     """Write an index, whole or not at all; its bytes are a function of the table alone."""
     with replacing(path) as file:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+
+
+def load_index(tar: Path) -> pa.Table:
+    """Read the index beside a tar; it may be anybody's, so no more is read than an index of this tar can have.
+
+    Raises:
+        ValueError: there is none, or it is damaged or of another version.
+    """
+    path, again = index_path(tar), f"run: oscar-shards index {tar}"
+    try:
+        found = pq.read_metadata(path)
+        size = sum(found.row_group(n).total_byte_size for n in range(found.num_row_groups))
+        if found.num_rows > tar.stat().st_size // SAMPLE_BYTES or size > 4 * tar.stat().st_size + MARGIN:
+            raise ValueError("larger than its tar allows")
+        table = pq.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"it has no index {Path(error.filename or path).name}; {again}") from None
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        raise ValueError(f"its index {path.name} is damaged ({str(error).splitlines()[0][:200]}); {again}") from None
+    if not table.schema.equals(SCHEMA):
+        raise ValueError(f"its index {path.name} is of another version; {again}")
+    return table
+
+
+def size_said(schema: pa.Schema) -> int:
+    """Return how many bytes the tar had when its index was made, or -1."""
+    said = (schema.metadata or {}).get(SIZE, b"")
+    return int(said) if said.isdigit() else -1
 
 
 def _batches(window: Window) -> Iterator[pa.RecordBatch]:

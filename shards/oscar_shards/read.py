@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError
 from oscar_common.sample import Attribute, ImageRecord, Regions, Sample, Text
-from oscar_shards.index import SCHEMA, SIZE, index_path, index_tar
+from oscar_shards.index import index_path, index_tar, load_index, size_said
 from oscar_shards.manifest import FILE, Manifest, read_manifest
 from oscar_shards.quantise import dequantise
 from oscar_shards.samples import Entry, array, entries
@@ -66,8 +66,7 @@ def open_folder(folder: Path, flag: str = "--shards") -> ShardFolder:
 def is_whole(tar: Path) -> bool:
     """Whether a shard is there as it was written: tar and index, and the tar as long as the index says."""
     try:
-        said = pq.read_schema(index_path(tar)).metadata or {}
-        return tar.stat().st_size == int(said.get(SIZE, -1))
+        return tar.stat().st_size == size_said(pq.read_schema(index_path(tar)))
     except (OSError, ValueError):
         return False
 
@@ -77,17 +76,11 @@ def _constant(number: int, tar: Path) -> pa.Array:
 
 
 def _read_index(tar: Path, flag: str) -> pa.Table:
-    again = f"run: oscar-shards index {tar}"
     try:
-        table = pq.read_table(index_path(tar), page_checksum_verification=True)
-    except FileNotFoundError:
-        raise UsageError(f"{flag}: {tar} has no index {index_path(tar).name}; {again}") from None
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{flag}: {index_path(tar)} is damaged ({str(error).splitlines()[0]}); {again}") from None
-    if not table.schema.equals(SCHEMA):
-        raise UsageError(f"{flag}: {index_path(tar)} is an index of another version; {again}")
-    size = int((table.schema.metadata or {}).get(SIZE, -1))
-    if tar.stat().st_size != size:
+        table = load_index(tar)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {tar}: {error}") from None
+    if tar.stat().st_size != (size := size_said(table.schema)):
         raise UsageError(
             f"{flag}: {tar} has {tar.stat().st_size} bytes, its index says {size}: it is cut or changed; "
             "delete it and run its oscar-extract command again"
@@ -124,8 +117,11 @@ def read_index(tar: Path) -> pa.Table:
     Raises:
         UsageError: the tar is damaged, or not one of shards.
     """
-    if is_whole(tar) and pq.read_schema(index_path(tar)).equals(SCHEMA):
-        return pq.read_table(index_path(tar))
+    try:
+        if is_whole(tar):
+            return load_index(tar)
+    except ValueError:
+        pass
     try:
         return index_tar(tar)
     except ValueError as error:

@@ -10,11 +10,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from oscar_common.processes import each
 from oscar_common.progress import meter
-from oscar_shards.index import PLACES, SCHEMA, SIZE, Row, columns, in_batches, index_path, make_batch, places, read_row
+from oscar_shards.index import (
+    PLACES,
+    SCHEMA,
+    Row,
+    columns,
+    in_batches,
+    index_path,
+    load_index,
+    make_batch,
+    places,
+    read_row,
+    size_said,
+)
 from oscar_shards.manifest import Manifest
 from oscar_shards.quantise import are_finite
 from oscar_shards.read import manifest_of, read_rejects, tars_at
@@ -95,21 +106,12 @@ def check(tar: Path, quick: bool) -> Report:
 
 def read_stored(tar: Path, faults: list[tuple[str, str]]) -> pa.Table | None:
     """Read the index beside a tar, if it is whole and of this version."""
-    again = f"run: oscar-shards index {tar}"
     try:
-        table = pq.read_table(index_path(tar), page_checksum_verification=True)
-        table.validate(full=True)
-    except FileNotFoundError:
-        faults.append(("", f"it has no index, so that no byte can be compared; {again}"))
+        table = load_index(tar)
+    except ValueError as error:
+        faults.append(("", str(error)))
         return None
-    except (OSError, ValueError, pa.ArrowException) as error:
-        faults.append(("", f"{index_path(tar).name} is damaged ({str(error).splitlines()[0]}); {again}"))
-        return None
-    if not table.schema.equals(SCHEMA):
-        faults.append(("", f"{index_path(tar).name} is an index of another version; {again}"))
-        return None
-    said, there = int((table.schema.metadata or {}).get(SIZE, -1)), tar.stat().st_size
-    if said != there:
+    if (said := size_said(table.schema)) != (there := tar.stat().st_size):
         faults.append(("", f"it has {there:,} bytes, its index says {said:,}"))
     return table
 
