@@ -15,6 +15,7 @@ from oscar_shards.tar import Member, TarFault, Window
 
 JSON = "json"
 BOXES, SCALES, FEATURES = "boxes.npy", "scales.npy", "features.npy"
+USUAL = {JSON, BOXES, SCALES, FEATURES}
 JSON_LIMIT = 4 << 20  # bytes of one image's JSON: a thousand regions with ten attributes each have less than one
 NPY_LIMIT = 4 << 10  # bytes of an .npy header; the usual one has 128
 PICKLED = re.compile(r"(^|\.)(pkl|pickle|pyd|pth|pt)$")  # what stock webdataset hands to pickle
@@ -91,7 +92,8 @@ def _entry(window: Window, group: list[Member]) -> Entry:
     by_extension = {m.name[len(key) + 1 :]: m for m in group}
     if len(by_extension) < len(group):
         entry.faults.append("a member occurs twice: two images under one key")
-    entry.faults.extend(f"{m.name}: a pickle is refused" for e, m in by_extension.items() if PICKLED.search(e))
+    if not by_extension.keys() <= USUAL:
+        entry.faults.extend(f"{m.name}: a pickle is refused" for e, m in by_extension.items() if PICKLED.search(e))
     entry.json = by_extension.get(JSON)
     if entry.json is not None and entry.json.size > JSON_LIMIT:
         entry.faults.append(f"{JSON} of {entry.json.size:,} bytes; at most {JSON_LIMIT:,}")

