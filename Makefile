@@ -8,7 +8,7 @@ DEMO := runs/demo
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench bench-scale check format clean
+.PHONY: help setup demo test test-slow fuzz bench bench-scale check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -46,6 +46,9 @@ test: setup ## run the tests, except the slow ones
 
 test-slow: setup ## run the slow tests
 	$(BIN)/python -m pytest -m slow
+
+fuzz: setup ## try 100,000 damaged tars, indexes and JSONs each; half an hour or so
+	OSCAR_FUZZ=100000 $(BIN)/python -m pytest -q tests/shards/test_fuzz.py
 
 bench: setup ## measure extraction, stage by stage, and write bench/results; some minutes
 	$(BIN)/python bench/extract.py --detector builtin

@@ -180,7 +180,7 @@ def _plain(block: bytes) -> tarfile.TarInfo | None:
 
 
 def _sum(block: bytes) -> int:
-    """Return the sum of bytes modulo `ADLER`, twenty times as fast as `sum`: it is the lower half of Adler-32, less 1."""
+    """Return the sum of bytes modulo `ADLER`: the lower half of Adler-32 less 1, twenty times as fast as `sum`."""
     return (adler32(block) & 0xFFFF) - 1
 
 

@@ -25,11 +25,13 @@ from oscar_shards.tar import BLOCK
 from oscar_shards.verify import check
 
 COUNT = int(os.environ.get("OSCAR_FUZZ", "150"))
+PART = 1000  # tried at once: what hypothesis remembers of them grows
 FUZZ = settings(
-    max_examples=COUNT, deadline=None, database=None, derandomize=COUNT < 1000, print_blob=True,
+    max_examples=min(COUNT, PART), deadline=None, database=None, derandomize=COUNT < PART, print_blob=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 ROOM = 256 << 20  # bytes of memory beyond what was in use before
+parts = pytest.mark.parametrize("part", range(-(-COUNT // PART)))
 
 edit = st.tuples(
     st.floats(0, 1, exclude_max=True),  # where
@@ -83,9 +85,10 @@ def little_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < ROOM
 
 
+@parts
 @FUZZ
 @given(edits=st.lists(edit, min_size=1, max_size=6), sums=st.booleans())
-def test_a_tar_that_is_damaged_in_any_way_is_an_error_or_an_index(whole, edits, sums):
+def test_a_tar_that_is_damaged_in_any_way_is_an_error_or_an_index(part, whole, edits, sums):
     tar, data, _ = whole
     damaged = edited(data, edits)
     tar.write_bytes(with_checksums(damaged) if sums else damaged)
@@ -102,9 +105,10 @@ def test_a_tar_that_is_damaged_in_any_way_is_an_error_or_an_index(whole, edits, 
     check(tar, quick=True)
 
 
+@parts
 @FUZZ
 @given(edits=st.lists(edit, min_size=1, max_size=4))
-def test_an_index_that_is_damaged_in_any_way_is_found_or_made_anew(whole, edits):
+def test_an_index_that_is_damaged_in_any_way_is_found_or_made_anew(part, whole, edits):
     tar, data, index = whole
     tar.write_bytes(data)
     index_path(tar).write_bytes(edited(index, edits))
@@ -113,9 +117,10 @@ def test_an_index_that_is_damaged_in_any_way_is_found_or_made_anew(whole, edits)
     read_index(tar)
 
 
+@parts
 @FUZZ
 @given(data=st.binary(max_size=4096))
-def test_any_bytes_may_be_called_a_tar(whole, data):
+def test_any_bytes_may_be_called_a_tar(part, whole, data):
     tar, _, _ = whole
     tar.write_bytes(data)
     index_path(tar).write_bytes(data[::-1])
@@ -139,20 +144,22 @@ json_like = st.recursive(
 )
 
 
+@parts
 @FUZZ
 @given(contents=st.lists(json_like.map(json.dumps).map(str.encode) | st.binary(max_size=60), max_size=4))
-def test_any_json_is_a_row_or_named(contents):
+def test_any_json_is_a_row_or_named(part, contents):
     batch, wrong = read_content(contents)
     batch.validate(full=True)
     assert batch.num_rows + len(wrong) == len(contents)
 
 
+@parts
 @FUZZ
 @given(
     header=st.binary(max_size=200)
     | st.text("{}()[]'descrshapefortran_order:<>f2i14,0123456789 TrueFalse", max_size=200)
 )
-def test_any_npy_header_is_a_shape_or_an_error(header):
+def test_any_npy_header_is_a_shape_or_an_error(part, header):
     raw = header.encode() if isinstance(header, str) else header
     try:
         shape, dtype = parse_npy_header(b"\x93NUMPY\x01\x00" + len(raw).to_bytes(2, "little") + raw)
