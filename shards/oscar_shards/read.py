@@ -196,9 +196,8 @@ def read_boxes(tar: Path, row: dict[str, Any]) -> npt.NDArray[np.float32]:
 def read_features(tar: Path, row: dict[str, Any]) -> npt.NDArray[np.floating[Any]]:
     """Return the features of one image, [K, P], given its row of the table as a dict: float16, or float32 if the shard
     holds int8, which are multiplied by their rows' scales."""
-    k = row["num_boxes"]
-    if row["scales_offset"] is None:
-        return np.fromfile(tar, "<f2", row["features_bytes"] // 2, offset=row["features_offset"]).reshape(k, -1)
-    scales = np.fromfile(tar, "<f4", k, offset=row["scales_offset"])
-    values = np.fromfile(tar, "i1", row["features_bytes"], offset=row["features_offset"])
-    return dequantise(values.reshape(k, -1), scales)
+    k, size, integers = row["num_boxes"], row["features_bytes"], row["scales_offset"] is not None
+    dtype = np.dtype("i1" if integers else "<f2")
+    stored = np.fromfile(tar, dtype, size // dtype.itemsize, offset=row["features_offset"])
+    features = stored.reshape(k, stored.size // max(k, 1))
+    return dequantise(features, np.fromfile(tar, "<f4", k, offset=row["scales_offset"])) if integers else features
