@@ -150,6 +150,8 @@ def _check_same(out: Path, there: Manifest, here: Manifest) -> None:
 
     if there.name != here.name:
         refuse("name", there.name, here.name)
+    if there.detector.dtype != here.detector.dtype:
+        refuse("dtype", there.detector.dtype, here.detector.dtype)
     if there.detector != here.detector:
         refuse("detector", _describe(there), _describe(here))
     for name, value in here.settings.items():

@@ -40,6 +40,27 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_what_is_extracted_is_verified_and_its_indexes_are_made_again_to_the_bit(undisturbed: Path, tmp_path: Path):
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    done = oscar("oscar-shards", "verify", folder)
+    assert done.stdout.startswith("5 shards, 12 images, 8 texts: no fault ("), done.stdout + done.stderr
+    for index in folder.glob("shard-??????.parquet"):
+        index.unlink()
+    assert oscar("oscar-shards", "verify", folder).returncode == 1
+    assert oscar("oscar-shards", "index", folder).returncode == 0
+    assert contents(folder) == contents(undisturbed)
+
+
+def test_int8_shards_are_extracted_and_never_mixed_with_others(images: Path, tmp_path: Path):
+    arguments = ("--images", images / "size0", "--out", tmp_path, *ARGUMENTS)
+    assert extract(*arguments, "--dtype", "int8").returncode == 0
+    done = oscar("oscar-shards", "verify", tmp_path)
+    assert done.returncode == 0, done.stdout
+    refused = extract(*arguments)
+    assert refused.returncode == 2
+    assert "dtype" in error_line(refused)
+
+
 def test_every_image_is_a_sample_or_a_reject(images: Path, undisturbed: Path):
     urls = sorted(str(p) for p in undisturbed.glob("*.tar"))
     assert [Path(u).name for u in urls] == [f"shard-{n:06d}.tar" for n in range(5)]
