@@ -65,20 +65,23 @@ def entries(window: Window, found: Iterator[Member]) -> Iterator[Entry]:
         TarFault: see `oscar_shards.tar.members`.
     """
     group: list[Member] = []
+    last = ""
     try:
         for member in found:
-            if group and _key(member) != _key(group[0]):
-                yield _entry(window, group)
+            key = _key(member)
+            if group and key != last:
+                yield _entry(window, last, group)
                 group.clear()
             if not group:
                 window.mark = member.begin
             group.append(member)
+            last = key
     except TarFault:
         if len(group) >= len((JSON, BOXES, FEATURES)):  # what is damaged is the next one
-            yield _entry(window, group)
+            yield _entry(window, last, group)
         raise
     if group:
-        yield _entry(window, group)
+        yield _entry(window, last, group)
 
 
 def _key(member: Member) -> str:
@@ -86,8 +89,7 @@ def _key(member: Member) -> str:
     return folder + slash + name.partition(".")[0]
 
 
-def _entry(window: Window, group: list[Member]) -> Entry:
-    key = _key(group[0])
+def _entry(window: Window, key: str, group: list[Member]) -> Entry:
     entry = Entry(key, group[0].begin, group[-1].end)
     by_extension = {m.name[len(key) + 1 :]: m for m in group}
     if len(by_extension) < len(group):

@@ -53,6 +53,7 @@ class Window:
         self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._handle).st_size
         self._buffer = memoryview(bytearray(min(capacity, max(self.size, BLOCK))))
+        self.capacity = len(self._buffer)  # the most bytes that can be viewed at once
         self._begin = self._end = 0
         self.mark = 0  # from this byte on, what was seen is kept in sight where the window is large enough
 
@@ -63,11 +64,6 @@ class Window:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._handle)
-
-    @property
-    def capacity(self) -> int:
-        """The most bytes that can be viewed at once."""
-        return len(self._buffer)
 
     def view(self, offset: int, count: int) -> memoryview:
         """Return `count` bytes at `offset`; they are valid until the next call.
