@@ -44,6 +44,7 @@ function startSheet(sheet) {
       if (!node.hidden) { images++; boxes += drawn; }
     }
     document.body.classList.toggle("bare", now.labels === "0");
+    document.body.classList.toggle("filtered", tag !== "");
     one("#least").textContent = least.toFixed(2);
     one("#count").textContent = `showing ${images} of ${figures.length} images, ${boxes} of ${total} boxes`;
     one("#nothing").hidden = images > 0;

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from importlib import resources
 
 # Only the script whose hash is named runs: should markup ever get into the page from a shard, it cannot act.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; script-src "
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; script-src "
+)
 
 
 def page(title: str, body: Iterable[str]) -> Iterator[str]:
@@ -17,7 +19,7 @@ def page(title: str, body: Iterable[str]) -> Iterator[str]:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     yield (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}'sha256-{digest}'\">\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}\'sha256-{digest}\'">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>\n{style}</style>\n<main>\n"
     )

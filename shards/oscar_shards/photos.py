@@ -5,6 +5,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,20 @@ def embedded(photos: Iterable[Path | None]) -> Iterator[tuple[str, int, int] | N
         yield _embedded(path) if path else None
 
 
+@lru_cache
+def _formats() -> list[str]:
+    """Return those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def _embedded(path: Path) -> tuple[str, int, int] | None:
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN or Image.init() and f in Image.OPEN]) as image:
+            with Image.open(path, formats=_formats()) as image:
                 image.draft("RGB", (2 * SIDE, 2 * SIDE))  # JPEG can be decoded at a fraction of its size
                 image.thumbnail((SIDE, SIDE))
                 small = ImageOps.exif_transpose(image).convert("RGB")

@@ -21,9 +21,7 @@ CANDIDATES = 10_000  # names among which one is looked for that was meant
 LISTS = ("tags", "scores", "attributes", "texts")
 
 
-def show(
-    path: Path, keys: Sequence[str], tags: Sequence[str], images: Path | None, limit: int, html: Path
-) -> None:
+def show(path: Path, keys: Sequence[str], tags: Sequence[str], images: Path | None, limit: int, html: Path) -> None:
     """Write the page of at most `limit` images: those with these keys, those with any of these tags, else the first.
 
     Raises:
@@ -37,7 +35,8 @@ def show(
     rows = choose(path, tars, keys, tags, limit)
     lead = _lead(len(rows), len(tars), limit, manifest)
     with replacing(html) as file:
-        for piece in page(f"Shards: {path.name or path}", _body(path, lead, sheet(rows, images, MIN_SCORE, _first(tags)))):
+        body = _body(path, lead, sheet(rows, images, MIN_SCORE, _first(tags)))
+        for piece in page(f"Shards: {path.name or path}", body):
             file.write(piece.encode("utf-8", "replace"))
     print(f"{html}: {len(rows):,} image{'s' * (len(rows) != 1)}, {size(html.stat().st_size)}")
 
@@ -114,7 +113,9 @@ def _read(tar: Path) -> pa.Table:
         table = read_index(tar)
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"PATH {tar}: its index is damaged ({str(error).splitlines()[0]}); run: oscar-shards index {tar}") from None
+        raise UsageError(
+            f"PATH {tar}: its index is damaged ({str(error).splitlines()[0]}); run: oscar-shards index {tar}"
+        ) from None
     return table
 
 

@@ -1,4 +1,4 @@
-"""Regions to look at: a photo with its boxes, tags, scores and texts as an HTML figure, and a sheet of them to filter."""
+"""Regions to look at: photos with boxes, tags, scores and texts as HTML figures, and a sheet of them."""
 
 import math
 from collections import Counter
@@ -15,6 +15,8 @@ from oscar_shards.page import text
 from oscar_shards.photos import embedded, find_photos
 
 MOST = 1000  # regions, and texts, of one image that are shown
+MOST_LABELS = 200  # of one image that are kept free of others
+ROOM = 6  # percent of a photo's height that a label takes
 SHOWN_TEXTS = 6  # the others are folded away
 TAGS = 5000  # in the list that the tag field offers
 NO_SHAPE = (640.0, 480.0)
@@ -73,7 +75,7 @@ def figure(row: dict[str, Any], boxes: npt.NDArray[np.float32], picture: Picture
     shown = max(0.2, min(5.0, width / height))  # a strip of a photo is drawn wider than it is
     alt = ", ".join(Counter(r.tag for r in reversed(regions) if r.tag))
     image = f'<img alt="{text(alt)}" src="{picture[0]}">' if picture else ""
-    rects, labels = "".join(map(_rect, regions)), "".join(_label(region, width, height) for region in regions)
+    rects, labels = "".join(map(_rect, regions)), "".join(_labels(regions, width, height))
     key = text(row.get("key") or "")
     return (
         f'<figure><div class="frame" tabindex="0" role="button" aria-label="Enlarge {key}">'
@@ -107,13 +109,38 @@ def _rect(region: Region) -> str:
     )
 
 
-def _label(region: Region, width: float, height: float) -> str:
-    """Return a label at the box's upper left corner; within the box at the photo's upper edge, where no room is above."""
-    left, top, right = region.box[0] / width, region.box[1] / height, region.box[2] / width
-    side = f"left:{100 * max(left, 0):.2f}%" if left < 0.7 else f"right:{100 * max(1 - right, 0):.2f}%"
-    inside = " inside" if top < 0.07 else ""
-    words = f"<b>{text(region.tag, 60)}</b> {_score(region.score)}"
-    return f'<span class="label{inside}" style="{side};top:{100 * max(top, 0):.2f}%;{_hue(region.tag)}">{words}</span>'
+def _labels(regions: list[Region], width: float, height: float) -> Iterator[str]:
+    """Yield a label for each region; one that would lie over a surer one's is `crowded`: only shown enlarged."""
+    places = [_place(region, width, height) for region in regions]
+    crowded = _crowded(places)
+    for number, (region, (x0, y0, x1, y1)) in enumerate(zip(regions, places, strict=True)):
+        side = f"left:{x0:.2f}%" if region.box[0] < 0.7 * width else f"right:{100 - x1:.2f}%"
+        inside = region.box[1] < ROOM / 100 * height
+        kind = f"label{' inside' * inside}{' crowded' * (number in crowded)}"
+        words = f"<b>{text(region.tag, 60)}</b> {_score(region.score)}"
+        yield f'<span class="{kind}" style="{side};top:{y0 if inside else y1:.2f}%;{_hue(region.tag)}">{words}</span>'
+
+
+def _place(region: Region, width: float, height: float) -> tuple[float, float, float, float]:
+    """Return where about a label lies (xyxy, percent of the photo): above its box, or within where no room is above."""
+    left, right = (min(max(100 * x / width, 0.0), 100.0) for x in (region.box[0], region.box[2]))
+    top = min(max(100 * region.box[1] / height, 0.0), 100.0)
+    wide = 2.1 * (min(len(region.tag), 60) + 5)
+    x0, y0 = left if left < 70 else right - wide, top if top < ROOM else top - ROOM
+    return x0, y0, x0 + wide, y0 + ROOM
+
+
+def _crowded(places: list[tuple[float, float, float, float]]) -> set[int]:
+    """Return the numbers of the labels that lie over one of a later number, which is surer."""
+    taken: list[tuple[float, float, float, float]] = []
+    crowded = set()
+    for number in reversed(range(len(places))):
+        x0, y0, x1, y1 = places[number]
+        if any(x0 < right and left < x1 and y0 < bottom and top < y1 for left, top, right, bottom in taken):
+            crowded.add(number)
+        elif len(taken) < MOST_LABELS:
+            taken.append(places[number])
+    return crowded
 
 
 def _meta(row: dict[str, Any], regions: list[Region]) -> str:
@@ -159,7 +186,9 @@ def figures(rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None) ->
         yield figure(row, boxes_of(tar, row), picture)
 
 
-def sheet(rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None, score: float, tag: str = "") -> Iterator[str]:
+def sheet(
+    rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None, score: float, tag: str = ""
+) -> Iterator[str]:
     """Yield a contact sheet in pieces: filters, set to a least `score` and a `tag` at first, and the figures."""
     counts = Counter(name for _, row in rows for name in {n for n in row.get("tags") or () if n})
     options = "".join(
@@ -168,7 +197,8 @@ def sheet(rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None, scor
     yield f"""<form class="tools" id="tools" autocomplete="off">
 <input type="search" id="tag" list="tags" value="{text(tag)}" placeholder="tag, of {len(counts):,}" aria-label="Tag">
 <datalist id="tags">{options}</datalist>
-<label>score ≥ <input type="range" id="score" min="0" max="1" step="0.01" value="{score}"><output id="least"></output></label>
+<label>score ≥ <input type="range" id="score" min="0" max="1" step="0.01" value="{score}">
+<output id="least"></output></label>
 <input type="search" id="text" placeholder="search in texts" aria-label="Search in texts">
 <label><input type="checkbox" id="labels" checked> labels</label>
 <button type="button" id="reset">reset</button>
