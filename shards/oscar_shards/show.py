@@ -71,7 +71,7 @@ def choose(
     missing, met = set(keys), _Names()
     with meter("shards", len(tars)) as shown:
         for number, tar in enumerate(tars, start=1):
-            table = _read(tar)
+            table = checked_index(tar)
             chosen = table.filter(_wanted(table, keys, tags)).slice(0, limit - len(found))
             found += [(tar, row) for row in _rows(chosen)]
             missing -= set(chosen["key"].to_pylist()) if missing else set()
@@ -103,7 +103,7 @@ class _Names:
         return nearest(name, close or list(self.names)[:5])
 
 
-def _read(tar: Path) -> pa.Table:
+def checked_index(tar: Path) -> pa.Table:
     """Return the index of a tar, every string of it valid.
 
     Raises:

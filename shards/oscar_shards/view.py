@@ -114,7 +114,7 @@ def _labels(regions: list[Region], width: float, height: float) -> Iterator[str]
     places = [_place(region, width, height) for region in regions]
     crowded = _crowded(places)
     for number, (region, (x0, y0, x1, y1)) in enumerate(zip(regions, places, strict=True)):
-        side = f"left:{x0:.2f}%" if region.box[0] < 0.7 * width else f"right:{100 - x1:.2f}%"
+        side = f"left:{x0:.2f}%" if x1 < 100 else "right:0"
         inside = region.box[1] < ROOM / 100 * height
         kind = f"label{' inside' * inside}{' crowded' * (number in crowded)}"
         words = f"<b>{text(region.tag, 60)}</b> {_score(region.score)}"
@@ -123,10 +123,9 @@ def _labels(regions: list[Region], width: float, height: float) -> Iterator[str]
 
 def _place(region: Region, width: float, height: float) -> tuple[float, float, float, float]:
     """Return where about a label lies (xyxy, percent of the photo): above its box, or within where no room is above."""
-    left, right = (min(max(100 * x / width, 0.0), 100.0) for x in (region.box[0], region.box[2]))
-    top = min(max(100 * region.box[1] / height, 0.0), 100.0)
-    wide = 2.1 * (min(len(region.tag), 60) + 5)
-    x0, y0 = left if left < 70 else right - wide, top if top < ROOM else top - ROOM
+    left, top = (min(max(100 * x / side, 0.0), 100.0) for x, side in ((region.box[0], width), (region.box[1], height)))
+    wide = 2.1 * (min(len(region.tag), 60) + 5) * max(1.0, height / width)
+    x0, y0 = left if left + wide < 100 else 100 - wide, top if top < ROOM else top - ROOM
     return x0, y0, x0 + wide, y0 + ROOM
 
 
