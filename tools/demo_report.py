@@ -1,8 +1,8 @@
 """The demo's last step: one self-contained page of photos with regions, shard statistics and loss curves."""
 
 import csv
-import html
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -10,44 +10,32 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from oscar_common.files import replacing
-from oscar_shards.read import ShardFolder, open_folder
-from oscar_shards.stats import count
-from oscar_shards.view import CSS, figures
+from oscar_shards.page import page
+from oscar_shards.report import fact_table, measure
+from oscar_shards.show import MIN_SCORE, choose
+from oscar_shards.view import sheet
 
-MIN_SCORE = 0.3  # regions drawn; shards hold more (at least --min-boxes an image)
+LIMIT = 100  # images
 
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(folder: Path) -> None:
     """Write FOLDER/report.html from FOLDER/images, FOLDER/shards and FOLDER/train."""
-    shards = open_folder(folder / "shards")
-    sheet = "\n".join(figures(shards, folder / "images", limit=100, min_score=MIN_SCORE))
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Oscar demo</title><style>{CSS}</style>
-<h1>From photos to a pre-trained Oscar</h1>
-<h2>Photos, regions and tags</h2>
-<p>Drawn are regions with a score of at least {MIN_SCORE}; the texts are below each photo.</p>
-<div class="sheet">{sheet}</div>
-<h2>Shards</h2>{statistics(shards)}
-<h2>Pre-training</h2>{curves(folder / "train" / "metrics.csv")}</html>
-"""
     with replacing(folder / "report.html") as file:
-        file.write(page.encode())
+        for piece in page("Oscar demo", body(folder)):
+            file.write(piece.encode())
     print(f"report: {folder / 'report.html'}")
 
 
-def statistics(shards: ShardFolder) -> str:
-    """Return the shards' statistics as an HTML table."""
-    stats, detector = count(shards.tars), shards.manifest.detector
-    rows = {
-        "detector": f"{detector.name}, preset {detector.preset}, {detector.feature_dim} features a region",
-        "images": f"{stats.images:,} in {stats.shards} shards, {stats.bytes / 1e6:.1f} MB",
-        "triples (image, text)": ", ".join(f"{n:,} ({kind})" for kind, n in stats.triples.most_common()),
-        "regions": f"{stats.regions:,}; {stats.regions_min} to {stats.regions_max} an image",
-        "most frequent tags": ", ".join(f"{tag} {n}" for tag, n in stats.tags.most_common(15)),
-        "refused images": ", ".join(f"{reason} {n}" for reason, n in stats.rejects.most_common()) or "none",
-    }
-    return "<table>" + "".join(f"<tr><th>{k}<td>{html.escape(v)}" for k, v in rows.items()) + "</table>"
+def body(folder: Path) -> Iterator[str]:
+    """Yield the page's content."""
+    shards = folder / "shards"
+    yield "<h1>From photos to a pre-trained Oscar</h1>\n"
+    yield '<p class="lead">Photos with the regions, tags and scores in the shards, and their texts.</p>\n'
+    yield from sheet(choose(shards, limit=LIMIT), folder / "images", MIN_SCORE)
+    yield f"<h2>Shards</h2>{fact_table(measure([shards]))}\n"
+    yield f'<h2>Pre-training</h2><div class="paper">{curves(folder / "train" / "metrics.csv")}</div>\n'
 
 
 def curves(metrics: Path) -> str:

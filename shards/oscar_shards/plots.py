@@ -23,6 +23,11 @@ def binned(counts: Counter[int], most: int = 40) -> list[Bar]:
     return [(f"{a}" if a == b else f"{a}-{b}", sums[n]) for n, (a, b) in enumerate(names)]
 
 
+def begin(label: str) -> str:
+    """Return the least number of a bin, given its label."""
+    return label.partition("-")[0]
+
+
 def lying(bars: Sequence[Bar], unit: str) -> str:
     """Return an SVG of lying bars, each with its label before it and its count after it."""
     if not bars:
@@ -40,8 +45,8 @@ def lying(bars: Sequence[Bar], unit: str) -> str:
     return _svg("".join(parts), row * len(bars))
 
 
-def standing(bars: Sequence[Bar], unit: str, mark: float | None = None) -> str:
-    """Return an SVG of standing bars, a histogram; `mark` is where to draw an upright line, in bars from the left."""
+def standing(bars: Sequence[Bar], unit: str, mark: int = 0) -> str:
+    """Return an SVG of standing bars, a histogram, with an upright line before the bar of number `mark`."""
     if not any(n for _, n in bars):
         return '<p class="note">none</p>'
     high, step, most = 150, WIDTH / max(len(bars), 1), max(n for _, n in bars)
@@ -56,12 +61,12 @@ def standing(bars: Sequence[Bar], unit: str, mark: float | None = None) -> str:
         )
     every = -(-len(bars) // 10)
     names = "".join(
-        f'<text class="soft" x="{(n + 0.5) * step:.1f}" y="{high + 16}" text-anchor="middle">{text(label)}</text>'
+        f'<text class="soft" x="{(n + 0.5) * step:.1f}" y="{high + 16}" text-anchor="middle">{text(begin(label))}</text>'
         for n, (label, _) in enumerate(bars)
         if n % every == 0
     )
     line = f'<line x1="0" y1="{high}" x2="{WIDTH}" y2="{high}"/>'
-    if mark is not None and 0 < mark < len(bars):
+    if 0 < mark < len(bars):
         line += f'<line class="mark" x1="{mark * step:.1f}" y1="0" x2="{mark * step:.1f}" y2="{high}"/>'
     return _svg("".join(parts) + line + names, high + 22)
 

@@ -17,7 +17,7 @@ from oscar_common.progress import meter
 from oscar_shards.lengths import LIMIT, Lengths
 from oscar_shards.manifest import DetectorRecord
 from oscar_shards.page import number, page, size, text, visible
-from oscar_shards.plots import Bar, binned, lying, sparkline, standing
+from oscar_shards.plots import Bar, begin, binned, lying, sparkline, standing
 from oscar_shards.read import manifest_of, tars_at
 from oscar_shards.show import checked_index
 from oscar_shards.stats import SCORE_BINS, Stats, count_shard, mean, quantile
@@ -139,7 +139,9 @@ def print_report(found: Report) -> None:
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     stats = found.stats
-    table = Table("", escape(", ".join(visible(p) for p in found.paths)), title="oscar-shards stats", title_justify="left")
+    table = Table(
+        "", escape(", ".join(visible(p) for p in found.paths)), title="oscar-shards stats", title_justify="left"
+    )
     for name, value in facts(found):
         table.add_row(name, Text(visible(value, 2000)))
     table.add_section()
@@ -181,11 +183,8 @@ def _body(found: Report) -> Iterator[str]:
         ("rejects", number(stats.rejects.total())),
     ):
         yield f'<div class="card"><b>{value}</b><span>{name}</span></div>'
-    rows = "".join(f"<tr><th>{text(name)}<td>{text(value, 2000)}" for name, value in facts(found))
-    yield f'</div>\n<div class="panel"><table>{rows}</table></div>\n<h2>Distributions</h2><div class="panels">\n'
-    units = ("images", "regions", "texts", "images", "triples")
-    for (name, bars), unit in zip(histograms(found), units, strict=True):
-        yield _panel(name, standing(bars, unit), _note(found, name))
+    yield f'</div>\n{fact_table(found)}\n<h2>Distributions</h2><div class="panels">\n'
+    yield from _distributions(found)
     yield '</div>\n<h2>Most frequent</h2><div class="panels">\n'
     yield _panel("tags", lying(stats.tags.most_common(MOST_TAGS), "regions"), f"{len(stats.tags):,} in all")
     yield _panel("triples by source and kind", lying(stats.triples.most_common(MOST_TAGS), "triples"))
@@ -196,8 +195,21 @@ def _body(found: Report) -> Iterator[str]:
     yield "</div>\n"
 
 
-def _note(found: Report, name: str) -> str:
-    return share_cut(found.lengths) if name == "tokens of a triple" else ""
+def fact_table(found: Report) -> str:
+    """Return what one line each can say as an HTML table."""
+    rows = "".join(f"<tr><th>{text(name)}<td>{text(value, 2000)}" for name, value in facts(found))
+    return f'<div class="panel"><table>{rows}</table></div>'
+
+
+def _distributions(found: Report) -> Iterator[str]:
+    """Yield a panel for each histogram; that of triples has a line where training cuts."""
+    units = ("images", "regions", "texts", "images", "triples")
+    for (name, bars), unit in zip(histograms(found), units, strict=True):
+        note, mark = f"highest bar: {max((n for _, n in bars), default=0):,} {unit}", 0
+        if unit == "triples":
+            note += f"; {share_cut(found.lengths)} (the line)"
+            mark = next((n for n, (label, _) in enumerate(bars) if int(begin(label)) > LIMIT), 0)
+        yield _panel(name, standing(bars, unit, mark), note)
 
 
 def _panel(name: str, plot: str, note: str = "") -> str:

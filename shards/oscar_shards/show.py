@@ -32,7 +32,7 @@ def show(path: Path, keys: Sequence[str], tags: Sequence[str], images: Path | No
         raise UsageError(f"--images {images}: no such folder; give the one that has the photos")
     if html.is_dir() or not html.parent.is_dir():
         raise UsageError(f"--html {html}: {'a folder' if html.is_dir() else 'no such folder'}; give a file to write")
-    rows = choose(path, tars, keys, tags, limit)
+    rows = choose(path, keys, tags, limit)
     lead = _lead(len(rows), len(tars), limit, manifest)
     with replacing(html) as file:
         body = _body(path, lead, sheet(rows, images, MIN_SCORE, _first(tags)))
@@ -60,7 +60,7 @@ def _lead(shown: int, shards: int, limit: int, manifest: Manifest | None) -> str
 
 
 def choose(
-    path: Path, tars: list[Path], keys: Sequence[str], tags: Sequence[str], limit: int
+    path: Path, keys: Sequence[str] = (), tags: Sequence[str] = (), limit: int = 100
 ) -> list[tuple[Path, dict[str, Any]]]:
     """Return (tar, row) of the images asked for, reading one shard after the other and no more than needed.
 
@@ -68,6 +68,7 @@ def choose(
         UsageError: a key or a tag that no image has.
     """
     found: list[tuple[Path, dict[str, Any]]] = []
+    tars = tars_at(path)
     missing, met = set(keys), _Names()
     with meter("shards", len(tars)) as shown:
         for number, tar in enumerate(tars, start=1):
