@@ -1,0 +1,370 @@
+"""Shards to other formats, and back: what is to be done, and in which order it is written."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from oscar_common import __version__
+from oscar_common.errors import OperationError, UsageError
+from oscar_common.files import TEMPORARY, hold, locked, release, replacing_folder
+from oscar_common.processes import each
+from oscar_common.progress import Meter, meter, phase
+from oscar_common.sample import Sample
+from oscar_common.vocabulary import NAMES, read_names
+from oscar_shards import lxmert_tsv, npz, oscar_corpus, sidecar
+from oscar_shards.foreign import Rows, Vocabulary
+from oscar_shards.lines import Lines
+from oscar_shards.manifest import FILE, DetectorRecord, Layout, Manifest, PlanRecord, read_manifest, write_manifest
+from oscar_shards.oscar_writer import OscarWriter
+from oscar_shards.part import Part, Written, is_done, write_part
+from oscar_shards.read import find_shards, read_rejects, read_samples
+from oscar_shards.write import Reject, sample_json, shard_path
+
+NAME = "shard"
+IMAGES_PER_SHARD = 1000
+TRIES = 100  # rows that are looked at for P
+
+
+class Writer(Protocol):
+    """Writes samples in another format."""
+
+    def add(self, sample: Sample) -> tuple[str, str]:
+        """Write a sample and return the file and id that it has there; both are empty if it has none."""
+
+    def close(self) -> list[str]:
+        """Write what comes last and return what people should know, a line each."""
+
+
+def import_shards(
+    format: str,
+    source_path: Path,
+    *,
+    out: Path,
+    source: str | None,
+    classes: Path | None,
+    attributes: Path | None,
+    dtype: str | None,
+    images_per_shard: int | None,
+    workers: int | None,
+) -> None:
+    """Make shards of what is in another format, or go on with it.
+
+    Raises:
+        UsageError: what is asked for is not there, or other shards are in `out`.
+        OperationError: rows were refused; the others are done.
+    """
+    if not source_path.exists():
+        raise UsageError(f"FROM {source_path}: no such file or folder; give what is in the format {format}")
+    if out.resolve() in (source_path.resolve(), source_path.resolve().parent):
+        raise UsageError(f"--out {out}: FROM is in it; give another --out")
+    beside = sidecar.find(source_path)
+    vocabulary = _vocabulary(format, classes, attributes) if beside is None else Vocabulary([], [])
+    with phase(f"looking through {source_path}"):
+        rows = find_rows(format, source_path, source, vocabulary, beside is None)
+    if beside is not None:
+        given = {"source": source, "classes": classes, "attributes": attributes, "dtype": dtype}
+        manifest, parts = _same_again(format, beside, rows, out, given | {"images-per-shard": images_per_shard})
+        print(f"{beside} says what the shards were, and they become the same; delete it to have the files alone read")
+    else:
+        if not rows.ids:
+            raise UsageError(f"FROM {source_path}: there is no image in it; give a file that is not empty")
+        chosen = dtype or "float16", images_per_shard or IMAGES_PER_SHARD
+        manifest, parts = _anew(format, source_path, rows, out, source, vocabulary, *chosen)
+        print("".join(f"{note}\n" for note in rows.notes), end="")
+    with locked(out, "--out"):
+        _begin(out, manifest)
+        _write(parts, manifest.layout, out, workers)
+
+
+def find_rows(format: str, path: Path, source: str | None, vocabulary: Vocabulary, with_texts: bool) -> Rows:
+    """Find the images in a format.
+
+    Raises:
+        UsageError: a file is missing, or there is no image.
+    """
+    rows: Rows
+    if format == "oscar":
+        rows = oscar_corpus.read_rows(path, source, vocabulary, with_texts)
+    elif format == "npz":
+        rows = npz.read_rows(path, source, vocabulary)
+    else:
+        rows = lxmert_tsv.read_rows(path, format, source, vocabulary)
+    return rows
+
+
+def _vocabulary(format: str, classes: Path | None, attributes: Path | None) -> Vocabulary:
+    """Return names for numbers: Visual Genome's by default, where a format has numbers."""
+    numbers = format in ("lxmert", "npz")
+    files = classes or (NAMES / "objects.txt" if numbers else None)
+    others = attributes or (NAMES / "attributes.txt" if numbers else None)
+    return Vocabulary(
+        read_names("--classes", files, "label_to_idx") if files else [],
+        read_names("--attributes", others, "attribute_to_idx") if others else [],
+    )
+
+
+def _same_again(format: str, beside: Path, rows: Rows, out: Path, given: dict[str, Any]) -> tuple[Manifest, list[Part]]:
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"--{name} {value}: {beside} says what the shards were; delete it, or leave out --{name}")
+    images = sidecar.read_images(beside, format, rows)
+    manifest = read_manifest(beside.parent, "FROM")
+    parts = [
+        Part(
+            tar=out / tar,
+            rows=rows.take(places[places >= 0]),
+            places=places,
+            duplicates=frozenset(),
+            sidecar=(beside, group),
+            known_rejects=known,
+        )
+        for tar, group, places, known in zip(images.tars, images.groups, images.rows, images.rejects, strict=True)
+    ]
+    return manifest, parts
+
+
+def _anew(
+    format: str,
+    path: Path,
+    rows: Rows,
+    out: Path,
+    source: str | None,
+    vocabulary: Vocabulary,
+    dtype: str,
+    images_per_shard: int,
+) -> tuple[Manifest, list[Part]]:
+    width = _feature_dim(rows, path)
+    count = -(-len(rows.ids) // images_per_shard)
+    detector = DetectorRecord(
+        name=format,
+        preset="unknown",
+        config="",
+        weights="",
+        weights_sha256="",
+        classes=vocabulary.classes,
+        attributes=vocabulary.attributes,
+        feature_dim=width,
+        dtype=dtype,
+    )
+    settings = {"import": format, "source": source}
+    plan = PlanRecord(
+        images=str(path),
+        captions=None,
+        num_images=len(rows.ids),
+        num_texts=rows.num_texts,
+        images_per_shard=images_per_shard,
+        num_shards=count,
+        sha256=_digest(rows, [settings, dataclasses.asdict(detector), images_per_shard]),
+    )
+    manifest = Manifest(
+        name=NAME, detector=detector, settings=settings, plan=plan, software={"oscar_shards": __version__}
+    )
+    return manifest, list(_parts(rows, out, images_per_shard, count))
+
+
+def _parts(rows: Rows, out: Path, images_per_shard: int, count: int) -> Iterator[Part]:
+    again = _duplicates(rows)
+    for number in range(count):
+        places = np.arange(number * images_per_shard, min((number + 1) * images_per_shard, len(rows.ids)))
+        yield Part(
+            tar=shard_path(out, NAME, number),
+            rows=rows.take(places),
+            places=places,
+            duplicates=frozenset(np.flatnonzero(again[places]).tolist()),
+            misfits=rows.misfits if number == 0 else [],
+        )
+
+
+def _duplicates(rows: Rows) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """Return which images have a source and id that an earlier one has."""
+    seen: set[tuple[str, str]] = set()
+    again = np.zeros(len(rows.ids), bool)
+    for n, image in enumerate(zip(rows.sources, rows.ids, strict=True)):
+        again[n] = bool(image[1]) and image in seen
+        seen.add(image)
+    return again
+
+
+def _feature_dim(rows: Rows, path: Path) -> int:
+    """Return P of the first row that can be read and has regions."""
+    first = ""
+    tries = range(min(TRIES, len(rows.ids)))
+    with Lines(rows.paths) as lines:
+        for row in tries:
+            try:
+                features = rows.read(row, lines)[0].regions.features
+                if len(features):
+                    return int(features.shape[1])
+            except ValueError as error:
+                first = first or f": {rows.name(row)}: {error}"
+    raise UsageError(f"FROM {path}: none of the first {len(tries)} rows can be read as this format{first}")
+
+
+def _digest(rows: Rows, settings: list[Any]) -> str:
+    """Return a hash of the files, their sizes, and what was asked for."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path in rows.paths:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+    return digest.hexdigest()
+
+
+def _begin(out: Path, manifest: Manifest) -> None:
+    """Write the manifest, unless it is there.
+
+    Raises:
+        UsageError: other shards are there.
+    """
+    if (out / FILE).exists():
+        there = read_manifest(out, "--out")
+        if (there.plan.sha256, there.detector, there.plan.num_images) != (
+            manifest.plan.sha256,
+            manifest.detector,
+            manifest.plan.num_images,
+        ):
+            raise UsageError(
+                f"--out {out}: the shards of another job are there, or its files or options were others; "
+                "give another --out"
+            )
+    elif next(out.glob("*.tar"), None):
+        raise UsageError(f"--out {out}: there are tars without a {FILE}; give another --out")
+    else:
+        write_manifest(out, manifest)
+
+
+def _write(parts: list[Part], layout: Layout, out: Path, workers: int | None) -> None:
+    """Write the shards that are not there.
+
+    Raises:
+        OperationError: rows were refused.
+    """
+    left = [part for part in parts if not is_done(part)]
+    total = sum(len(p.places) for p in parts)
+    done = total - sum(len(p.places) for p in left)
+    written: dict[str, Written] = {}
+    with meter("images", total, done) as progress:
+        for (part, _), result in each(write_part, [(part, layout) for part in left], workers):
+            written[part.tar.name] = result
+            done += len(part.places)
+            progress.show(done, sum(w.rejects for w in written.values()))
+    refused = sum(w.rejects for w in written.values())
+    images = total - sum(w.refused_images for w in written.values())
+    print(f"{out}: {len(parts):,} shards, {images:,} images")
+    if refused:
+        path, message = next(written[p.tar.name].first for p in left if written[p.tar.name].rejects)
+        raise OperationError(
+            f"{refused:,} rows were refused, the first: {path}: {message}; all are named in {out}/*.rejects.parquet"
+        )
+
+
+def export_shards(format: str, path: Path, out: Path, overwrite: bool) -> None:
+    """Write a folder of shards, or one of its tars, in another format.
+
+    Raises:
+        UsageError: there are no shards, or something is in `out`.
+    """
+    manifest, tars = _shards_of(path)
+    _check_out(out, path, overwrite)
+    total = manifest.plan.num_images
+    with _alone(out), replacing_folder(out) as folder, meter("images", total) as progress:
+        writer = _writer(format, folder, manifest)
+        beside = sidecar.SidecarWriter(folder, format, tars)
+        done = sum(_export_tar(tar, writer, beside, progress) for tar in tars)
+        notes = writer.close()
+        beside.close()
+        write_manifest(folder, manifest)
+        if path.is_dir():  # to the byte
+            shutil.copyfile(path / FILE, folder / FILE)
+    print("".join(f"{note}\n" for note in notes), end="")
+    print(f"{out}: {done:,} images")
+
+
+def _shards_of(path: Path) -> tuple[Manifest, list[Path]]:
+    """Return what is exported: the shards of a folder, or one, for which the manifest is adapted."""
+    if not path.exists():
+        raise UsageError(f"PATH {path}: no such file or folder; give a folder of shards, or a tar")
+    folder = path if path.is_dir() else path.parent
+    if not (folder / FILE).is_file():
+        raise UsageError(f"PATH {path}: no {FILE} in {folder}; run: oscar-shards index {folder}")
+    if path.is_dir():
+        return find_shards(path, "PATH")
+    whole = read_manifest(folder, "PATH")
+    samples = _samples(path)
+    texts, images = 0, 0
+    for sample in samples:
+        texts, images = texts + len(sample.texts), images + 1
+    images += len(_rejects(path))
+    sha256 = hashlib.sha256(f"{whole.plan.sha256} {path.name}".encode()).hexdigest()
+    plan = dataclasses.replace(
+        whole.plan, num_images=images, num_texts=texts, num_shards=1, sha256=sha256, images_per_shard=max(images, 1)
+    )
+    return dataclasses.replace(whole, plan=plan, name=whole.name if path in whole.tars(folder) else ""), [path]
+
+
+def _samples(tar: Path) -> Iterator[Sample]:
+    try:
+        yield from read_samples(tar)
+    except ValueError as error:
+        raise UsageError(f"PATH {tar}: {error}; see: oscar-shards verify {tar}") from None
+
+
+def _rejects(tar: Path) -> list[Reject]:
+    table = read_rejects([tar])
+    return [] if table is None else [Reject(**row) for row in table.to_pylist()]
+
+
+def _check_out(out: Path, path: Path, overwrite: bool) -> None:
+    if out.resolve() == path.resolve() or out.resolve() in path.resolve().parents:
+        raise UsageError(f"--out {out}: the shards are in it; give another --out")
+    if out.is_file():
+        raise UsageError(f"--out {out}: a file; give a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UsageError(f"--out {out}: not empty; give another --out, or --overwrite")
+        if not (out / sidecar.FILE).exists():  # who knows what else --overwrite would delete
+            raise UsageError(
+                f"--overwrite: {out} is no export: no {sidecar.FILE} in it; delete it, or give another --out"
+            )
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Let no other export write to `out` meanwhile."""
+    lock = out.with_name(f"{TEMPORARY}{out.name}.lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle = hold(lock)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written: {error.strerror}; give another --out") from None
+    if handle is None:
+        raise OperationError(f"{out}: another process is writing there; wait for it, or give another --out")
+    try:
+        yield
+    finally:
+        release(handle, lock)
+
+
+def _writer(format: str, folder: Path, manifest: Manifest) -> Writer:
+    if format == "oscar":
+        return OscarWriter(folder)
+    vocabulary = Vocabulary(manifest.detector.classes, manifest.detector.attributes)
+    return npz.NpzWriter(folder, vocabulary) if format == "npz" else lxmert_tsv.TsvWriter(folder, format, vocabulary)
+
+
+def _export_tar(tar: Path, writer: Writer, beside: sidecar.SidecarWriter, progress: Meter) -> int:
+    """Write the samples of a tar and return how many they are."""
+    places = []
+    for sample in _samples(tar):
+        file, id = writer.add(sample)
+        places.append((sample.key, sample_json(sample).decode(), file, id))
+        progress.show(progress.done + 1, 0)
+    rejects = _rejects(tar)
+    beside.add(tar, places, rejects)
+    progress.show(progress.done + len(rejects), 0)
+    return len(places)

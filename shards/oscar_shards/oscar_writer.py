@@ -1,0 +1,186 @@
+"""Samples to a folder that microsoft/Oscar's own OscarTSVDataset and retrieval code read."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from oscar_common.errors import OperationError
+from oscar_common.sample import Sample, Text
+from oscar_shards.foreign import encode, free_id, plain
+from oscar_shards.oscar_corpus import FEATURES, LABELS, QA, YAML
+from oscar_shards.oscar_tsv import positions
+
+CORPUS = "corpus.tsv"
+CHUNKED = ("googlecc", "sbu", "oi", "objects365", "tagoi")  # the reader looks for their features in chunks' folders
+KNOWN = ("coco", "flickr30k", "gqa", *CHUNKED)  # it has no other names
+OTHERS = "coco"  # what sources of other names are put to
+CHUNK = 250_000  # images
+
+
+class TsvFile:
+    """A TSV being written, and its `.lineidx`: the offset of each line, one a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._index = path.with_suffix(".lineidx").open("wb")
+        self._offset = 0
+        self.rows = 0
+
+    def write(self, *fields: bytes) -> int:
+        """Write a row and return its number."""
+        self._index.write(b"%d\n" % self._offset)
+        self._offset += self._file.write(b"\t".join(fields) + b"\n")
+        self.rows += 1
+        return self.rows - 1
+
+    def close(self) -> None:
+        """Close both."""
+        self._file.close()
+        self._index.close()
+
+
+class _Dataset:
+    """The files of one dataset: labels and answers, and the features, which the reader wants in chunks from some."""
+
+    def __init__(self, folder: Path, chunked: bool) -> None:
+        self.folder = folder
+        self.chunked = chunked
+        self.chunk = -1
+        self.ids: dict[str, int] = {}  # an image's label by its id
+        self.answers: dict[str, int] = {}
+        folder.mkdir()
+        self.labels = TsvFile(folder / LABELS[0])
+        self.qa: TsvFile | None = None
+        self._next()
+
+    def _next(self) -> None:
+        self.chunk += 1
+        self.place = self.folder / str(self.chunk) if self.chunked else self.folder
+        self.place.mkdir(exist_ok=True)
+        self.features, self.predictions = TsvFile(self.place / FEATURES), TsvFile(self.place / LABELS[1])
+        self._of_chunk: dict[str, int] = {}
+
+    def add(self, id: str, features: tuple[bytes, bytes], label: bytes) -> None:
+        if self.chunked and self.features.rows >= CHUNK:
+            self._close_chunk()
+            self._next()
+        self.ids[id] = self.labels.write(id.encode(), label)
+        self.predictions.write(id.encode(), label)
+        self._of_chunk[id] = self.features.write(id.encode(), *features)
+
+    def answer(self, id: str, text: str) -> None:
+        self.qa = self.qa or TsvFile(self.folder / QA)
+        self.answers[id] = self.qa.write(id.encode(), _json({"labels": [text]}))
+
+    def _close_chunk(self) -> None:
+        self.features.close()
+        self.predictions.close()
+        (self.place / "imageid2idx.json").write_bytes(_json(self._of_chunk))
+
+    def close(self) -> None:
+        self._close_chunk()
+        self.labels.close()
+        (self.folder / "imageid2idx.json").write_bytes(_json(self.ids))
+        if self.qa:
+            self.qa.close()
+            (self.folder / "QA_qaid2idx.json").write_bytes(_json(self.answers))
+
+
+class OscarWriter:
+    """Writes samples into a folder as Oscar's TSV files, and last the YAML by which they are read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._datasets: dict[str, _Dataset] = {}
+        self._corpus = TsvFile(folder / CORPUS)
+        self._put: Counter[str] = Counter()  # images by source of another name
+        self._refused: Counter[str] = Counter()
+
+    def add(self, sample: Sample) -> tuple[str, str]:
+        """Write a sample and return the file and id that it has there.
+
+        Raises:
+            OperationError: the size of the image is unknown.
+        """
+        image, regions = sample.image, sample.regions
+        if min(image.width, image.height) < 1:
+            raise OperationError(f"{sample.key}: its width or height is missing, which this format cannot be without")
+        name = {"cc": "googlecc"}.get(image.source, image.source)
+        if name not in KNOWN:
+            self._put[image.source] += 1
+            name = OTHERS
+        if name not in self._datasets:
+            self._datasets[name] = _Dataset(self._folder / name, name in CHUNKED)
+        dataset = self._datasets[name]
+        id = free_id(dataset.ids, plain(image.id), plain(f"{image.source}/{image.id}"), plain(sample.key))
+        z = positions(regions.boxes, image.width, image.height)
+        numbers = np.concatenate([regions.features.astype(np.float32, copy=False), z], 1)
+        dataset.add(id, (b"%d" % len(numbers), encode(numbers, "<f4")), _json(_label(sample)))
+        shown = f"{'cc' if name == 'googlecc' else name}" + f"_{dataset.chunk}" * dataset.chunked
+        for text in sample.texts:
+            self._add_text(dataset, shown, id, text, " ".join(regions.tags))
+        return str((dataset.place / FEATURES).relative_to(self._folder)), id
+
+    def _add_text(self, dataset: _Dataset, name: str, image: str, text: Text, tags: str) -> None:
+        """Write a row of the corpus, unless the reader would fail on it."""
+        is_qa = text.kind == "qa"
+        first = re.sub(r"[\t\r\n]", " ", (text.question if is_qa else text.text) or "").strip()
+        second = text.answer if is_qa else tags
+        if not first or not second:
+            self._refused["an empty text" if not first else "an empty answer" if is_qa else "no tags"] += 1
+            return
+        row = f"{name}_{image}"
+        label = row
+        if is_qa:
+            own = f"{image}-{plain(text.id)}"
+            id = free_id(dataset.answers, plain(text.id), own, f"{own}-{len(dataset.answers)}")
+            dataset.answer(id, second)
+            label = f"{name}_qa_{image}_{id}"
+        self._corpus.write(row.encode(), label.encode(), first.encode("utf-8", "replace"))
+
+    def close(self) -> list[str]:
+        """Write what comes last and return what people should know, a line each."""
+        for dataset in self._datasets.values():
+            dataset.close()
+        self._corpus.close()
+        names = list(self._datasets)
+        content = {
+            "corpus": "_".join(names),
+            "corpus_file": CORPUS,
+            "image_label_path": {name: name for name in names},
+            "image_feature_path": {name: name for name in names},
+        }
+        (self._folder / YAML).write_text(yaml.safe_dump(content, sort_keys=False))
+        notes = [
+            f"{n:,} images of {source!r} are under {OTHERS!r}: that is no name that microsoft/Oscar knows"
+            for source, n in self._put.items()
+        ]
+        if self._refused:
+            why = ", ".join(f"{reason}: {n:,}" for reason, n in self._refused.most_common())
+            notes.append(
+                f"{self._refused.total():,} texts are not in {CORPUS}, as microsoft/Oscar fails on them ({why})"
+            )
+        return notes
+
+
+def _label(sample: Sample) -> dict[str, Any]:
+    regions = sample.regions
+    k = len(regions.boxes)
+    objects: list[dict[str, Any]] = [
+        {"class": tag, "conf": score, "rect": rect}
+        for tag, score, rect in zip(
+            regions.tags or [""] * k, regions.scores or [0.0] * k, regions.boxes.tolist(), strict=True
+        )
+    ]
+    for one, some in zip(objects, regions.attributes, strict=False):
+        one |= {"attributes": [a.name for a in some], "attr_scores": [a.score for a in some]}
+    return {"image_h": sample.image.height, "image_w": sample.image.width, "objects": objects}
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()  # in ASCII: the reader opens it in whatever encoding
