@@ -164,6 +164,11 @@ class Train:
     """Stage 2: shards to a checkpoint."""
 
     shards: str | None = setting(None, "Folder of shards made by oscar-extract.")
+    texts: list[str] = setting(
+        [],
+        "Overlay that adds texts to the images of --shards or replaces theirs, a .parquet file made by oscar-shards "
+        "texts. May be given again; they are laid over the shards in that order.",
+    )
     out: str | None = setting(None, "Folder for checkpoints and logs. The same command again continues what is there.")
     init: str = setting("random:tiny", "Start from: a BERT folder, a hub name, or random:tiny|small|base|large.")
     steps: int = setting(1000, "Optimiser steps in all.", low=1)

@@ -161,7 +161,7 @@ def test_an_other_run_in_out_is_not_continued_and_not_deleted(shards: Path, undi
     other = write_folder(undisturbed.parent / "other", make_samples(8))
     done = train("--shards", other, "--out", undisturbed, *SETTINGS)
     assert done.returncode == 2
-    assert "--shards: their content is not what the run in --out began with" in error_line(done)
+    assert "--shards and --texts: their content is not what the run in --out began with" in error_line(done)
     assert len(rows(undisturbed)) == 16
 
 

@@ -1,5 +1,8 @@
 """oscar-train: from a folder of shards to a pre-trained Oscar."""
 
+from dataclasses import replace
+from pathlib import Path
+
 from oscar_common.cli import run, settings_command
 from oscar_common.errors import OperationError
 from oscar_common.settings import Catalog, Train
@@ -14,6 +17,7 @@ The same command again continues from the newest checkpoint, to the same numbers
 """
 EXAMPLES = """  oscar-train --shards shards --out run --init random:tiny --steps 200 --lr 1e-3
   oscar-train --shards shards --out run --init bert-base-uncased --batch-size 768 --steps 1000000
+  oscar-train --shards shards --texts more.parquet --out run
   oscar-train --pipeline demo
 """
 
@@ -23,8 +27,10 @@ def command(settings: Train, catalog: Catalog) -> None:
     """Check the arguments, open the shards, and only then import torch."""
     shards, out = check(settings)
     from oscar_shards.read import open_folder
+    from oscar_shards.texts import overlaid
 
     folder = open_folder(shards)
+    folder = replace(folder, table=overlaid(folder.table, [Path(texts) for texts in settings.texts]))
     import torch
 
     from oscar_train.loop import train

@@ -27,6 +27,9 @@ def check(settings: Train) -> tuple[Path, Path]:
         raise UsageError("--out is missing: give the folder for checkpoints and logs, or a --pipeline that names it")
     if settings.warmup_steps >= settings.steps:
         raise UsageError(f"--warmup-steps {settings.warmup_steps}: must be less than --steps {settings.steps}")
+    for texts in settings.texts:
+        if not Path(texts).is_file():
+            raise UsageError(f"--texts {texts}: no such file; give one that oscar-shards texts wrote")
     _check_init(settings.init)
     out = Path(settings.out)
     if (nearest_file := next((p for p in (out, *out.parents) if p.exists()), None)) and not nearest_file.is_dir():

@@ -129,7 +129,8 @@ def agree(checkpoint: Checkpoint | None, run: dict[str, Any]) -> None:
         instead = f"give another --out, or --overwrite to start anew; {checkpoint.folder} is at step {checkpoint.step}"
         if name == "corpus":
             raise UsageError(
-                f"--shards: their content is not what the run in --out began with ({before}, now {value}); {instead}"
+                f"--shards and --texts: their content is not what the run in --out began with ({before}, now {value}); "
+                f"{instead}"
             )
         raise UsageError(f"--{name.replace('_', '-')} {value}: the run in --out began with {before}; {instead}")
 

@@ -57,7 +57,8 @@ def load_corpus(folder: ShardFolder, tokenizer: Tokenizer) -> Corpus:
     image = np.concatenate([np.zeros(0, np.int64), *(t.image + s for t, s in zip(texts, start, strict=False))])
     if not len(image):
         raise UsageError(
-            f"--shards {folder.folder}: none of its {folder.table.num_rows} images has a text; extract with --captions"
+            f"--shards {folder.folder}: none of its {folder.table.num_rows} images has a text; extract with "
+            "--captions, or add some with --texts"
         )
     first = concatenated(t.first for t in texts)
     second = concatenated([_tags(folder.table.column("tags"), tokenizer), *(t.second for t in texts)])

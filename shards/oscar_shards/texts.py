@@ -1,0 +1,227 @@
+"""Texts laid over shards: a Parquet file that adds texts to images, or replaces theirs; the shards stay as they are.
+
+An overlay has a row a text: `key`, the image's in the shards, and the columns of a text. Its schema's metadata says
+which texts of the shards it leaves, but anybody's Parquet file with such columns will do.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from oscar_common.captions import FLAG, match, read_beside, read_texts
+from oscar_common.errors import UsageError, nearest
+from oscar_common.files import replacing
+from oscar_common.tables import Ints, array, columns, find, in_line, last, numbers, once, reading
+from oscar_shards.content import TEXT
+from oscar_shards.index import index_path
+from oscar_shards.read import is_whole, read_index, tars_at
+
+OVERLAY = pa.schema([("key", pa.string()), *TEXT])
+FORMAT = b"oscar.texts"  # keys of the schema's metadata: the format's version, and one of MODES
+REPLACE = b"oscar.texts.replace"
+VERSION = b"1"
+MODES = ("none", "image", "all")  # the shards' texts stay; stay where the overlay has none for the image; go
+KINDS = ("caption", "qa")
+NAMES = ["key", "path", "id", "source"]  # columns of the indexes by which files may name images
+COCO = r"^(COCO_\w+_)?\d{12}(\.|$)"
+
+
+def write_overlay(path: Path, files: Sequence[Path], source: str | None, replace: str, out: Path) -> None:
+    """Write the texts of some files as an overlay for the shards at `path`, a folder or a tar.
+
+    Raises:
+        UsageError: no shards, a file that cannot be read or names none of their images, or an `out` of another form.
+    """
+    began = time.monotonic()
+    _check_out(path, out)
+    images = pa.concat_tables([_names(tar) for tar in tars_at(path)])
+    made = pa.concat_tables([_texts(file, source, images, path) for file in files])
+    schema = OVERLAY.with_metadata({FORMAT: VERSION, REPLACE: replace})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as file:
+        pq.write_table(
+            made.replace_schema_metadata(schema.metadata), file, compression="zstd", write_page_checksum=True
+        )
+    reached, seconds = pc.count_distinct(made["key"]).as_py(), time.monotonic() - began
+    print(f"{out}: {len(made):,} texts for {reached:,} of {len(images):,} images, {seconds:.1f} s")
+
+
+def _check_out(path: Path, out: Path) -> None:
+    if out.suffix != ".parquet" or out.is_dir():
+        raise UsageError(f"--out {out}: an overlay is a file that ends in .parquet")
+    if out.with_suffix(".tar").exists() or out.name.startswith("_"):
+        raise UsageError(f"--out {out}: that is the name of a file of the shards; give another")
+
+
+def _names(tar: Path) -> pa.Table:
+    """Return the columns NAMES of a tar's index, and no others if it has one."""
+    if is_whole(tar) and set(NAMES) <= set(pq.read_schema(index_path(tar)).names):
+        with reading(index_path(tar), "PATH"):
+            return pq.read_table(index_path(tar), columns=NAMES, partitioning=None)
+    return read_index(tar).select(NAMES)
+
+
+def _texts(file: Path, source: str | None, images: pa.Table, path: Path) -> pa.Table:
+    """Read one file of texts, joined to the images: a table of the schema OVERLAY."""
+    if file.is_dir():
+        texts = read_beside(file, array(images["path"]), source or file.name)
+    elif file.is_file():
+        texts = read_texts(file, source or file.stem)
+    else:
+        raise UsageError(f"{FLAG} {file}: no such file")
+    rows = _match(array(texts["image"]), images)
+    known = rows >= 0
+    if not known.any():
+        like = ", ".join(repr(images[name][0].as_py()) for name in ("path", "id") if len(images))
+        raise UsageError(
+            f"{FLAG} {file}: none of its {len(texts):,} texts names an image of {path} (images there are like "
+            f"{like or 'none'}); give the texts of these images"
+        )
+    if not known.all():
+        first = texts["image"][int(np.flatnonzero(~known)[0])].as_py()
+        _warn(f"{(~known).sum():,} of {len(texts):,} texts name no image, the first: {first!r}", f"{FLAG} {file}")
+    keys = images["key"].take(pa.array(rows[known]))
+    return texts.filter(pa.array(known)).set_column(0, "key", array(keys)).cast(OVERLAY)
+
+
+def _match(wanted: pa.Array, images: pa.Table) -> Ints:
+    """Return the image that each name means, or -1: by key, path, source/id, id; see `oscar_common.captions.match`.
+
+    COCO's file names mean the image of that number, whichever year's name the shards have for it.
+    """
+    keys, paths, ids, sources = (pc.fill_null(array(images[name]), "") for name in NAMES)
+    exact = (keys, once(paths), once(pc.binary_join_element_wise(sources, ids, "/")), once(ids))
+    rows = match(wanted, exact, paths, ids)
+    of_coco = pc.match_substring_regex(last(wanted), COCO)
+    unknown = np.flatnonzero((rows < 0) & of_coco.to_numpy(zero_copy_only=False))
+    rows[unknown] = find(numbers(last(wanted.take(pa.array(unknown)))), once(numbers(last(ids))))
+    return rows
+
+
+def overlaid(table: pa.Table, files: Sequence[Path], flag: str = "--texts") -> pa.Table:
+    """Return a table of images (its columns `key` and `texts` are those of an index) with overlays applied, in order.
+
+    New texts stand after those that an image keeps, in the order of their file.
+
+    Raises:
+        UsageError: a file is missing, damaged, has other columns, or names no image.
+    """
+    for file in files:
+        overlay, mode = read_overlay(file, flag)
+        rows = find(array(overlay["key"]), array(table["key"]))
+        if not (rows >= 0).any():
+            key = table["key"][0].as_py() if len(table) else None
+            raise UsageError(
+                f"{flag} {file}: none of its {len(overlay):,} texts has the key of an image (keys are like {key!r}); "
+                "make it with: oscar-shards texts"
+            )
+        if len(strays := np.flatnonzero(rows < 0)):
+            first = overlay["key"][int(strays[0])].as_py()
+            _warn(
+                f"{len(strays):,} of {len(overlay):,} texts have no image's key, the first: {first!r}", f"{flag} {file}"
+            )
+        table = _laid_over(table, overlay, rows, mode)
+    return table
+
+
+def read_overlay(file: Path, flag: str = "--texts") -> tuple[pa.Table, str]:
+    """Return an overlay as a table of the schema OVERLAY, and which of MODES it is; what it need not say is filled in.
+
+    Raises:
+        UsageError: it is missing, damaged, of a later format, or lacks a column.
+    """
+    if not file.is_file():
+        raise UsageError(f"{flag} {file}: no such file; give one that oscar-shards texts wrote")
+    with reading(file, flag):
+        found = pq.read_table(file, partitioning=None, page_checksum_verification=True)
+        said = found.schema.metadata or {}
+        if (version := said.get(FORMAT, VERSION)) != VERSION:
+            raise UsageError(
+                f"{flag} {file}: format {in_line(version.decode())}; this version reads {VERSION.decode()}"
+            )
+        if (mode := said.get(REPLACE, b"none").decode()) not in MODES:
+            raise UsageError(f"{flag} {file}: its metadata says replace {mode!r}{nearest(mode, MODES)}")
+        return _checked(found, file, flag), mode
+
+
+def _checked(found: pa.Table, file: Path, flag: str) -> pa.Table:
+    """Cast the columns of a file to OVERLAY, fill in those that may be missing, and check what texts need."""
+    names = set(found.column_names)
+    if "key" not in names or not ("text" in names or {"question", "answer"} <= names):
+        raise UsageError(
+            f"{flag} {file}: it has the columns {in_line(', '.join(found.column_names))}; needed are key, and text or "
+            "question and answer"
+        )
+    given = {name: _cast(found[name], name) for name in OVERLAY.names if name in names}
+    nothing = pa.nulls(len(found), pa.string())
+    is_qa = pc.and_(*(given.get(name, nothing).is_valid() for name in ("question", "answer")))
+    derived = {
+        "kind": pc.if_else(is_qa, "qa", "caption"),
+        "source": pa.repeat(pa.scalar(file.stem), len(found)),
+        "id": pa.array(np.arange(len(found))).cast(pa.string()),
+    }
+    given |= {name: pc.coalesce(given.get(name, nothing), fill) for name, fill in derived.items()}
+    if len(odd := np.flatnonzero(~_bools(pc.is_in(given["kind"], value_set=pa.array(KINDS))))):
+        kind = given["kind"][int(odd[0])].as_py()
+        raise UsageError(f"{flag} {file}: row {odd[0]} has the kind {kind!r}; known: {', '.join(KINDS)}")
+    says = pc.if_else(pc.equal(given["kind"], "qa"), is_qa, given.get("text", nothing).is_valid())
+    if len(odd := np.flatnonzero(~_bools(pc.and_(says, given["key"].is_valid())))):
+        what = "question and answer" if given["kind"][int(odd[0])].as_py() == "qa" else "text"
+        raise UsageError(f"{flag} {file}: row {odd[0]} lacks its key or its {what}")
+    return columns(OVERLAY, len(found), **given)
+
+
+def _cast(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """Return a column as text; whole numbers may be keys and ids."""
+    form = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    plain = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)
+    if not any(test(form) for test in plain):
+        raise ValueError(f"the column {name} is {form}, not text")
+    return array(column.cast(pa.string()))
+
+
+def _bools(column: pa.Array) -> npt.NDArray[np.bool_]:
+    found: npt.NDArray[np.bool_] = column.to_numpy(zero_copy_only=False)
+    return found
+
+
+def _laid_over(table: pa.Table, overlay: pa.Table, rows: Ints, mode: str) -> pa.Table:
+    """Return the table with the overlay's texts, whose images are `rows` (-1: none)."""
+    order = np.argsort(rows, kind="stable")[(rows < 0).sum() :]  # stable: an image's texts stay in their order
+    sorted_rows = rows[order]
+    new = overlay.select(TEXT.names).take(pa.array(order))
+    new = pa.StructArray.from_arrays([array(new[name]) for name in TEXT.names], fields=list(TEXT))
+    merged = pa.chunked_array(_chunks(table["texts"].chunks, new, sorted_rows, mode), pa.list_(TEXT))
+    return table.set_column(table.schema.get_field_index("texts"), table.schema.field("texts"), merged)
+
+
+def _chunks(chunks: list[pa.ListArray], new: pa.StructArray, rows: Ints, mode: str) -> Iterator[pa.ListArray]:
+    start = 0
+    for chunk in chunks:
+        begin, end = np.searchsorted(rows, (start, start + len(chunk)))
+        yield _merged(chunk, new[begin:end], rows[begin:end] - start, mode)
+        start += len(chunk)
+
+
+def _merged(chunk: pa.ListArray, new: pa.StructArray, rows: Ints, mode: str) -> pa.ListArray:
+    """Return lists of texts with new ones behind; `rows`, sorted, says whose each of these is."""
+    old, owner = chunk.flatten(), pc.list_parent_indices(chunk).to_numpy().astype(np.int64)
+    if mode != "none":
+        replaced = np.isin(owner, rows) if mode == "image" else np.ones(len(owner), bool)
+        old, owner = old.filter(pa.array(~replaced)), owner[~replaced]
+    owners = np.concatenate([owner, rows])
+    order = np.argsort(owners, kind="stable")
+    values = pa.concat_arrays([old, new]).take(pa.array(order))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(chunk)))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=pa.list_(TEXT))
+
+
+def _warn(line: str, where: str) -> None:
+    print(f"warning: {where}: {line}", file=sys.stderr, flush=True)
