@@ -1,0 +1,92 @@
+"""Short whole runs: on features stored as int8, and on texts laid over the shards."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_shards import make_samples, write_folder
+from support import error_line, train
+
+from oscar_common.config import load_catalog
+from oscar_train.__main__ import command
+
+SETTINGS = ("--steps", "4", "--batch-size", "4", "--checkpoint-every", "2", "--init", "random:tiny", "--device", "cpu")
+
+
+def losses(out: Path) -> list[str]:
+    return [line.rpartition(",")[0] for line in (out / "metrics.csv").read_text().splitlines()]  # all but the speed
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("runs") / "shards", make_samples(12), dtype="int8")
+
+
+def overlay(path: Path, text: str, key: str = "image-002", replace: str = "all") -> Path:
+    rows = {"key": [key, key], "text": [text, f"{text} again"]}
+    pq.write_table(pa.table(rows).replace_schema_metadata({"oscar.texts.replace": replace}), path)
+    return path
+
+
+def test_a_run_on_int8_features_goes_on_to_the_same_numbers(shards: Path, tmp_path: Path):
+    arguments = ("--shards", shards, "--out", tmp_path / "run", *SETTINGS)
+    assert train(*arguments).returncode == 0
+    whole, last = losses(tmp_path / "run"), tmp_path / "run" / "checkpoint-000004"
+    weights = (last / "model.safetensors").read_bytes()
+    shutil.rmtree(last)
+    done = train(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 2 of 4" in done.stdout
+    assert losses(tmp_path / "run") == whole
+    assert (last / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_sees_the_texts_laid_over_and_is_not_continued_with_others(shards: Path, tmp_path: Path):
+    first, other = overlay(tmp_path / "a.parquet", "a cat sleeps"), overlay(tmp_path / "b.parquet", "a dog barks")
+    arguments = ("--shards", shards, "--out", tmp_path / "run", *SETTINGS)
+    done = train(*arguments, "--texts", first)
+    assert done.returncode == 0, done.stderr
+    assert "2 triples of 1 images; 11 images have no text and are left out" in done.stdout
+    moved = first.rename(tmp_path / "moved.parquet")
+    assert "complete: all 4 steps are done" in train(*arguments, "--texts", moved).stdout
+    for texts in ((), ("--texts", other), ("--texts", moved, "--texts", other)):
+        done = train(*arguments, *texts)
+        assert done.returncode == 2
+        assert "--shards and --texts: their content is not what the run in --out began with" in error_line(done)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("none.parquet", "none.parquet: no such file; give one that oscar-shards texts wrote"),
+        ("other.parquet", "other.parquet: none of its 2 texts has the key of an image"),
+        ("damaged.parquet", "damaged.parquet: cannot be read as .parquet"),
+        ("columns.parquet", "columns.parquet: it has the columns image, text; needed are key"),
+    ],
+)
+def test_texts_that_are_none_are_one_line_and_exit_2(shards: Path, tmp_path: Path, file: str, message: str):
+    overlay(tmp_path / "other.parquet", "no", key="of-other-shards")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more PAR1")
+    pq.write_table(pa.table({"image": ["image-002"], "text": ["a"]}), tmp_path / "columns.parquet")
+    done = train("--shards", shards, "--out", tmp_path / "run", *SETTINGS, "--texts", tmp_path / file)
+    assert done.returncode == 2
+    assert message in error_line(done)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_texts_are_noticed_before_torch_is_imported(shards: Path, tmp_path: Path):
+    code = "import sys; from oscar_train.__main__ import command; from oscar_common.cli import run\n" \
+        "try: run(command, sys.argv[1:])\nfinally: print('torch' in sys.modules)"  # fmt: skip
+    flags = ("--shards", shards, "--out", tmp_path / "run", "--texts", tmp_path / "none.parquet")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+
+
+def test_texts_may_stand_in_pipelines_yaml(tmp_path: Path):
+    (tmp_path / "p.yaml").write_text("pipelines:\n  mine:\n    train: {texts: [a.parquet, b.parquet]}\n")
+    assert load_catalog(tmp_path / "p.yaml").pipelines["mine"].train.texts == ["a.parquet", "b.parquet"]
+    assert any(option.name == "texts" and option.multiple for option in command.params)
