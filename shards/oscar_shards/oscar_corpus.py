@@ -193,7 +193,7 @@ def _index_corpus(found: _Found, corpus: Path, datasets: list[_Dataset]) -> tupl
             row, answer, fault = _resolve(dataset, image.strip().split("_"), label.strip().split("_"))
             if fault:
                 place = f"{corpus.name}:{spans[number]['line']}"
-                found.misfits.append(Reject(path=place, reason="corpus", message=f"{image[:80]}: {fault}"))
+                found.misfits.append(Reject(path=place, reason="corpus", message=f"{image.strip()[:80]}: {fault}"))
             else:
                 kept.append((number, row, answer))
     if others:

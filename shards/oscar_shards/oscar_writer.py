@@ -100,6 +100,7 @@ class OscarWriter:
         self._corpus = TsvFile(folder / CORPUS)
         self._put: Counter[str] = Counter()  # images by source of another name
         self._refused: Counter[str] = Counter()
+        self._without = 0  # images without regions
 
     def add(self, sample: Sample) -> tuple[str, str]:
         """Write a sample and return the file and id that it has there.
@@ -108,6 +109,7 @@ class OscarWriter:
             OperationError: the size of the image is unknown.
         """
         image, regions = sample.image, sample.regions
+        self._without += not len(regions.boxes)
         if min(image.width, image.height) < 1:
             raise OperationError(f"{sample.key}: its width or height is missing, which this format cannot be without")
         name = {"cc": "googlecc"}.get(image.source, image.source)
@@ -160,6 +162,8 @@ class OscarWriter:
             f"{n:,} images of {source!r} are under {OTHERS!r}: that is no name that microsoft/Oscar knows"
             for source, n in self._put.items()
         ]
+        if self._without:
+            notes.append(f"{self._without:,} images have no regions: run_retrieval.py fails if it is given them")
         if self._refused:
             why = ", ".join(f"{reason}: {n:,}" for reason, n in self._refused.most_common())
             notes.append(
