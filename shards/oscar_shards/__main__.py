@@ -154,7 +154,7 @@ def import_(format: str, source_path: Path, **options: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
 def export(format: str, path: Path, out: Path, overwrite: bool) -> None:
     """Write shards in another FORMAT, for the code that reads that: oscar, lxmert, bottom-up, npz."""
-    from oscar_shards.convert import export_shards
+    from oscar_shards.export import export_shards
 
     export_shards(format, path, out, overwrite)
 

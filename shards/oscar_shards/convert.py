@@ -1,45 +1,30 @@
-"""Shards to other formats, and back: what is to be done, and in which order it is written."""
+"""Other formats to shards: what is there, which shards it becomes, and their manifest."""
 
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from oscar_common import __version__
 from oscar_common.errors import OperationError, UsageError
-from oscar_common.files import TEMPORARY, hold, locked, release, replacing_folder
+from oscar_common.files import locked
 from oscar_common.processes import each
-from oscar_common.progress import Meter, meter, phase
-from oscar_common.sample import Sample
+from oscar_common.progress import meter, phase
 from oscar_common.vocabulary import NAMES, read_names
 from oscar_shards import lxmert_tsv, npz, oscar_corpus, sidecar
 from oscar_shards.foreign import Rows, Vocabulary
 from oscar_shards.lines import Lines
 from oscar_shards.manifest import FILE, DetectorRecord, Layout, Manifest, PlanRecord, read_manifest, write_manifest
-from oscar_shards.oscar_writer import OscarWriter
 from oscar_shards.part import Part, Written, is_done, write_part
-from oscar_shards.read import find_shards, read_rejects, read_samples
-from oscar_shards.write import Reject, sample_json, shard_path
+from oscar_shards.write import shard_path
 
 NAME = "shard"
 IMAGES_PER_SHARD = 1000
 TRIES = 100  # rows that are looked at for P
-
-
-class Writer(Protocol):
-    """Writes samples in another format."""
-
-    def add(self, sample: Sample) -> tuple[str, str]:
-        """Write a sample and return the file and id that it has there; both are empty if it has none."""
-
-    def close(self) -> list[str]:
-        """Write what comes last and return what people should know, a line each."""
 
 
 def import_shards(
@@ -261,110 +246,3 @@ def _write(parts: list[Part], layout: Layout, out: Path, workers: int | None) ->
         raise OperationError(
             f"{refused:,} rows were refused, the first: {path}: {message}; all are named in {out}/*.rejects.parquet"
         )
-
-
-def export_shards(format: str, path: Path, out: Path, overwrite: bool) -> None:
-    """Write a folder of shards, or one of its tars, in another format.
-
-    Raises:
-        UsageError: there are no shards, or something is in `out`.
-    """
-    manifest, tars = _shards_of(path)
-    _check_out(out, path, overwrite)
-    total = manifest.plan.num_images
-    with _alone(out), replacing_folder(out) as folder, meter("images", total) as progress:
-        writer = _writer(format, folder, manifest)
-        beside = sidecar.SidecarWriter(folder, format, tars)
-        done = sum(_export_tar(tar, writer, beside, progress) for tar in tars)
-        notes = writer.close()
-        beside.close()
-        write_manifest(folder, manifest)
-        if path.is_dir():  # to the byte
-            shutil.copyfile(path / FILE, folder / FILE)
-    print("".join(f"{note}\n" for note in notes), end="")
-    print(f"{out}: {done:,} images")
-
-
-def _shards_of(path: Path) -> tuple[Manifest, list[Path]]:
-    """Return what is exported: the shards of a folder, or one, for which the manifest is adapted."""
-    if not path.exists():
-        raise UsageError(f"PATH {path}: no such file or folder; give a folder of shards, or a tar")
-    folder = path if path.is_dir() else path.parent
-    if not (folder / FILE).is_file():
-        raise UsageError(f"PATH {path}: no {FILE} in {folder}; run: oscar-shards index {folder}")
-    if path.is_dir():
-        return find_shards(path, "PATH")
-    whole = read_manifest(folder, "PATH")
-    samples = _samples(path)
-    texts, images = 0, 0
-    for sample in samples:
-        texts, images = texts + len(sample.texts), images + 1
-    images += len(_rejects(path))
-    sha256 = hashlib.sha256(f"{whole.plan.sha256} {path.name}".encode()).hexdigest()
-    plan = dataclasses.replace(
-        whole.plan, num_images=images, num_texts=texts, num_shards=1, sha256=sha256, images_per_shard=max(images, 1)
-    )
-    return dataclasses.replace(whole, plan=plan, name=whole.name if path in whole.tars(folder) else ""), [path]
-
-
-def _samples(tar: Path) -> Iterator[Sample]:
-    try:
-        yield from read_samples(tar)
-    except ValueError as error:
-        raise UsageError(f"PATH {tar}: {error}; see: oscar-shards verify {tar}") from None
-
-
-def _rejects(tar: Path) -> list[Reject]:
-    table = read_rejects([tar])
-    return [] if table is None else [Reject(**row) for row in table.to_pylist()]
-
-
-def _check_out(out: Path, path: Path, overwrite: bool) -> None:
-    if out.resolve() == path.resolve() or out.resolve() in path.resolve().parents:
-        raise UsageError(f"--out {out}: the shards are in it; give another --out")
-    if out.is_file():
-        raise UsageError(f"--out {out}: a file; give a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UsageError(f"--out {out}: not empty; give another --out, or --overwrite")
-        if not (out / sidecar.FILE).exists():  # who knows what else --overwrite would delete
-            raise UsageError(
-                f"--overwrite: {out} is no export: no {sidecar.FILE} in it; delete it, or give another --out"
-            )
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Let no other export write to `out` meanwhile."""
-    lock = out.with_name(f"{TEMPORARY}{out.name}.lock")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle = hold(lock)
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written: {error.strerror}; give another --out") from None
-    if handle is None:
-        raise OperationError(f"{out}: another process is writing there; wait for it, or give another --out")
-    try:
-        yield
-    finally:
-        release(handle, lock)
-
-
-def _writer(format: str, folder: Path, manifest: Manifest) -> Writer:
-    if format == "oscar":
-        return OscarWriter(folder)
-    vocabulary = Vocabulary(manifest.detector.classes, manifest.detector.attributes)
-    return npz.NpzWriter(folder, vocabulary) if format == "npz" else lxmert_tsv.TsvWriter(folder, format, vocabulary)
-
-
-def _export_tar(tar: Path, writer: Writer, beside: sidecar.SidecarWriter, progress: Meter) -> int:
-    """Write the samples of a tar and return how many they are."""
-    places = []
-    for sample in _samples(tar):
-        file, id = writer.add(sample)
-        places.append((sample.key, sample_json(sample).decode(), file, id))
-        progress.show(progress.done + 1, 0)
-    rejects = _rejects(tar)
-    beside.add(tar, places, rejects)
-    progress.show(progress.done + len(rejects), 0)
-    return len(places)
