@@ -8,7 +8,7 @@ DEMO := runs/demo
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow fuzz bench bench-scale check format clean
+.PHONY: help setup chromium demo test test-slow fuzz bench bench-scale check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -29,6 +29,10 @@ $(STAMP): pyproject.toml constraints.txt extract/oscar_extract/install_detectron
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m oscar_extract.install_detectron2
 	@touch $@
 	@echo "setup is done: the commands are $(BIN)/oscar-extract and $(BIN)/oscar-train"
+
+chromium: ## install Debian's Chromium for the tests of pages
+	$(if $(filter 0,$(shell id -u)),,sudo )apt-get update
+	$(if $(filter 0,$(shell id -u)),,sudo )apt-get install -y --no-install-recommends chromium fonts-dejavu-core
 
 demo: setup ## real photos -> regions -> shards -> a small pre-trained Oscar -> runs/demo/report.html
 	@echo "==> demo 1/4: photos and captions from installed packages into $(DEMO)"

@@ -90,9 +90,9 @@ def index(paths: tuple[Path, ...], classes: Path | None, workers: int | None) ->
 @click.option("--html", type=FILE, help="Write a page with plots.")
 def stats(paths: tuple[Path, ...], html: Path | None) -> None:
     """Count images, triples by source and kind, regions, tags, tokens and bytes."""
-    from oscar_shards.stats import report
+    from oscar_shards.report import write_report
 
-    report(paths, html)
+    write_report(paths, html)
 
 
 @command.command(

@@ -61,7 +61,7 @@ def standing(bars: Sequence[Bar], unit: str, mark: int = 0) -> str:
         )
     every = -(-len(bars) // 10)
     names = "".join(
-        f'<text class="soft" x="{(n + 0.5) * step:.1f}" y="{high + 16}" text-anchor="middle">{text(begin(label))}</text>'
+        f'<text class="soft" x="{(n + 0.5) * step:.1f}" y="{high + 16}" text-anchor="middle">{begin(label)}</text>'
         for n, (label, _) in enumerate(bars)
         if n % every == 0
     )

@@ -123,10 +123,3 @@ def _scores(column: pa.ChunkedArray) -> Ints:
 def _counter(names: Any) -> "Counter[Any]":
     values, counts = pc.value_counts(names).flatten()
     return Counter({v: n for v, n in zip(values.to_pylist(), counts.to_pylist(), strict=True) if v is not None})
-
-
-def report(paths: Sequence[Path], html: Path | None) -> None:
-    """Print what shards hold, and write it as a page."""
-    from oscar_shards.report import write_report
-
-    write_report(paths, html)

@@ -42,7 +42,7 @@ class Region(NamedTuple):
 def boxes_of(tar: Path, row: dict[str, Any]) -> npt.NDArray[np.float32]:
     """Return the first boxes of an image, float32 [K, 4]; none if the index does not say where in the tar they lie."""
     count, begin, size = (row.get(name) for name in ("num_boxes", "boxes_offset", "boxes_bytes"))
-    if not (count and begin and size and size == 16 * count and 0 < begin <= tar.stat().st_size - size):
+    if not (count and begin and size and count > 0 and size == 16 * count and 0 < begin <= tar.stat().st_size - size):
         return np.zeros((0, 4), np.float32)
     return np.fromfile(tar, "<f4", 4 * min(count, MOST), offset=begin).reshape(-1, 4)
 

@@ -74,6 +74,8 @@ def test_packages_come_from_the_wheel(bin_folder: Path) -> None:
         "oscar_common/py.typed",
         "oscar_common/vocab/vocab.txt",
         "oscar_shards/py.typed",
+        "oscar_shards/page.css",
+        "oscar_shards/page.js",
         "oscar_extract/py.typed",
         "oscar_extract/builtin/config.yaml",
         "oscar_extract/builtin/model.safetensors",

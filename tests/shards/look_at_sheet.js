@@ -1,0 +1,45 @@
+// What test_show.py looks at in the contact sheet; the body of an async function.
+const type = (id, value) => { const e = document.querySelector(id); e.value = value; e.dispatchEvent(new Event("input", { bubbles: true })); };
+const figures = [...document.querySelectorAll("figure")];
+const shown = () => figures.filter((f) => f.checkVisibility()).map((f) => f.querySelector(".key").textContent);
+const count = () => document.querySelector("#count").textContent;
+const strong = () => [...document.querySelectorAll("figure:not([hidden]) rect:not(.off):not(.dim)")].map((r) => r.dataset.tag);
+const found = { opened: { shown: shown(), tag: document.querySelector("#tag").value, least: document.querySelector("#least").textContent, strong: strong() } };
+document.querySelector("#reset").click();
+type("#score", "0");
+found.all = { shown: shown(), count: count(), hash: location.hash };
+found.natural = figures.map((f) => f.querySelector("img")?.naturalWidth ?? null);
+found.options = Object.fromEntries([...document.querySelectorAll("#tags option")].map((o) => [o.value, o.textContent]));
+found.boxes = figures.map((figure) => {
+  const photo = figure.querySelector(".photo").getBoundingClientRect();
+  return [...figure.querySelectorAll("rect")].map((rect) => {
+    const at = rect.getBoundingClientRect();
+    const x = (v) => (v - photo.left) / photo.width, y = (v) => (v - photo.top) / photo.height;
+    return [x(at.left), y(at.top), x(at.right), y(at.bottom)];
+  });
+});
+found.labels = figures.map((f) => [...f.querySelectorAll(".label")].map((l) => l.textContent));
+type("#tag", "pizza");
+found.pizza = { shown: shown(), strong: strong(), hash: location.hash };
+type("#tag", "PIZ");
+found.part = shown();
+type("#tag", ""); type("#text", "a DOG and a");
+found.text = { shown: shown(), count: count() };
+location.hash = "#score=0.9&labels=0";
+await wait(50);
+found.hash = { strong: strong().length, labels: [...document.querySelectorAll(".label")].filter((l) => l.checkVisibility()).length };
+location.hash = ""; await wait(50);
+const chip = document.querySelector(".chip");
+chip.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+found.hover = [...document.querySelectorAll("rect.hot")].map((r) => r.dataset.tag === chip.dataset.tag);
+chip.click();
+found.chip = [document.querySelector("#tag").value === chip.dataset.tag, location.hash];
+document.querySelector("#reset").click();
+figures[1].querySelector(".frame").click();
+const large = document.querySelector("#large");
+found.dialog = [large.open, large.querySelector(".key").textContent, large.querySelectorAll("rect").length];
+document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+found.next = large.querySelector(".key").textContent;
+document.querySelector("#close").click();
+found.closed = !large.open;
+return found;
