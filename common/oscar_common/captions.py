@@ -90,38 +90,39 @@ def _beside(folder: Path, paths: pa.Array) -> Iterator[Named]:
 
 
 def _json(path: Path, source: str) -> Iterator[pa.Table]:
-    yield _filled(_annotations(json.loads(path.read_bytes()), path), source)
-
-
-def _annotations(content: Any, path: Path) -> Iterator[Named]:
-    """COCO's captions_*.json, VQA's *_questions.json, or a list of objects like the lines of a .jsonl file."""
+    """Read COCO's captions_*.json, VQA's *_questions.json, or a list of objects like the lines of a .jsonl file."""
+    content = json.loads(path.read_bytes())
     if isinstance(content, list):
-        yield from _records(content, path)
-        return
-    if isinstance(content, dict) and isinstance(content.get("questions"), list):
-        yield from _vqa(content["questions"], path)
-        return
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
+        yield _filled(_records(content, path), source)
+    elif isinstance(content, dict) and isinstance(content.get("questions"), list):
+        yield from _chunks(
+            _vqa(content["questions"], path), ["image", "question_id", "question", "answer"], path, source
+        )
+    elif isinstance(content, dict) and all(isinstance(content.get(k), list) for k in ("images", "annotations")):
+        yield from _chunks(_coco(content, path), ["image", "caption_id", "caption"], path, source)
+    else:
         raise UsageError(f"{FLAG} {path}: not COCO captions: no `images` and `annotations` lists in it")
+
+
+def _coco(content: dict[str, Any], path: Path) -> Iterator[list[str]]:
     names = {image["id"]: image["file_name"] for image in content["images"]}
     for annotation in content["annotations"]:
         if "caption" not in annotation:
             raise UsageError(f"{FLAG} {path}: its annotations have no `caption`; give captions_*.json, not instances")
         number = annotation["image_id"]
-        yield _caption(str(names.get(number, number)), str(annotation["caption"] or ""), str(annotation.get("id", "")))
+        yield [str(names.get(number, number)), str(annotation.get("id", "")), str(annotation["caption"] or "")]
 
 
-def _vqa(questions: list[Any], path: Path) -> Iterator[Named]:
-    """VQA's questions, with the commonest answer of each, which stands in another file; those without are left out."""
+def _vqa(questions: list[Any], path: Path) -> Iterator[list[str]]:
+    """Yield VQA's questions with the commonest answer of each, which stands in another file; none without one."""
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     if beside == path or not beside.is_file():
         raise UsageError(f"{FLAG} {path}: questions without answers: no *_annotations.json of the same name beside it")
     found = json.loads(beside.read_bytes(), object_hook=lambda o: {k: o[k] for k in _VQA & o.keys()})["annotations"]
     answers = {one["question_id"]: str(one["multiple_choice_answer"]) for one in found}
     for asked in questions:
-        number = asked["question_id"]
-        if number in answers:
-            yield str(asked["image_id"]), "qa", str(number), None, str(asked["question"]), answers[number]
+        if (number := asked["question_id"]) in answers:
+            yield [str(asked["image_id"]), str(number), str(asked["question"]), answers[number]]
 
 
 _VQA = {"annotations", "question_id", "multiple_choice_answer"}
@@ -160,7 +161,7 @@ def _chunks(rows: Iterator[list[str]], header: list[str], path: Path, source: st
     number = 0
     while chunk := list(islice(rows, CHUNK)):
         if len(set(header)) == len(header) == min(map(len, chunk)) == max(map(len, chunk)):
-            arrays = [pa.array(column, pa.string()) for column in zip(*chunk, strict=True)]
+            arrays = [text_array(column, pa.string()) for column in zip(*chunk, strict=True)]
             yield _batch(pa.RecordBatch.from_arrays(arrays, header), path, number, source)
         else:
             yield _filled(_records((dict(zip(header, row, strict=False)) for row in chunk), path, number), source)

@@ -76,7 +76,8 @@ def _texts(file: Path, source: str | None, images: pa.Table, path: Path) -> pa.T
         texts = read_texts(file, source or file.stem)
     else:
         raise UsageError(f"{FLAG} {file}: no such file")
-    rows = _match(array(texts["image"]), images)
+    names = array(texts["image"]).dictionary_encode()  # an image is named once for each of its texts
+    rows = _match(names.dictionary, images)[names.indices.to_numpy()]
     known = rows >= 0
     if not known.any():
         like = ", ".join(repr(images[name][0].as_py()) for name in ("path", "id") if len(images))
