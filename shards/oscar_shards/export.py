@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -39,9 +39,9 @@ def export_shards(format: str, path: Path, out: Path, overwrite: bool) -> None:
     manifest, tars = _shards_of(path)
     _check_out(out, path, overwrite)
     total = manifest.plan.num_images
-    with _alone(out), replacing_folder(out) as folder, meter("images", total) as progress:
-        writer = _writer(format, folder, manifest)
-        beside = sidecar.SidecarWriter(folder, format, tars)
+    with _alone(out), replacing_folder(out) as folder, ExitStack() as stack, meter("images", total) as progress:
+        writer = _writer(format, folder, manifest, stack)
+        beside = sidecar.SidecarWriter(folder, format, tars, stack)
         done = sum(_export_tar(tar, writer, beside, progress) for tar in tars)
         notes = writer.close()
         beside.close()
@@ -117,11 +117,13 @@ def _alone(out: Path) -> Iterator[None]:
         release(handle, lock)
 
 
-def _writer(format: str, folder: Path, manifest: Manifest) -> Writer:
+def _writer(format: str, folder: Path, manifest: Manifest, stack: ExitStack) -> Writer:
     if format == "oscar":
-        return OscarWriter(folder)
+        return OscarWriter(folder, stack)
     vocabulary = Vocabulary(manifest.detector.classes, manifest.detector.attributes)
-    return npz.NpzWriter(folder, vocabulary) if format == "npz" else lxmert_tsv.TsvWriter(folder, format, vocabulary)
+    if format == "npz":
+        return npz.NpzWriter(folder, vocabulary)
+    return lxmert_tsv.TsvWriter(folder, format, vocabulary, stack)
 
 
 def _export_tar(tar: Path, writer: Writer, beside: sidecar.SidecarWriter, progress: Meter) -> int:

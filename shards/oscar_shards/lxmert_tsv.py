@@ -1,5 +1,6 @@
 """The TSV files of airsplay's LXMERT and of Peter Anderson's bottom-up attention: a row an image, arrays in base64."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,10 +140,13 @@ def read_rows(path: Path, format: str, source: str | None, vocabulary: Vocabular
 
 
 class TsvWriter:
-    """Writes samples as rows of FILE in a folder; an image without regions gets none, as the readers fail on it."""
+    """Writes samples as rows of FILE in a folder; an image without regions gets none, as the readers fail on it.
 
-    def __init__(self, folder: Path, format: str, vocabulary: Vocabulary) -> None:
-        self._file = (folder / FILE).open("wb")
+    `stack` closes the file if that fails.
+    """
+
+    def __init__(self, folder: Path, format: str, vocabulary: Vocabulary, stack: ExitStack) -> None:
+        self._file = stack.enter_context((folder / FILE).open("wb"))
         self._columns = LXMERT if format == "lxmert" else BOTTOM_UP
         self._vocabulary = vocabulary
         self._ids: set[str] = set()

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ CHUNK = 250_000  # images
 class TsvFile:
     """A TSV being written, and its `.lineidx`: the offset of each line, one a line."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self._index = path.with_suffix(".lineidx").open("wb")
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self._file, self._index = (stack.enter_context(p.open("wb")) for p in (path, path.with_suffix(".lineidx")))
         self._offset = 0
         self.rows = 0
 
@@ -47,14 +47,15 @@ class TsvFile:
 class _Dataset:
     """The files of one dataset: labels and answers, and the features, which the reader wants in chunks from some."""
 
-    def __init__(self, folder: Path, chunked: bool) -> None:
+    def __init__(self, folder: Path, chunked: bool, stack: ExitStack) -> None:
         self.folder = folder
+        self.stack = stack
         self.chunked = chunked
         self.chunk = -1
         self.ids: dict[str, int] = {}  # an image's label by its id
         self.answers: dict[str, int] = {}
         folder.mkdir()
-        self.labels = TsvFile(folder / LABELS[0])
+        self.labels = TsvFile(folder / LABELS[0], stack)
         self.qa: TsvFile | None = None
         self._next()
 
@@ -62,7 +63,7 @@ class _Dataset:
         self.chunk += 1
         self.place = self.folder / str(self.chunk) if self.chunked else self.folder
         self.place.mkdir(exist_ok=True)
-        self.features, self.predictions = TsvFile(self.place / FEATURES), TsvFile(self.place / LABELS[1])
+        self.features, self.predictions = (TsvFile(self.place / name, self.stack) for name in (FEATURES, LABELS[1]))
         self._of_chunk: dict[str, int] = {}
 
     def add(self, id: str, features: tuple[bytes, bytes], label: bytes) -> None:
@@ -74,7 +75,7 @@ class _Dataset:
         self._of_chunk[id] = self.features.write(id.encode(), *features)
 
     def answer(self, id: str, text: str) -> None:
-        self.qa = self.qa or TsvFile(self.folder / QA)
+        self.qa = self.qa or TsvFile(self.folder / QA, self.stack)
         self.answers[id] = self.qa.write(id.encode(), _json({"labels": [text]}))
 
     def _close_chunk(self) -> None:
@@ -92,12 +93,16 @@ class _Dataset:
 
 
 class OscarWriter:
-    """Writes samples into a folder as Oscar's TSV files, and last the YAML by which they are read."""
+    """Writes samples into a folder as Oscar's TSV files, and last the YAML by which they are read.
 
-    def __init__(self, folder: Path) -> None:
+    `stack` closes the files if that fails.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder = folder
+        self._stack = stack
         self._datasets: dict[str, _Dataset] = {}
-        self._corpus = TsvFile(folder / CORPUS)
+        self._corpus = TsvFile(folder / CORPUS, stack)
         self._put: Counter[str] = Counter()  # images by source of another name
         self._refused: Counter[str] = Counter()
         self._without = 0  # images without regions
@@ -117,7 +122,7 @@ class OscarWriter:
             self._put[image.source] += 1
             name = OTHERS
         if name not in self._datasets:
-            self._datasets[name] = _Dataset(self._folder / name, name in CHUNKED)
+            self._datasets[name] = _Dataset(self._folder / name, name in CHUNKED, self._stack)
         dataset = self._datasets[name]
         id = free_id(dataset.ids, plain(image.id), plain(f"{image.source}/{image.id}"), plain(sample.key))
         z = positions(regions.boxes, image.width, image.height)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ SCHEMA = pa.schema(
 class SidecarWriter:
     """Writes the file, a shard after the other."""
 
-    def __init__(self, folder: Path, format: str, tars: list[Path]) -> None:
+    def __init__(self, folder: Path, format: str, tars: list[Path], stack: ExitStack) -> None:
         metadata = {FORMAT: format.encode(), SHARDS: json.dumps([tar.name for tar in tars]).encode()}
-        self._writer = pq.ParquetWriter(folder / FILE, SCHEMA.with_metadata(metadata), compression="zstd")
+        schema = SCHEMA.with_metadata(metadata)
+        self._writer = stack.enter_context(pq.ParquetWriter(folder / FILE, schema, compression="zstd"))
 
     def add(self, tar: Path, images: list[tuple[str, str, str, str]], rejects: list[Reject]) -> None:
         """Write a shard's images, (key, json, file, id) of each, and its rejects."""
