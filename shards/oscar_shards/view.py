@@ -124,8 +124,8 @@ def _labels(regions: list[Region], width: float, height: float) -> Iterator[str]
 def _place(region: Region, width: float, height: float) -> tuple[float, float, float, float]:
     """Return where about a label lies (xyxy, percent of the photo): above its box, or within where no room is above."""
     left, top = (min(max(100 * x / side, 0.0), 100.0) for x, side in ((region.box[0], width), (region.box[1], height)))
-    wide = 2.4 * (min(len(region.tag), 60) + 5) * max(1.0, height / width)
-    x0, y0 = left if left + wide < 100 else 100 - wide, top if top < ROOM else top - ROOM
+    wide = 2.1 * (min(len(region.tag), 60) + 5) * max(1.0, height / width)
+    x0, y0 = left if left + 1.2 * wide < 100 else 100 - wide, top if top < ROOM else top - ROOM
     return x0, y0, x0 + wide, y0 + ROOM
 
 
