@@ -6,6 +6,9 @@ The samples of a folder of float16 shards are written again as int8. Then the sa
 for each seed; a seed decides order, masks and new weights alike for both, so its two runs make a pair. How far the
 losses of a pair lie apart means something only beside how far those of two seeds do. The numbers go to
 bench/results/int8.json.
+
+With --checkpoint, a model that was trained already is asked about the same batches in both forms instead, without
+dropout: how far its losses move is the effect of the rounding alone. That is added to the file.
 """
 
 import csv
@@ -23,6 +26,7 @@ from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +36,11 @@ from oscar_shards.manifest import Layout, write_manifest
 from oscar_shards.quantise import dequantise, quantise
 from oscar_shards.read import ShardFolder, open_folder, read_samples
 from oscar_shards.write import write_shard
+from oscar_train.corpus import load_corpus
+from oscar_train.objective import evaluate
+from oscar_train.regions import RegionReader
+from oscar_train.stream import Stream
+from oscar_train.weights import build, open_init
 
 DTYPES = ("float16", "int8")
 LOSSES = ("mlm_loss", "match_loss")
@@ -46,8 +55,12 @@ LAST = 50  # steps whose mean loss is compared
 @click.option("--lr", default=1e-3, show_default=True)
 @click.option("--warmup-steps", default=30, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
+@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="Do not train; ask this model.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench/results"), help="Folder for the numbers.")
-def main(shards: Path, init: str, out: Path, seeds: int, **settings: Any) -> None:
+def main(shards: Path, init: str, out: Path, seeds: int, checkpoint: Path | None, **settings: Any) -> None:
+    if checkpoint is not None:
+        ask(shards, checkpoint, settings["batch_size"], out)
+        return
     with tempfile.TemporaryDirectory() as place:
         folders = {"float16": shards, "int8": Path(place, "int8")}
         report: dict[str, Any] = {"features": features(open_folder(shards), folders["int8"])}
@@ -121,6 +134,48 @@ def run(arguments: list[str], out: Path) -> dict[str, float]:
         rows = list(csv.DictReader(file))[-LAST:]
     names = (*LOSSES, "mlm_accuracy", "match_accuracy", "samples_per_second")
     return {name: statistics.fmean(float(row[name]) for row in rows) for name in names}
+
+
+def ask(shards: Path, checkpoint: Path, batch_size: int, out: Path) -> None:
+    """Add to the report what a trained model's losses are on the same batches with either kind of features."""
+    with tempfile.TemporaryDirectory() as place:
+        features(open_folder(shards), Path(place, "int8"))
+        losses = {
+            d: batch_losses(f, checkpoint, batch_size)
+            for d, f in zip(DTYPES, (shards, Path(place, "int8")), strict=True)
+        }
+    report = json.loads((out / "int8.json").read_text()) if (out / "int8.json").exists() else {}
+    report["same_weights"] = {
+        "checkpoint": str(checkpoint),
+        "batches": LAST,
+        "batch_size": batch_size,
+        **{
+            name: {
+                "mean": {dtype: float(found[:, column].mean()) for dtype, found in losses.items()},
+                "mean_difference": float((losses["int8"] - losses["float16"])[:, column].mean()),
+                "largest_difference_of_a_batch": float(np.abs(losses["int8"] - losses["float16"])[:, column].max()),
+            }
+            for column, name in enumerate(LOSSES)
+        },
+        **circumstances(),
+    }
+    (out / "int8.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["same_weights"], indent=1))
+
+
+@torch.inference_mode()
+def batch_losses(shards: Path, checkpoint: Path, batch_size: int) -> npt.NDArray[np.float64]:
+    """Return masked token loss and contrastive loss of some batches, [batches, 2]."""
+    start, folder = open_init(str(checkpoint)), open_folder(shards)
+    reader = RegionReader(folder)
+    model = build(start, reader.feature_dim, 0)[0].eval()
+    stream = Stream(load_corpus(folder, start.tokenizer), reader, seed=1000, batch_size=batch_size)
+    losses = []
+    for batch in stream.batches(0, LAST):
+        words, pairs = model(batch)
+        outcome = evaluate(words, pairs, batch)
+        losses.append([outcome.mlm_loss.item(), outcome.match_loss.item()])
+    return np.array(losses)
 
 
 def compare(runs: list[dict[str, Any]], loss: str) -> dict[str, Any]:
