@@ -1,5 +1,6 @@
 """Where the images of an Oscar corpus lie: its YAML, the features of each dataset, their labels, and the texts."""
 
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,8 @@ def _labels(found: _Found, folders: list[Path]) -> tuple[Spans, dict[str, int]] 
 def _index_corpus(found: _Found, corpus: Path, datasets: list[_Dataset]) -> tuple[Ints, Spans, Spans]:
     """Return for each text the number of its image, its span, and the span of its answer."""
     by_name = {d.name: d for d in datasets}
-    spans, _ = found.index(corpus)
-    kept: list[tuple[int, int, int]] = []  # text, image, answer
+    spans = found.index(corpus)[0]
+    kept = array("q")  # of each: text, image, answer
     others = 0
     with corpus.open("rb") as handle:
         for number, (begin, end) in enumerate(zip(spans["begin"].tolist(), spans["end"].tolist(), strict=True)):
@@ -195,7 +196,7 @@ def _index_corpus(found: _Found, corpus: Path, datasets: list[_Dataset]) -> tupl
                 place = f"{corpus.name}:{spans[number]['line']}"
                 found.misfits.append(Reject(path=place, reason="corpus", message=f"{image.strip()[:80]}: {fault}"))
             else:
-                kept.append((number, row, answer))
+                kept.extend((number, row, answer))
     if others:
         found.notes.append(f"{others:,} rows of {corpus.name} are of datasets that `corpus` does not name: left out")
     texts, owners, answers = np.array(kept, np.int64).reshape(-1, 3).T

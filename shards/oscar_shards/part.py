@@ -110,7 +110,7 @@ def _from_files(part: Part, layout: Layout) -> Iterator[Sample | Reject]:
             try:
                 sample, refused = rows.read(row, lines)
                 sample = checked(sample, layout)
-            except (ValueError, OverflowError) as error:
+            except (ValueError, OverflowError, TypeError) as error:
                 yield _reject(rows.name(row), error)
                 continue
             yield from refused
@@ -131,7 +131,9 @@ def _from_sidecar(part: Part, layout: Layout) -> Iterator[Sample | Reject]:
                     raise Refused("missing", f"not in the files; delete {sidecar.FILE} to have the files alone read")
                 regions = part.rows.read(row, lines)[0].regions if place >= 0 else _no_regions(layout)
                 sample = checked(_sample(key, content, regions), layout)
-            except (ValueError, OverflowError) as error:
+                for message in read_content([sample_json(sample)])[1].values():  # that file could say anything
+                    raise Refused("json", message)
+            except (ValueError, OverflowError, TypeError) as error:
                 yield _reject(key, error)
                 continue
             yield sample
@@ -164,11 +166,12 @@ def checked(sample: Sample, layout: Layout) -> Sample:
     cut = layout.dtype == "float16" and regions.features.dtype != np.float16
     if cut and (largest := float(np.abs(regions.features).max(initial=0))) >= OVERFLOW:
         raise Refused("too-large", f"a feature of {largest:g} is too large for float16: import with --dtype int8")
-    content = sample_json(sample)
+    numbers = [*regions.scores, *(a.score for some in regions.attributes for a in some)]
+    if not are_finite(np.array(numbers, np.float32)):
+        raise Refused("not-finite", "a score is not finite")
+    content = sample_json(sample)  # which fails on what is no Unicode
     if len(content) > JSON_LIMIT:
         raise Refused("too-long", f"{len(content):,} bytes of JSON; at most {JSON_LIMIT:,}")
-    for message in read_content([content])[1].values():
-        raise Refused("json", message)
     return sample if k else dataclasses.replace(sample, regions=_no_regions(layout))
 
 
