@@ -8,7 +8,8 @@ losses of a pair lie apart means something only beside how far those of two seed
 bench/results/int8.json.
 
 With --checkpoint, a model that was trained already is asked about the same batches in both forms instead, without
-dropout: how far its losses move is the effect of the rounding alone. That is added to the file.
+dropout: how far its losses move is the effect of the rounding alone. Its losses with all features 0 ("nothing") say how
+much it has learnt to look at them. That is added to the file.
 """
 
 import csv
@@ -140,10 +141,9 @@ def ask(shards: Path, checkpoint: Path, batch_size: int, out: Path) -> None:
     """Add to the report what a trained model's losses are on the same batches with either kind of features."""
     with tempfile.TemporaryDirectory() as place:
         features(open_folder(shards), Path(place, "int8"))
-        losses = {
-            d: batch_losses(f, checkpoint, batch_size)
-            for d, f in zip(DTYPES, (shards, Path(place, "int8")), strict=True)
-        }
+        folders = (shards, Path(place, "int8"))
+        losses = {d: batch_losses(f, checkpoint, batch_size) for d, f in zip(DTYPES, folders, strict=True)}
+    losses["nothing"] = batch_losses(shards, checkpoint, batch_size, blank=True)
     report = json.loads((out / "int8.json").read_text()) if (out / "int8.json").exists() else {}
     report["same_weights"] = {
         "checkpoint": str(checkpoint),
@@ -164,15 +164,15 @@ def ask(shards: Path, checkpoint: Path, batch_size: int, out: Path) -> None:
 
 
 @torch.inference_mode()
-def batch_losses(shards: Path, checkpoint: Path, batch_size: int) -> npt.NDArray[np.float64]:
-    """Return masked token loss and contrastive loss of some batches, [batches, 2]."""
+def batch_losses(shards: Path, checkpoint: Path, batch_size: int, blank: bool = False) -> npt.NDArray[np.float64]:
+    """Return masked token loss and contrastive loss of some batches, [batches, 2]; `blank`: all features are 0."""
     start, folder = open_init(str(checkpoint)), open_folder(shards)
     reader = RegionReader(folder)
     model = build(start, reader.feature_dim, 0)[0].eval()
     stream = Stream(load_corpus(folder, start.tokenizer), reader, seed=1000, batch_size=batch_size)
     losses = []
     for batch in stream.batches(0, LAST):
-        words, pairs = model(batch)
+        words, pairs = model(replace(batch, features=torch.zeros_like(batch.features)) if blank else batch)
         outcome = evaluate(words, pairs, batch)
         losses.append([outcome.mlm_loss.item(), outcome.match_loss.item()])
     return np.array(losses)
