@@ -1,6 +1,7 @@
 """MILVLG's files of bottom-up attention: an .npz an image. Nothing in them is unpickled."""
 
 import os
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from oscar_shards.samples import NPY_LIMIT, parse_npy_header
 from oscar_shards.write import Reject
 
 LIMIT = LINE_LIMIT  # bytes of an array
+# What zipfile raises besides ValueError; RuntimeError where a password is asked for
+DAMAGES = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OverflowError, NotImplementedError, RuntimeError)
 INFO = (
     "`info` in these files is a pickled Python object, which could run any code and is never loaded: tags and scores "
     "that are in it are left out"
@@ -77,7 +80,7 @@ class NpzRows:
         try:
             with zipfile.ZipFile(self.paths[row]) as archive:
                 return self._sample(row, archive), []
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except DAMAGES as error:
             raise Refused("zip", f"a damaged .npz ({error})") from None
         except OSError as error:
             raise Refused("unreadable", f"cannot be read: {error.strerror or error}") from None
@@ -133,6 +136,8 @@ def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
         entry = archive.getinfo(f"{name}.npy")
     except KeyError:
         raise Refused("missing", f"no {name} in it") from None
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise Refused("zip", f"{name} is compressed in another way than numpy does")
     if entry.file_size > LIMIT:
         raise Refused("too-long", f"{name} of {entry.file_size:,} bytes; at most {LIMIT:,} are read")
     with archive.open(entry) as member:
@@ -182,7 +187,7 @@ def _has_info(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return "info.npy" in archive.namelist()
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, ValueError, *DAMAGES):
         return False
 
 
