@@ -59,20 +59,17 @@ def open_folder(folder: Path, flag: str = "--shards") -> ShardFolder:
         UsageError: in one line, a folder that is missing, empty, unfinished, or has a damaged shard.
     """
     manifest, tars = find_shards(folder, flag)
-    tables = [_read_index(tar, flag).append_column("shard", _constant(n, tar)) for n, tar in enumerate(tars)]
-    return ShardFolder(folder=folder, manifest=manifest, tars=tars, table=pa.concat_tables(tables))
+    tables = [_read_index(tar, flag) for tar in tars]
+    numbered = [t.append_column("shard", pa.array(np.full(len(t), n, np.int32))) for n, t in enumerate(tables)]
+    return ShardFolder(folder=folder, manifest=manifest, tars=tars, table=pa.concat_tables(numbered))
 
 
 def is_whole(tar: Path) -> bool:
     """Whether a shard is there as it was written: tar and index, and the tar as long as the index says."""
     try:
         return tar.stat().st_size == size_said(pq.read_schema(index_path(tar)))
-    except (OSError, ValueError):
+    except (OSError, ValueError, pa.ArrowException):
         return False
-
-
-def _constant(number: int, tar: Path) -> pa.Array:
-    return pa.array(np.full(pq.read_metadata(index_path(tar)).num_rows, number, np.int32))
 
 
 def _read_index(tar: Path, flag: str) -> pa.Table:
