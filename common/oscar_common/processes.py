@@ -1,5 +1,6 @@
 """The same function on many things, in several processes of this machine."""
 
+import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from oscar_common.errors import OperationError
 
 T = TypeVar("T")
 R = TypeVar("R")
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 def each(function: Callable[[T], R], things: Sequence[T], workers: int | None = None) -> Iterator[tuple[T, R]]:
@@ -26,7 +28,7 @@ def each(function: Callable[[T], R], things: Sequence[T], workers: int | None = 
     if count <= 1:
         yield from ((thing, function(thing)) for thing in things)
         return
-    pool = ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(count, get_context("spawn"), _begin)
     try:
         waiting = {pool.submit(function, thing): thing for thing in things}
         for done in as_completed(waiting):
@@ -35,3 +37,9 @@ def each(function: Callable[[T], R], things: Sequence[T], workers: int | None = 
         raise OperationError("a worker process was killed (out of memory?); fewer need less: --workers 1") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin() -> None:
+    """Leave Ctrl-C to the parent, and end with it: what is left of a killed one must not write any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

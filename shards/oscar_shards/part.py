@@ -1,9 +1,6 @@
 """One shard of an import: its rows to samples and rejects, in a process of its own."""
 
-import ctypes
 import dataclasses
-import multiprocessing
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +21,6 @@ from oscar_shards.read import is_whole
 from oscar_shards.samples import JSON_LIMIT
 from oscar_shards.write import Reject, rejects_path, sample_json, write_shard
 
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
 OVERFLOW = 65520  # float32 from here on is infinite as float16
 
 
@@ -71,7 +67,6 @@ def write_part(job: tuple[Part, Layout]) -> Written:
         OperationError: it cannot be written as it should be.
     """
     part, layout = job
-    _end_with_parent()
     rejects: list[Reject] = []
     images = 0
 
@@ -90,12 +85,6 @@ def write_part(job: tuple[Part, Layout]) -> Written:
         raise OperationError(f"{part.tar}: {error}") from None
     new = rejects[part.known_rejects :]
     return Written(len(new), len(part.places) - images, (new[0].path, new[0].message) if new else ("", ""))
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process with its parent: what is left of a killed one must not write any more."""
-    if multiprocessing.parent_process() is not None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _from_files(part: Part, layout: Layout) -> Iterator[Sample | Reject]:

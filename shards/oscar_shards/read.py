@@ -142,7 +142,7 @@ def _sample(window: Window, entry: Entry) -> Sample:
     assert entry.json
     assert entry.boxes
     assert entry.features
-    content = _content(bytes(window.view(entry.json.data, entry.json.size)), entry.key)
+    content = parse_content(bytes(window.view(entry.json.data, entry.json.size)), entry.key)
     boxes, features = array(window, entry.boxes).copy(), array(window, entry.features).copy()
     return Sample(
         key=entry.key,
@@ -158,7 +158,7 @@ def _sample(window: Window, entry: Entry) -> Sample:
     )
 
 
-def _content(raw: bytes, key: str) -> dict[str, Any]:
+def parse_content(raw: bytes, key: str) -> dict[str, Any]:
     """Parse a KEY.json: what is missing is empty, as in the index, and what is not known is passed over."""
     try:
         content = json.loads(raw)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError
 from oscar_shards.foreign import Ints, Rows
-from oscar_shards.read import _content
+from oscar_shards.read import parse_content
 from oscar_shards.write import Reject
 
 FILE = "images.parquet"
@@ -110,5 +110,5 @@ def read_group(path: Path, group: int) -> tuple[list[tuple[str, dict[str, Any]]]
         return [], []
     table = pq.ParquetFile(path).read_row_group(group, ["key", "json"])
     pairs = list(zip(table["key"].to_pylist(), table["json"].to_pylist(), strict=True))
-    images = [(key, _content(content.encode(), key)) for key, content in pairs if key is not None]
+    images = [(key, parse_content(content.encode(), key)) for key, content in pairs if key is not None]
     return images, [Reject(**json.loads(content)) for key, content in pairs if key is None]

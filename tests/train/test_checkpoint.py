@@ -81,7 +81,7 @@ def test_another_runs_checkpoint_is_refused_with_both_values(made: Checkpoint):
     checkpoint.agree(None, RUN)
     with pytest.raises(UsageError, match=r"--batch-size 8: the run in --out began with 64; .*--overwrite.*at step 1"):
         checkpoint.agree(made, {**RUN, "batch_size": 8})
-    with pytest.raises(UsageError, match=r"--shards: .*abc, now xyz"):
+    with pytest.raises(UsageError, match=r"--shards and --texts: .*abc, now xyz"):
         checkpoint.agree(made, {**RUN, "corpus": "xyz"})
 
 
