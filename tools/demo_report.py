@@ -10,10 +10,10 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from oscar_common.files import replacing
-from oscar_shards.page import page
-from oscar_shards.report import fact_table, measure
-from oscar_shards.show import MIN_SCORE, choose
-from oscar_shards.view import sheet
+from oscar_shards.pages.page import page
+from oscar_shards.pages.report import fact_table, measure
+from oscar_shards.pages.show import MIN_SCORE, choose
+from oscar_shards.pages.view import sheet
 
 LIMIT = 100  # images
 

@@ -90,7 +90,7 @@ def index(paths: tuple[Path, ...], classes: Path | None, workers: int | None) ->
 @click.option("--html", type=FILE, help="Write a page with plots.")
 def stats(paths: tuple[Path, ...], html: Path | None) -> None:
     """Count images, triples by source and kind, regions, tags, tokens and bytes."""
-    from oscar_shards.report import write_report
+    from oscar_shards.pages.report import write_report
 
     write_report(paths, html)
 
@@ -110,7 +110,7 @@ def stats(paths: tuple[Path, ...], html: Path | None) -> None:
 @click.option("--html", type=FILE, default=Path("shards.html"), show_default=True, help="The page to write.")
 def show(path: Path, keys: tuple[str, ...], tags: tuple[str, ...], images: Path | None, limit: int, html: Path) -> None:
     """Write one page with photos, their boxes, tags, scores and texts, to be filtered by tag in a browser."""
-    from oscar_shards.show import show as write_page
+    from oscar_shards.pages.show import show as write_page
 
     write_page(path, keys, tags, images, limit, html)
 
@@ -138,7 +138,7 @@ def show(path: Path, keys: tuple[str, ...], tags: tuple[str, ...], images: Path 
 @workers
 def import_(format: str, source_path: Path, **options: Any) -> None:
     """Make shards of region features in another FORMAT: oscar (VinVL's TSV), lxmert, bottom-up, npz (MILVLG's)."""
-    from oscar_shards.convert import import_shards
+    from oscar_shards.formats.convert import import_shards
 
     import_shards(format, source_path, **options)
 
@@ -154,7 +154,7 @@ def import_(format: str, source_path: Path, **options: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
 def export(format: str, path: Path, out: Path, overwrite: bool) -> None:
     """Write shards in another FORMAT, for the code that reads that: oscar, lxmert, bottom-up, npz."""
-    from oscar_shards.export import export_shards
+    from oscar_shards.formats.export import export_shards
 
     export_shards(format, path, out, overwrite)
 

@@ -88,7 +88,7 @@ def _write_sample(writer: Any, sample: Sample, layout: Layout) -> None:
             raise ValueError(f"{sample.key}: {name} are {array.dtype} {array.shape}, not {expected}")
     stored = _stored(regions.features, layout.dtype)
     if not all(map(are_finite, (regions.boxes, *stored.values()))):
-        raise ValueError(f"{sample.key}: boxes or features are not finite, or too large for {layout.dtype}")
+        raise ValueError(f"{sample.key}: boxes or features are not finite, or too large for float16")
     # One call a member: TarWriter would sort them by name, and the contract has the JSON first.
     writer.write({"__key__": sample.key, "json": sample_json(sample)})
     for name, array in ({"boxes": regions.boxes} | stored).items():
@@ -97,11 +97,12 @@ def _write_sample(writer: Any, sample: Sample, layout: Layout) -> None:
 
 def _stored(features: npt.NDArray[Any], dtype: str) -> dict[str, npt.NDArray[Any]]:
     """Return features as the members that hold them."""
-    if dtype == "int8":
-        values, scales = quantise(features)
-        return {"scales": scales, "features": values}
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused for that
-        return {"features": features.astype(np.float16, copy=False)}
+        halves = features.astype(np.float16, copy=False)
+    if dtype == "float16" or not are_finite(halves):  # int8 becomes float16 when it is read
+        return {"features": halves}
+    values, scales = quantise(features)
+    return {"scales": scales, "features": values}
 
 
 def sample_json(sample: Sample) -> bytes:

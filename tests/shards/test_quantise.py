@@ -1,12 +1,10 @@
 """int8 features: half the bytes, a bounded error, and nothing further lost by being converted to float32 and back."""
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import webdataset
 from small_shards import make_samples, write_folder
 
-from oscar_shards.index import index_path
 from oscar_shards.manifest import Layout
 from oscar_shards.quantise import are_finite, dequantise, quantise
 from oscar_shards.read import open_folder, read_features
@@ -86,9 +84,5 @@ def test_features_that_cannot_be_stored_are_an_error_when_they_are_written(tmp_p
     features[1, 1] = bad
     object.__setattr__(sample.regions, "features", features)
     layout = Layout(feature_dim=24, dtype=dtype)
-    if dtype == "int8" and np.isfinite(bad):  # a scale has room for it
-        write_shard(tmp_path / "a.tar", [sample], layout)
-        assert pq.read_table(index_path(tmp_path / "a.tar")).num_rows == 1
-        return
     with pytest.raises(ValueError, match=r"image-000: boxes or features are not finite, or too large for"):
         write_shard(tmp_path / "a.tar", [sample], layout)

@@ -14,10 +14,10 @@ from small_shards import make_samples, write_folder
 from support import error_line, run_here
 
 from oscar_shards.__main__ import command
-from oscar_shards.page import visible
-from oscar_shards.photos import embedded, find_photos
+from oscar_shards.pages.page import visible
+from oscar_shards.pages.photos import embedded, find_photos
+from oscar_shards.pages.view import boxes_of, figure, regions_of
 from oscar_shards.read import open_folder, read_boxes
-from oscar_shards.view import boxes_of, figure, regions_of
 
 COUNT = 12
 EVIL = """"'><img src=x onerror="window.hacked=1"></script><script>window.hacked=2</script>"""

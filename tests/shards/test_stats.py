@@ -20,10 +20,10 @@ from transformers import BertTokenizerFast
 from oscar_common.wordpiece import SHIPPED, wordpiece
 from oscar_shards.__main__ import command
 from oscar_shards.index import index_path
-from oscar_shards.lengths import LIMIT, Lengths
-from oscar_shards.plots import binned, sparkline
+from oscar_shards.pages.lengths import LIMIT, Lengths
+from oscar_shards.pages.plots import binned, sparkline
+from oscar_shards.pages.report import facts, measure
 from oscar_shards.read import open_folder, tars_at
-from oscar_shards.report import facts, measure
 from oscar_shards.stats import Stats, count, quantile
 from oscar_train.corpus import MAX_TEXT
 
@@ -117,7 +117,9 @@ def test_several_paths_and_foreign_tars_add_up(folder, tmp_path):
 
 
 def test_torch_is_not_loaded(folder):
-    code = f"from oscar_shards.report import measure; from pathlib import Path; measure([Path({str(folder)!r})])\n"
+    code = (
+        f"from oscar_shards.pages.report import measure; from pathlib import Path; measure([Path({str(folder)!r})])\n"
+    )
     code += "import sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

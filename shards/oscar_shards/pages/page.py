@@ -28,7 +28,7 @@ def page(title: str, body: Iterable[str]) -> Iterator[str]:
 
 
 def _part(name: str) -> str:
-    return resources.files("oscar_shards").joinpath(name).read_text("utf-8")
+    return resources.files("oscar_shards.pages").joinpath(name).read_text("utf-8")
 
 
 def text(content: object, most: int = 1000) -> str:

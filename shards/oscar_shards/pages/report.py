@@ -14,12 +14,12 @@ from rich.text import Text
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
 from oscar_common.progress import meter
-from oscar_shards.lengths import LIMIT, Lengths
 from oscar_shards.manifest import DetectorRecord
-from oscar_shards.page import number, page, size, text, visible
-from oscar_shards.plots import Bar, begin, binned, lying, sparkline, standing
+from oscar_shards.pages.lengths import LIMIT, Lengths
+from oscar_shards.pages.page import number, page, size, text, visible
+from oscar_shards.pages.plots import Bar, begin, binned, lying, sparkline, standing
+from oscar_shards.pages.show import checked_index
 from oscar_shards.read import manifest_of, tars_at
-from oscar_shards.show import checked_index
 from oscar_shards.stats import SCORE_BINS, Stats, count_shard, mean, quantile
 
 MOST_TAGS = 30

@@ -12,9 +12,9 @@ import yaml
 
 from oscar_common.errors import OperationError
 from oscar_common.sample import Sample, Text
-from oscar_shards.foreign import encode, free_id, plain
-from oscar_shards.oscar_corpus import FEATURES, LABELS, QA, YAML
-from oscar_shards.oscar_tsv import positions
+from oscar_shards.formats.foreign import encode, free_id, plain
+from oscar_shards.formats.oscar_corpus import FEATURES, LABELS, QA, YAML
+from oscar_shards.formats.oscar_tsv import positions
 
 CORPUS = "corpus.tsv"
 CHUNKED = ("googlecc", "sbu", "oi", "objects365", "tagoi")  # the reader looks for their features in chunks' folders

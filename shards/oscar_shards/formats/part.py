@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 
 from oscar_common.errors import OperationError
 from oscar_common.sample import Regions, Sample
-from oscar_shards import sidecar
 from oscar_shards.content import read_content
-from oscar_shards.foreign import Ints, Refused, Rows
-from oscar_shards.lines import Lines
+from oscar_shards.formats import sidecar
+from oscar_shards.formats.foreign import Ints, Refused, Rows
+from oscar_shards.formats.lines import Lines
 from oscar_shards.manifest import Layout
 from oscar_shards.quantise import are_finite
 from oscar_shards.read import is_whole
@@ -28,8 +28,8 @@ OVERFLOW = 65520  # float32 from here on is infinite as float16
 class Part:
     """A shard to write from `rows`.
 
-    places: of each image, see `oscar_shards.sidecar.Images`; those from 0 on are, in their order, `rows`. sidecar: that
-    file, and the group of its rows. duplicates: rows whose id was there before. misfits: to be noted with the shard.
+    places: of each image, see `sidecar.Images`; those from 0 on are, in their order, `rows`. sidecar: that file, and
+    the group of its rows. duplicates: rows whose id was there before. misfits: to be noted with the shard.
     """
 
     tar: Path
@@ -152,9 +152,8 @@ def checked(sample: Sample, layout: Layout) -> Sample:
         raise Refused("count", f"{k} regions, {len(regions.tags)} tags and {len(regions.scores)} scores")
     if not are_finite(regions.boxes) or not are_finite(regions.features):
         raise Refused("not-finite", "a box or a feature is not finite")
-    cut = layout.dtype == "float16" and regions.features.dtype != np.float16
-    if cut and (largest := float(np.abs(regions.features).max(initial=0))) >= OVERFLOW:
-        raise Refused("too-large", f"a feature of {largest:g} is too large for float16: import with --dtype int8")
+    if regions.features.dtype != np.float16 and (most := float(np.abs(regions.features).max(initial=0))) >= OVERFLOW:
+        raise Refused("too-large", f"a feature of {most:g} is too large for float16, whose largest is 65504")
     numbers = [*regions.scores, *(a.score for some in regions.attributes for a in some)]
     if not are_finite(np.array(numbers, np.float32)):
         raise Refused("not-finite", "a score is not finite")

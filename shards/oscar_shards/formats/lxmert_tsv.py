@@ -8,7 +8,7 @@ import numpy as np
 
 from oscar_common.errors import UsageError
 from oscar_common.sample import Attribute, Sample
-from oscar_shards.foreign import (
+from oscar_shards.formats.foreign import (
     Ints,
     Refused,
     Vocabulary,
@@ -22,7 +22,7 @@ from oscar_shards.foreign import (
     plain,
     whole,
 )
-from oscar_shards.lines import Lines, Spans, index_lines
+from oscar_shards.formats.lines import Lines, Spans, index_lines
 from oscar_shards.write import Reject
 
 FILE = "features.tsv"
@@ -44,7 +44,7 @@ ID_CHARACTERS = "A-Za-z0-9._/-"  # in an id of an export; others are escaped
 
 @dataclass(frozen=True, kw_only=True)
 class TsvRows:
-    """The rows of one TSV; see `oscar_shards.foreign.Rows`."""
+    """The rows of one TSV; see `oscar_shards.formats.foreign.Rows`."""
 
     paths: list[Path]
     columns: tuple[str, ...]

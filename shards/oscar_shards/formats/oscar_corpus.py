@@ -9,9 +9,9 @@ import numpy as np
 import yaml
 
 from oscar_common.errors import UsageError, nearest
-from oscar_shards.foreign import Ints, Vocabulary
-from oscar_shards.lines import NAME_LIMIT, SPAN, Spans, index_lines
-from oscar_shards.oscar_tsv import OscarRows
+from oscar_shards.formats.foreign import Ints, Vocabulary
+from oscar_shards.formats.lines import NAME_LIMIT, SPAN, Spans, index_lines
+from oscar_shards.formats.oscar_tsv import OscarRows
 from oscar_shards.write import Reject
 
 YAML = "corpus.yaml"

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from oscar_common.errors import UsageError
 from oscar_common.sample import Attribute, Sample, make_key
-from oscar_shards.foreign import (
+from oscar_shards.formats.foreign import (
     Ints,
     Refused,
     Vocabulary,
@@ -24,7 +24,7 @@ from oscar_shards.foreign import (
     names_of,
     numbers_of,
 )
-from oscar_shards.lines import LINE_LIMIT, Lines
+from oscar_shards.formats.lines import LINE_LIMIT, Lines
 from oscar_shards.samples import NPY_LIMIT, parse_npy_header
 from oscar_shards.write import Reject
 
@@ -39,7 +39,7 @@ INFO = (
 
 @dataclass(frozen=True, kw_only=True)
 class NpzRows:
-    """A folder's files; see `oscar_shards.foreign.Rows`."""
+    """A folder's files; see `oscar_shards.formats.foreign.Rows`."""
 
     paths: list[Path]
     ids: list[str]

@@ -11,8 +11,8 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
-from oscar_shards.page import text
-from oscar_shards.photos import embedded, find_photos
+from oscar_shards.pages.page import text
+from oscar_shards.pages.photos import embedded, find_photos
 
 MOST = 1000  # regions, and texts, of one image that are shown
 MOST_LABELS = 200  # of one image that are kept free of others

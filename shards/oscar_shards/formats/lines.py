@@ -10,7 +10,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from oscar_shards.foreign import Refused
+from oscar_shards.formats.foreign import Refused
 
 SPAN = np.dtype([("file", "<i4"), ("line", "<i8"), ("begin", "<i8"), ("end", "<i8")])  # line: counted from 1
 LINE_LIMIT = 64 << 20  # bytes; 100 regions of 2,054 numbers have a million

@@ -12,10 +12,10 @@ from oscar_common.errors import OperationError, UsageError
 from oscar_common.files import TEMPORARY, hold, release, replacing_folder
 from oscar_common.progress import Meter, meter
 from oscar_common.sample import Sample
-from oscar_shards import lxmert_tsv, npz, sidecar
-from oscar_shards.foreign import Vocabulary
+from oscar_shards.formats import lxmert_tsv, npz, sidecar
+from oscar_shards.formats.foreign import Vocabulary
+from oscar_shards.formats.oscar_writer import OscarWriter
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
-from oscar_shards.oscar_writer import OscarWriter
 from oscar_shards.read import find_shards, read_rejects, read_samples
 from oscar_shards.write import Reject, sample_json
 

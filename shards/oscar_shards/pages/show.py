@@ -12,9 +12,9 @@ from oscar_common.errors import UsageError, nearest
 from oscar_common.files import replacing
 from oscar_common.progress import meter
 from oscar_shards.manifest import Manifest
-from oscar_shards.page import page, size, text
+from oscar_shards.pages.page import page, size, text
+from oscar_shards.pages.view import MOST, sheet
 from oscar_shards.read import manifest_of, read_index, tars_at
-from oscar_shards.view import MOST, sheet
 
 MIN_SCORE = 0.3  # at first; the page has a slider
 CANDIDATES = 10_000  # names among which one is looked for that was meant

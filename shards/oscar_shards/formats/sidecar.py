@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError
-from oscar_shards.foreign import Ints, Rows
+from oscar_shards.formats.foreign import Ints, Rows
 from oscar_shards.read import parse_content
 from oscar_shards.write import Reject
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from oscar_shards.page import text
+from oscar_shards.pages.page import text
 
 WIDTH = 560
 BLOCKS = " ▁▂▃▄▅▆▇█"

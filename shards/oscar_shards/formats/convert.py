@@ -15,11 +15,11 @@ from oscar_common.files import locked
 from oscar_common.processes import each
 from oscar_common.progress import meter, phase
 from oscar_common.vocabulary import NAMES, read_names
-from oscar_shards import lxmert_tsv, npz, oscar_corpus, sidecar
-from oscar_shards.foreign import Rows, Vocabulary
-from oscar_shards.lines import Lines
+from oscar_shards.formats import lxmert_tsv, npz, oscar_corpus, sidecar
+from oscar_shards.formats.foreign import Rows, Vocabulary
+from oscar_shards.formats.lines import Lines
+from oscar_shards.formats.part import Part, Written, is_done, write_part
 from oscar_shards.manifest import FILE, DetectorRecord, Layout, Manifest, PlanRecord, read_manifest, write_manifest
-from oscar_shards.part import Part, Written, is_done, write_part
 from oscar_shards.write import shard_path
 
 NAME = "shard"

@@ -14,7 +14,7 @@ from oscar_common.sample import Attribute, ImageRecord, Regions, Sample, Text, m
 from oscar_shards.write import Reject
 
 if TYPE_CHECKING:
-    from oscar_shards.lines import Lines
+    from oscar_shards.formats.lines import Lines
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -1,0 +1,1 @@
+"""Region features in other people's formats, to shards and back."""

@@ -1,0 +1,1 @@
+"""Pages to look at: photos with their regions, and statistics with plots."""
