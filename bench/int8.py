@@ -195,7 +195,7 @@ def circumstances() -> dict[str, Any]:
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
     )
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(a if a.startswith("bench/") else Path(a).name for a in sys.argv)]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),

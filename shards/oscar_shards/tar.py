@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 from zlib import adler32
 
 import xxhash
@@ -18,7 +19,7 @@ import xxhash
 BLOCK = tarfile.BLOCKSIZE
 WINDOW = 4 << 20  # bytes read at once; larger than nearly every sample, small enough for a processor's cache
 ADLER = 65521
-HEADER_LIMIT = 1 << 20  # bytes of one extended header (a name, as a rule)
+HEADER_LIMIT = 64 << 10  # bytes of one extended header (a name, as a rule)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 
 
@@ -28,6 +29,14 @@ class TarFault(ValueError):
     def __init__(self, offset: int, message: str) -> None:
         super().__init__(message)
         self.offset = offset
+
+
+class Header(NamedTuple):
+    """What a header says, extended ones not considered."""
+
+    name: str
+    size: int
+    type: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +134,11 @@ def members(window: Window, offset: int = 0) -> Iterator[Member]:
                 told |= _pax(content, offset)
             offset = end
             continue
-        if header.isdir():
+        if header.type == tarfile.DIRTYPE:
             offset, told, begin = end, {}, end
             continue
         name = told.get("path", header.name)
-        if not header.isreg():
+        if header.type not in tarfile.REGULAR_TYPES:
             raise TarFault(offset, f"{name!r} is a {'link' if header.type in LINKS else 'special file'}: refused")
         size = _size(told, header.size, offset)
         member = Member(_safe(name, offset), begin, data, size)
@@ -142,7 +151,7 @@ def members(window: Window, offset: int = 0) -> Iterator[Member]:
     _check_end(window, offset)
 
 
-def _header(window: Window, offset: int) -> tarfile.TarInfo | None:
+def _header(window: Window, offset: int) -> Header | None:
     """Parse the header at `offset`; None for the block of zeros that begins a tar's end."""
     if offset + BLOCK > window.size:
         raise TarFault(window.size, "cut off: the file ends without the two blocks of zeros that end a tar")
@@ -157,10 +166,10 @@ def _header(window: Window, offset: int) -> tarfile.TarInfo | None:
         raise TarFault(offset, f"no tar header at byte {offset:,} ({error})") from None
     if header.size < 0:
         raise TarFault(offset, f"a member of {header.size} bytes")
-    return header
+    return Header(header.name, header.size, header.type)
 
 
-def _plain(block: bytes) -> tarfile.TarInfo | None:
+def _plain(block: bytes) -> Header | None:
     """Parse the header of a file as nearly all are; None if it is any other, for the library's thorough parser."""
     size, checksum = block[124:135], block[148:154]
     if block[156] != 0x30 or block[257:262] != b"ustar" or block[345] or not (size.isdigit() and checksum.isdigit()):
@@ -168,11 +177,10 @@ def _plain(block: bytes) -> tarfile.TarInfo | None:
     try:
         if (_sum(block) - _sum(block[148:156]) + 8 * 0x20 - int(checksum, 8)) % ADLER:
             return None
-        header = tarfile.TarInfo(block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"))
-        header.size = int(size, 8)
+        name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        return Header(name, int(size, 8), tarfile.REGTYPE)
     except ValueError:  # 8 and 9 are digits, too
         return None
-    return header
 
 
 def _sum(block: bytes) -> int:
@@ -183,13 +191,15 @@ def _sum(block: bytes) -> int:
 def _pax(content: bytes, offset: int) -> dict[str, str]:
     """Return the records "length key=value\\n" of a pax header."""
     found = {}
-    while content.strip(b"\0"):
-        length, _, rest = content.partition(b" ")
-        if not length.isdigit() or len(length) > 7 or not len(length) + 3 <= int(length) <= len(content):
+    begin, whole = 0, len(content.rstrip(b"\0"))
+    while begin < whole:
+        length = content[begin : begin + 6].partition(b" ")[0]
+        if not length.isdigit() or not len(length) + 3 <= int(length) <= whole - begin:
             raise TarFault(offset, "a damaged pax header")
-        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        record = content[begin + len(length) + 1 : begin + int(length) - 1]
+        key, _, value = record.partition(b"=")
         found[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        content = content[int(length) :]
+        begin += int(length)
     return found
 
 
