@@ -8,7 +8,7 @@ DEMO := runs/demo
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium demo test test-slow fuzz bench bench-scale check format clean
+.PHONY: help setup chromium demo test test-slow fuzz bench bench-store bench-scale check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -51,7 +51,7 @@ test: setup ## run the tests, except the slow ones
 test-slow: setup ## run the slow tests
 	$(BIN)/python -m pytest -m slow
 
-fuzz: setup ## try 100,000 damaged tars, indexes and JSONs each; half an hour or so
+fuzz: setup ## try 100,000 damaged tars, indexes and JSONs each; most of an hour
 	OSCAR_FUZZ=100000 $(BIN)/python -m pytest -q tests/shards/test_fuzz.py
 
 bench: setup ## measure extraction, stage by stage, and write bench/results; some minutes
@@ -59,6 +59,9 @@ bench: setup ## measure extraction, stage by stage, and write bench/results; som
 	$(BIN)/python bench/extract.py --detector builtin --precision bf16
 	$(BIN)/python bench/extract.py --detector vg-r101 --batch-size 2
 	$(BIN)/python bench/extract.py --detector vg-r101 --batch-size 2 --precision bf16
+
+bench-store: setup ## measure verify and index of shards beside plain reading; a minute or two
+	$(BIN)/python bench/store.py
 
 bench-scale: setup ## plan and resume a job of 4.1M images and 6.5M texts; needs 20 GB of disk and some 20 minutes
 	$(BIN)/python bench/scale.py
