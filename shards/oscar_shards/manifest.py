@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,13 @@ def read_manifest(folder: Path, flag: str) -> Manifest:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"{flag} {folder}: no {FILE} in it; give a folder of shards made by oscar-extract") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not valid JSON ({error}); run oscar-extract with --overwrite") from None
+    except (ValueError, RecursionError, OSError) as error:
+        again = f"restore it from a copy, or delete it and run: oscar-shards index {folder}"
+        raise UsageError(f"{path}: not valid JSON ({error}); {again}") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT:
         raise UsageError(f"{path}: format_version {version!r}; this version reads {FORMAT}")
-    return parse(Manifest, content, str(path))
+    manifest = parse(Manifest, content, str(path))
+    if not re.fullmatch(r"[\w-]*", manifest.name):
+        raise UsageError(f"{path}: name {manifest.name!r}; allowed are letters, digits, - and _")
+    return manifest

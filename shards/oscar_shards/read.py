@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,7 +96,9 @@ def tars_at(path: Path, flag: str = "PATH") -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UsageError(f"{flag} {path}: no such file or folder; give a folder of shards, or a tar")
-    manifest = manifest_of(path)
+    manifest = None
+    with suppress(UsageError):  # a manifest that is damaged does not hide the tars
+        manifest = manifest_of(path)
     found = manifest.tars(path) if manifest else sorted(path.glob("[!.]*.tar"))
     if not found:
         raise UsageError(f"{flag} {path}: no tar in it; give a folder of shards, or a tar")

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from oscar_common.errors import UsageError
 from oscar_common.processes import each
 from oscar_common.progress import meter
 from oscar_shards.index import (
@@ -83,9 +85,10 @@ def verify(paths: Iterable[Path], quick: bool, workers: int | None) -> int:
 def check(tar: Path, quick: bool) -> Report:
     """Check one tar with its index and its folder's manifest."""
     faults: list[tuple[str, str]] = []
-    stored = None
+    stored = manifest = None
     try:
-        manifest = manifest_of(tar)
+        with suppress(UsageError):  # `check_folder` tells
+            manifest = manifest_of(tar)
         stored = read_stored(tar, faults)
         table = _read(tar, manifest, stored, quick, faults)
     except OSError as error:
@@ -222,7 +225,11 @@ _NAMES = {
 def check_folder(folder: Path, reports: dict[Path, Report]) -> Iterator[str]:
     """Say what is wrong with a folder as a whole; of some of its tars only what these say."""
     yield from _twice({tar.name: report.keys for tar, report in reports.items()})
-    manifest = manifest_of(folder)
+    try:
+        manifest = manifest_of(folder)
+    except UsageError as error:
+        yield f"{error.message}; until then P, vocabulary and counts are not checked"
+        return
     if manifest is None or set(manifest.tars(folder)) - set(reports):
         return
     for stray in sorted(set(folder.glob("[!.]*.parquet")) - {p for t in reports for p in _beside(t)}):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -162,6 +163,10 @@ def test_statistics(folder):
     assert stats.images_without_text == 0
 
 
+def elsewhere(folder: Path) -> str:
+    return (folder / "manifest.json").read_text().replace('"name": "s"', '"name": "../x"')
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -171,6 +176,8 @@ def test_statistics(folder):
         (lambda p: (p / "s-000000.parquet").write_bytes(b"PAR1"), "s-000000.parquet is damaged"),
         (lambda p: (p / "manifest.json").unlink(), "no manifest.json in it"),
         (lambda p: (p / "manifest.json").write_text("{"), "not valid JSON"),
+        (lambda p: (p / "manifest.json").write_text("[" * 100_000), "not valid JSON"),
+        (lambda p: (p / "manifest.json").write_text(elsewhere(p)), "name '../x'; allowed are letters, digits, - and _"),
         (lambda p: (p / "manifest.json").write_text('{"format_version": 9}'), "format_version 9"),
     ],
 )
