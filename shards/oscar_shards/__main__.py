@@ -130,9 +130,11 @@ def show(path: Path, keys: tuple[str, ...], tags: tuple[str, ...], images: Path 
 @click.option("--out", type=FILE, required=True, help="Folder for the shards. The same command again continues.")
 @click.option("--source", help="Name of the dataset in the samples. [default: what FROM says, else its name]")
 @click.option(
-    "--classes", type=FILE, help="Class names, one a line. [default: Visual Genome's, where FROM has numbers]"
+    "--classes",
+    type=FILE,
+    help="Class names, one a line. [default, for numbers: those of an export's manifest.json, else Visual Genome's]",
 )
-@click.option("--attributes", type=FILE, help="Attribute names, one a line. [default: Visual Genome's]")
+@click.option("--attributes", type=FILE, help="Attribute names, one a line. [default: likewise]")
 @click.option("--dtype", type=click.Choice(("float16", "int8")), help="How features are stored. [default: float16]")
 @click.option("--images-per-shard", type=click.IntRange(1), help="Images in a shard. [default: 1000]")
 @workers

@@ -19,7 +19,7 @@ from support import contents, error_line, rejects, run_here, until
 from oscar_common.sample import Attribute, Text
 from oscar_shards.__main__ import command
 from oscar_shards.manifest import read_manifest
-from oscar_shards.read import read_samples
+from oscar_shards.read import open_folder, read_samples
 from oscar_shards.write import Reject, shard_path, write_shard
 
 shards = partial(run_here, command)
@@ -96,6 +96,17 @@ def test_a_round_trip_of_one_tar_with_rejects_and_an_empty_one(tmp_path, format)
         n: c for n, c in contents(folder).items() if n.startswith("shard-000000.")
     }
     assert shards("verify", tmp_path / "back1").returncode == 0
+
+
+@pytest.mark.parametrize("format", ["lxmert", "npz"])
+def test_without_the_sidecar_an_export_still_knows_its_classes(tmp_path, format):
+    out = exported(tmp_path, make_samples(7), format)
+    (out / "images.parquet").unlink()
+    imported(format, out, tmp_path / "back")
+    back = open_folder(tmp_path / "back")
+    assert back.manifest.detector.classes == CLASSES
+    tags = dict(zip(back.table["id"].to_pylist(), back.table["tags"].to_pylist(), strict=True))
+    assert tags["2"] == make_samples(7)[2].regions.tags
 
 
 def test_lxmerts_own_loader_reads_an_export(tmp_path):

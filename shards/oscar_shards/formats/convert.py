@@ -20,6 +20,7 @@ from oscar_shards.formats.foreign import Rows, Vocabulary
 from oscar_shards.formats.lines import Lines
 from oscar_shards.formats.part import Part, Written, is_done, write_part
 from oscar_shards.manifest import FILE, DetectorRecord, Layout, Manifest, PlanRecord, read_manifest, write_manifest
+from oscar_shards.read import manifest_of
 from oscar_shards.write import shard_path
 
 NAME = "shard"
@@ -50,7 +51,7 @@ def import_shards(
     if out.resolve() in (source_path.resolve(), source_path.resolve().parent):
         raise UsageError(f"--out {out}: FROM is in it; give another --out")
     beside = sidecar.find(source_path)
-    vocabulary = _vocabulary(format, classes, attributes) if beside is None else Vocabulary([], [])
+    vocabulary = _vocabulary(format, source_path, classes, attributes) if beside is None else Vocabulary([], [])
     with phase(f"looking through {source_path}"):
         rows = find_rows(format, source_path, source, vocabulary, beside is None)
     if beside is not None:
@@ -84,14 +85,17 @@ def find_rows(format: str, path: Path, source: str | None, vocabulary: Vocabular
     return rows
 
 
-def _vocabulary(format: str, classes: Path | None, attributes: Path | None) -> Vocabulary:
-    """Return names for numbers: Visual Genome's by default, where a format has numbers."""
+def _vocabulary(format: str, path: Path, classes: Path | None, attributes: Path | None) -> Vocabulary:
+    """Return the names that numbers stand for, where the format has numbers: those given, else those of the manifest
+    beside an export, else Visual Genome's."""
     numbers = format in ("lxmert", "npz")
-    files = classes or (NAMES / "objects.txt" if numbers else None)
-    others = attributes or (NAMES / "attributes.txt" if numbers else None)
+    manifest = manifest_of(path) if numbers else None
+    known = Vocabulary(manifest.detector.classes, manifest.detector.attributes) if manifest else Vocabulary([], [])
+    if numbers and not manifest:
+        classes, attributes = classes or NAMES / "objects.txt", attributes or NAMES / "attributes.txt"
     return Vocabulary(
-        read_names("--classes", files, "label_to_idx") if files else [],
-        read_names("--attributes", others, "attribute_to_idx") if others else [],
+        read_names("--classes", classes, "label_to_idx") if classes else known.classes,
+        read_names("--attributes", attributes, "attribute_to_idx") if attributes else known.attributes,
     )
 
 
