@@ -14,6 +14,7 @@ from oscar_shards.tar import BLOCK, Window, members
 
 SAMPLE_BYTES = 3 * BLOCK  # of a sample at least: three headers
 MARGIN = 1 << 20  # bytes that a small index may have beyond four times its tar's
+FEW = 256  # rows that are taken from an index at once
 BATCH = 4 << 20  # bytes of JSON that are parsed at once
 
 
@@ -71,18 +72,36 @@ def load_index(tar: Path) -> pa.Table:
     """
     path, again = index_path(tar), f"run: oscar-shards index {tar}"
     try:
-        found = pq.read_metadata(path)
-        size = sum(found.row_group(n).total_byte_size for n in range(found.num_row_groups))
-        if found.num_rows > tar.stat().st_size // SAMPLE_BYTES or size > 4 * tar.stat().st_size + MARGIN:
-            raise ValueError("larger than its tar allows")
-        table = pq.read_table(path, page_checksum_verification=True)
-        table.validate(full=True)
+        size = tar.stat().st_size
+        table = read_bounded(path, size // SAMPLE_BYTES, 4 * size + MARGIN)
     except FileNotFoundError as error:
         raise ValueError(f"it has no index {Path(error.filename or path).name}; {again}") from None
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         raise ValueError(f"its index {path.name} is damaged ({str(error).splitlines()[0][:200]}); {again}") from None
     if not table.schema.equals(SCHEMA):
         raise ValueError(f"its index {path.name} is of another version; {again}")
+    return table
+
+
+def read_bounded(path: Path, rows: int, size: int) -> pa.Table:
+    """Read a Parquet file of no more than so many rows and bytes: a short one may hold gigabytes of the same again.
+
+    Raises:
+        ValueError, pa.ArrowException, OSError: it is larger, or damaged.
+    """
+    batches: list[pa.RecordBatch] = []
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        found, schema = file.metadata, file.schema_arrow
+        said = sum(found.row_group(n).total_byte_size for n in range(found.num_row_groups))
+        if found.num_rows > rows or said > size:
+            raise ValueError(f"{found.num_rows:,} rows and {said:,} bytes are more than there can be")
+        for batch in file.iter_batches(FEW):
+            size -= batch.nbytes
+            if size < 0:
+                raise ValueError("its contents are more than there can be")
+            batches.append(batch)
+    table = pa.Table.from_batches(batches, schema).combine_chunks()
+    table.validate(full=True)
     return table
 
 

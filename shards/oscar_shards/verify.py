@@ -25,18 +25,22 @@ from oscar_shards.index import (
     load_index,
     make_batch,
     places,
+    read_bounded,
     read_row,
     size_said,
 )
 from oscar_shards.manifest import Manifest
 from oscar_shards.quantise import are_finite
-from oscar_shards.read import manifest_of, read_rejects, tars_at
+from oscar_shards.read import manifest_of, tars_at
 from oscar_shards.samples import Entry, array, entries
 from oscar_shards.tar import TarFault, Window, members
 from oscar_shards.values import Boxes, check_fit, check_values
+from oscar_shards.write import rejects_path
 
 GLANCE = 64 << 10  # bytes of the window when arrays are not read
 MEGA = 1_000_000
+MOST_REJECTS = 10_000_000  # of a shard
+REJECTS_LIMIT = 1 << 30  # bytes of them
 Told = Iterator[tuple[str, str]]  # (key, what is wrong with it); the key is empty where it is the whole shard
 
 
@@ -96,15 +100,25 @@ def check(tar: Path, quick: bool) -> Report:
         table = SCHEMA.empty_table()
     if stored is not None:
         faults.extend(_differences(stored, table, {key for key, _ in faults}))
-    rejects = read_rejects([tar])
     counted = stored if quick and stored is not None else table
     return Report(
         faults=faults,
         keys=table["key"].combine_chunks(),
         texts=pc.sum(pc.list_value_length(counted["texts"])).as_py() or 0 if "texts" in counted.schema.names else 0,
-        rejects=0 if rejects is None else len(rejects),
+        rejects=_count_rejects(tar, faults),
         bytes=tar.stat().st_size if tar.exists() else 0,
     )
+
+
+def _count_rejects(tar: Path, faults: list[tuple[str, str]]) -> int:
+    path = rejects_path(tar)
+    if not path.exists():
+        return 0
+    try:
+        return len(read_bounded(path, MOST_REJECTS, REJECTS_LIMIT))
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        faults.append(("", f"{path.name} is damaged ({str(error).splitlines()[0][:200]})"))
+        return 0
 
 
 def read_stored(tar: Path, faults: list[tuple[str, str]]) -> pa.Table | None:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 
 from oscar_common.errors import UsageError
 from oscar_shards.content import read_content
-from oscar_shards.index import index_path, index_tar
+from oscar_shards.index import index_path, index_tar, load_index
 from oscar_shards.read import read_index, read_samples
 from oscar_shards.samples import parse_npy_header
 from oscar_shards.tar import BLOCK
@@ -167,6 +167,20 @@ def test_any_npy_header_is_a_shape_or_an_error(part, header):
         return
     assert all(n >= 0 for n in shape)
     assert not np.dtype(dtype).hasobject
+
+
+def test_a_short_index_that_holds_gigabytes_is_refused_before_they_are_there(whole):
+    tar, data, _ = whole
+    tar.write_bytes(data)
+    table = index_tar(tar).slice(0, 1)
+    for column, value in (("path", "x" * (8 << 20)), ("tags", ["y" * 1000] * 8000)):
+        large = pa.concat_tables([table] * 6).set_column(
+            table.schema.get_field_index(column), table.schema.field(column), [[value] * 6]
+        )
+        pq.write_table(large, index_path(tar), compression="zstd")
+        assert index_path(tar).stat().st_size < 200_000
+        with pytest.raises(ValueError, match=r"more than there can be"):
+            load_index(tar)
 
 
 def test_these_tests_can_fail(whole):

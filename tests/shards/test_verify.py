@@ -146,6 +146,10 @@ def test_an_index_that_says_something_else_is_named(folder):
         (lambda folder: (folder / "shard-000001.tar").unlink(), "shard-000001.parquet: its tar is not there"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: not valid JSON"),
         (
+            lambda folder: (folder / "shard-000000.rejects.parquet").write_bytes(b"PAR1x"),
+            "shard-000000.rejects.parquet is damaged",
+        ),
+        (
             lambda folder: shutil.copy(folder / "shard-000000.tar", folder / "shard-000001.tar"),
             "image-000: it is there 2 times, in shard-000000.tar, shard-000001.tar",
         ),
