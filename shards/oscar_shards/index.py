@@ -14,7 +14,7 @@ from oscar_shards.tar import BLOCK, Window, members
 
 SAMPLE_BYTES = 3 * BLOCK  # of a sample at least: three headers
 MARGIN = 1 << 20  # bytes that a small index may have beyond four times its tar's
-FEW = 256  # rows that are taken from an index at once
+FEW = 1024  # rows that are taken from an index at once
 BATCH = 4 << 20  # bytes of JSON that are parsed at once
 
 
