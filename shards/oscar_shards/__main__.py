@@ -7,6 +7,7 @@ import click
 
 from oscar_common import __version__
 from oscar_common.cli import run
+from oscar_common.settings import DTYPES
 
 FORMATS = ("oscar", "lxmert", "bottom-up", "npz")
 HELP = """Check, index, count, look at and convert shards: the files between oscar-extract and oscar-train.
@@ -135,7 +136,7 @@ def show(path: Path, keys: tuple[str, ...], tags: tuple[str, ...], images: Path 
     help="Class names, one a line. [default, for numbers: those of an export's manifest.json, else Visual Genome's]",
 )
 @click.option("--attributes", type=FILE, help="Attribute names, one a line. [default: likewise]")
-@click.option("--dtype", type=click.Choice(("float16", "int8")), help="How features are stored. [default: float16]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="How features are stored. [default: float16]")
 @click.option("--images-per-shard", type=click.IntRange(1), help="Images in a shard. [default: 1000]")
 @workers
 def import_(format: str, source_path: Path, **options: Any) -> None:

@@ -117,11 +117,9 @@ def read_index(tar: Path) -> pa.Table:
     Raises:
         UsageError: the tar is damaged, or not one of shards.
     """
-    try:
+    with suppress(ValueError):  # the tar is the truth
         if is_whole(tar):
             return load_index(tar)
-    except ValueError:
-        pass
     try:
         return index_tar(tar)
     except ValueError as error:

@@ -123,7 +123,7 @@ def _name(tars: list[Path]) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the names of `--classes`, one a line.
+    """Return the names of `--classes`, one a line, as they stand: other people's tags may have capitals and commas.
 
     Raises:
         UsageError: it cannot be read.

@@ -22,13 +22,13 @@ from oscar_common.tables import Ints, array, columns, find, in_line, last, numbe
 from oscar_shards.content import TEXT
 from oscar_shards.index import index_path
 from oscar_shards.read import is_whole, read_index, tars_at
+from oscar_shards.values import KINDS
 
 OVERLAY = pa.schema([("key", pa.string()), *TEXT])
 FORMAT = b"oscar.texts"  # keys of the schema's metadata: the format's version, and one of MODES
 REPLACE = b"oscar.texts.replace"
 VERSION = b"1"
 MODES = ("none", "image", "all")  # the shards' texts stay; stay where the overlay has none for the image; go
-KINDS = ("caption", "qa")
 NAMES = ["key", "path", "id", "source"]  # columns of the indexes by which files may name images
 COCO = r"^(COCO_\w+_)?\d{12}(\.|$)"
 

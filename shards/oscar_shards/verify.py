@@ -246,7 +246,9 @@ def check_folder(folder: Path, reports: dict[Path, Report]) -> Iterator[str]:
         return
     if manifest is None or set(manifest.tars(folder)) - set(reports):
         return
-    for stray in sorted(set(folder.glob("[!.]*.parquet")) - {p for t in reports for p in _beside(t)}):
+    for stray in sorted(
+        set(folder.glob("[!.]*.parquet")) - {p for t in reports for p in (index_path(t), rejects_path(t))}
+    ):
         if not stray.name.startswith("_"):
             yield f"{stray.name}: its tar is not there"
     yield from _counts(manifest, reports)
@@ -262,10 +264,6 @@ def _twice(keys: dict[str, pa.Array]) -> Iterator[str]:
             where[key].append(name)
     for key, names in where.items():
         yield f"{key}: it is there {len(names)} times, in {', '.join(dict.fromkeys(names))}"
-
-
-def _beside(tar: Path) -> tuple[Path, Path]:
-    return index_path(tar), tar.with_suffix(".rejects.parquet")
 
 
 def _counts(manifest: Manifest, reports: dict[Path, Report]) -> Iterator[str]:

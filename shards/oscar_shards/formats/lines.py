@@ -4,19 +4,41 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
-from oscar_shards.formats.foreign import Refused
+from oscar_shards.formats.foreign import Ints, Refused, Vocabulary
 
 SPAN = np.dtype([("file", "<i4"), ("line", "<i8"), ("begin", "<i8"), ("end", "<i8")])  # line: counted from 1
 LINE_LIMIT = 64 << 20  # bytes; 100 regions of 2,054 numbers have a million
 NAME_LIMIT = 1 << 10  # bytes of a first field
 BLOCK = 8 << 20
 Spans = npt.NDArray[np.void]  # of the dtype SPAN
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineRows:
+    """Images that are a line of a file each: what `oscar_shards.formats.foreign.Rows` asks for and is alike in all."""
+
+    paths: list[Path]
+    ids: list[str]
+    sources: list[str]
+    spans: Spans
+    vocabulary: Vocabulary
+    notes: list[str]
+
+    @property
+    def file(self) -> Ints:
+        """Which of `paths` has each image."""
+        return self.spans["file"].astype(np.int64)
+
+    def name(self, row: int) -> str:
+        """Return the id of an image, or FILE:LINE where it has none."""
+        return self.ids[row] or f"{self.paths[int(self.spans[row]['file'])].name}:{self.spans[row]['line']}"
 
 
 class Lines:

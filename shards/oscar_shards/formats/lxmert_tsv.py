@@ -1,10 +1,8 @@
 """The TSV files of airsplay's LXMERT and of Peter Anderson's bottom-up attention: a row an image, arrays in base64."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import numpy as np
 
 from oscar_common.errors import UsageError
 from oscar_common.sample import Attribute, Sample
@@ -22,7 +20,7 @@ from oscar_shards.formats.foreign import (
     plain,
     whole,
 )
-from oscar_shards.formats.lines import Lines, Spans, index_lines
+from oscar_shards.formats.lines import LineRows, Lines, index_lines
 from oscar_shards.write import Reject
 
 FILE = "features.tsv"
@@ -43,40 +41,17 @@ ID_CHARACTERS = "A-Za-z0-9._/-"  # in an id of an export; others are escaped
 
 
 @dataclass(frozen=True, kw_only=True)
-class TsvRows:
+class TsvRows(LineRows):
     """The rows of one TSV; see `oscar_shards.formats.foreign.Rows`."""
 
-    paths: list[Path]
     columns: tuple[str, ...]
-    ids: list[str]
-    sources: list[str]
-    spans: Spans
-    vocabulary: Vocabulary
-    notes: list[str]
-
-    @property
-    def file(self) -> Ints:
-        """Which of `paths` has each image."""
-        return self.spans["file"].astype(np.int64)
-
-    @property
-    def num_texts(self) -> int:
-        """There are none."""
-        return 0
-
-    @property
-    def misfits(self) -> list[Reject]:
-        """There are none."""
-        return []
+    num_texts: int = 0
+    misfits: list[Reject] = field(default_factory=list)
 
     def take(self, rows: Ints) -> "TsvRows":
         """Return some of the rows."""
         ids, sources = ([some[n] for n in rows.tolist()] for some in (self.ids, self.sources))
         return replace(self, ids=ids, sources=sources, spans=self.spans[rows])
-
-    def name(self, row: int) -> str:
-        """Return the id of an image, or FILE:LINE where it has none."""
-        return self.ids[row] or f"{self.paths[int(self.spans[row]['file'])].name}:{self.spans[row]['line']}"
 
     def read(self, row: int, lines: Lines) -> tuple[Sample, list[Reject]]:
         """Read an image; its features are float32 [K, P].

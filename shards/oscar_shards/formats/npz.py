@@ -4,7 +4,7 @@ import os
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -46,21 +46,13 @@ class NpzRows:
     sources: list[str]
     vocabulary: Vocabulary
     notes: list[str]
+    num_texts: int = 0
+    misfits: list[Reject] = field(default_factory=list)
 
     @property
     def file(self) -> Ints:
         """Which of `paths` has each image."""
         return np.arange(len(self.paths))
-
-    @property
-    def num_texts(self) -> int:
-        """There are none."""
-        return 0
-
-    @property
-    def misfits(self) -> list[Reject]:
-        """There are none."""
-        return []
 
     def take(self, rows: Ints) -> "NpzRows":
         """Return some of the files."""

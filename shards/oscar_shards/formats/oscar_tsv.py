@@ -2,44 +2,32 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from oscar_common.sample import Attribute, Sample, Text
-from oscar_shards.formats.foreign import Floats, Ints, Refused, Vocabulary, decode, make_sample, whole
-from oscar_shards.formats.lines import Lines, Spans
+from oscar_shards.formats.foreign import Floats, Ints, Refused, decode, make_sample, whole
+from oscar_shards.formats.lines import LineRows, Lines, Spans
 from oscar_shards.write import Reject
 
 POSITION = 6  # numbers after the P features: x1/W, y1/H, x2/W, y2/H, w/W, h/H
 
 
 @dataclass(frozen=True, kw_only=True)
-class OscarRows:
+class OscarRows(LineRows):
     """Images of one or several datasets with what belongs to each; see `oscar_shards.formats.foreign.Rows`.
 
     A span of `labels` with file -1 stands for none. The texts of image n are those from starts[n] to starts[n + 1];
     a span of `answers` with file -1 makes a text a caption.
     """
 
-    paths: list[Path]
-    ids: list[str]
-    sources: list[str]
-    spans: Spans
     labels: Spans
     starts: Ints
     texts: Spans
     answers: Spans
-    vocabulary: Vocabulary
     misfits: list[Reject]
-    notes: list[str]
-
-    @property
-    def file(self) -> Ints:
-        """Which of `paths` has each image."""
-        return self.spans["file"].astype(np.int64)
 
     @property
     def num_texts(self) -> int:
@@ -63,10 +51,6 @@ class OscarRows:
             answers=self.answers[chosen],
             misfits=[],
         )
-
-    def name(self, row: int) -> str:
-        """Return the id of an image, or FILE:LINE where it has none."""
-        return self.ids[row] or f"{self.paths[int(self.spans[row]['file'])].name}:{self.spans[row]['line']}"
 
     def read(self, row: int, lines: Lines) -> tuple[Sample, list[Reject]]:
         """Read an image; its features are float32 [K, P].
