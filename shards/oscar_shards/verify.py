@@ -246,9 +246,8 @@ def check_folder(folder: Path, reports: dict[Path, Report]) -> Iterator[str]:
         return
     if manifest is None or set(manifest.tars(folder)) - set(reports):
         return
-    for stray in sorted(
-        set(folder.glob("[!.]*.parquet")) - {p for t in reports for p in (index_path(t), rejects_path(t))}
-    ):
+    beside = {path for tar in reports for path in (index_path(tar), rejects_path(tar))}
+    for stray in sorted(set(folder.glob("[!.]*.parquet")) - beside):
         if not stray.name.startswith("_"):
             yield f"{stray.name}: its tar is not there"
     yield from _counts(manifest, reports)
