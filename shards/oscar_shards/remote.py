@@ -5,28 +5,22 @@ silence for ever. A URL names data only: what fsspec can run, unpack or wrap is 
 """
 
 import re
-import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
-import click
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.registry import known_implementations
 
 from oscar_common.errors import OperationError, UsageError
+from oscar_shards.retries import Gone, RemoteError, explained, retried
 from oscar_shards.url import INSTALLED, folder_url, masked
 
-T = TypeVar("T")
-
-TRIES = 5
-DELAY = 0.5  # seconds before the second try; twice as many before each further one
 TIMEOUT = 60.0  # seconds of silence from a server after which a try has failed
 SLOWEST = 16 << 10  # bytes a second: a server that trickles less has failed, too
 PIECE = 8 << 20  # bytes fetched and written at once
@@ -37,22 +31,6 @@ _VERSIONS = (
     *("generation", "VersionId", "LastModified", "Last-Modified", "last_modified", "mtime", "modified", "updated"),
     *("created",),
 )
-
-
-class RemoteError(OperationError):
-    """A try that failed: `cause` in one line, at `url`. Another try may help."""
-
-    def __init__(self, url: str, cause: str) -> None:
-        super().__init__(f"{url}: {cause}")
-        self.url, self.cause = url, cause
-
-
-class Gone(RemoteError):
-    """There is no such file, folder or bucket; asking again does not help."""
-
-
-class Denied(RemoteError):
-    """It may not be read with these credentials, or without any; asking again does not help."""
 
 
 class Stamp(NamedTuple):
@@ -86,7 +64,7 @@ class RemoteFolder:
         path = f"{self.path}/" if self._is_http else self.path
 
         def attempt() -> dict[str, Stamp]:
-            with _explained(self.url):
+            with explained(self.url):
                 self.fs.invalidate_cache(self.path)
                 found = self._call("ls", path, detail=True)
             files = ((self._name(entry["name"]), entry) for entry in found if entry["type"] == "file")
@@ -163,7 +141,7 @@ class RemoteFolder:
         return getattr(self.fs, method)(*args, **options)
 
     def _stamp(self, name: str) -> Stamp:
-        with _explained(self.at(name)):
+        with explained(self.at(name)):
             self.fs.invalidate_cache(self.path)
             found = self._call("info", self._path(name))
         if found["type"] != "file":
@@ -184,7 +162,7 @@ class RemoteFolder:
 
     def _pieces(self, name: str, size: int) -> Generator[bytes, None, None]:
         """Yield the bytes of a file, some of those after `size`, too, if there are more."""
-        with _explained(self.at(name)):
+        with explained(self.at(name)):
             yield from (
                 self._ranges(self._path(name), size) if self._has_ranges else self._stream(self._path(name), size)
             )
@@ -225,7 +203,7 @@ def open_remote(url: str, flag: str = "--shards") -> RemoteFolder:
         package = '"oscar-pretrain[remote]"' if protocol in INSTALLED else ""
         how = f"run: pip install {package}" if package else known_implementations.get(protocol, {}).get("err", "")
         raise UsageError(f"{flag} {shown}: the driver of {protocol}:// is not installed; {how}") from None
-    with _explained(shown):
+    with explained(shown):
         fs, path = fsspec.url_to_fs(url, **_options(driver))
         if hasattr(fs, "set_session"):
             sync(fs.loop, fs.set_session)  # several threads would each make one
@@ -249,28 +227,6 @@ def _options(driver: Any) -> dict[str, Any]:
     return {**merged, "skip_instance_cache": True, "use_listings_cache": False}
 
 
-def retried(attempt: Callable[[], T], what: str) -> T:
-    """Return what `attempt` returns, tried again after each RemoteError that is not Gone or Denied, with a warning.
-
-    Raises:
-        RemoteError: the last one of several, at the URL `what`.
-    """
-    tries = 1
-    while True:
-        try:
-            return attempt()
-        except (Gone, Denied):
-            raise
-        except RemoteError as error:
-            if tries == TRIES:
-                raise RemoteError(what, f"{error.cause}; gave up after {TRIES} tries") from error
-            delay = DELAY * 2 ** (tries - 1)
-            again = f"trying again in {delay:g} s ({tries} of {TRIES})"
-            print(f"warning: {what}: {error.cause}; {again}", file=sys.stderr, flush=True)
-            time.sleep(delay)
-            tries += 1
-
-
 def _seconds(size: int) -> float:
     return TIMEOUT + size / SLOWEST
 
@@ -282,53 +238,3 @@ def _is_safe(name: str) -> bool:
 def _stamp(info: dict[str, Any]) -> Stamp:
     version = next((str(info[key]).strip('"') for key in _VERSIONS if info.get(key)), "")
     return Stamp(info.get("size"), version)
-
-
-@contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Turn whatever a driver raises into a RemoteError."""
-    try:
-        yield
-    except click.ClickException:
-        raise
-    except Exception as error:
-        raise _explain(url, error) from error
-
-
-def _explain(url: str, error: BaseException) -> RemoteError:
-    if url.startswith("http") and isinstance(error, FileNotFoundError) and error.__cause__:
-        error = error.__cause__  # fsspec says so of all that goes wrong
-    status, said = _status(error), _said(error)
-    if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError)):
-        return Gone(url, "there is no such file or folder")
-    missing = "Credentials" in type(error).__name__ or str(error).startswith("Forbidden")
-    if status in (401, 403, 407) or isinstance(error, PermissionError) or missing:
-        public = """; for a public bucket set FSSPEC_S3='{"anon": true}'""" if url.startswith("s3") else ""
-        return Denied(
-            url, f"access is denied ({said}); its driver's credentials are missing or do not allow it{public}"
-        )
-    return RemoteError(url, said)
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the HTTP status that a driver's exception carries in one way or another."""
-    found: list[Any] = [getattr(error, "status", None), getattr(error, "code", None)]
-    for response in (getattr(e, "response", None) for e in (error, error.__cause__)):
-        if isinstance(response, dict):  # botocore
-            found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-        else:
-            found.append(getattr(response, "status_code", None))
-    return next((int(s) for s in found if str(s).isdigit()), None)
-
-
-def _said(error: BaseException) -> str:
-    """Return what went wrong as one short line."""
-    status = _status(error)
-    if status in set(HTTPStatus):
-        return f"{status} {HTTPStatus(status).phrase}"
-    kind = type(error).__name__
-    line = (str(error).splitlines() or [""])[0]
-    if "Timeout" in kind and type(error) is not TimeoutError:
-        return f"no answer within {TIMEOUT:g} s"
-    line = line if line and isinstance(error, OSError) else f"{kind}: {line}".removesuffix(": ")
-    return masked("".join(c if c.isprintable() else " " for c in line[:200]))
