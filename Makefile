@@ -3,12 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DEMO := runs/demo
+PEERS := $(VENV)/peers
 
 # As oscar_common.cli does for the commands, for the tests that import torch themselves.
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium demo test test-slow fuzz bench bench-store bench-scale check format clean
+.PHONY: help setup chromium demo test test-slow fuzz bench bench-store bench-scale bench-stream check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -65,6 +66,13 @@ bench-store: setup ## measure verify and index of shards beside plain reading; a
 
 bench-scale: setup ## plan and resume a job of 4.1M images and 6.5M texts; needs 20 GB of disk and some 20 minutes
 	$(BIN)/python bench/scale.py
+
+# mosaicml-streaming wants older versions of numpy and transformers, so it has an environment of its own.
+bench-stream: setup ## measure batches from shards beside webdataset, Oscar's TSV, MDS and litdata; some 20 minutes
+	@test -x $(PEERS)/bin/pip || $(BIN)/python -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "$$(grep ^torch== constraints.txt)" 'litdata>=0.2.76' 'mosaicml-streaming>=0.13'
+	$(BIN)/python bench/stream.py --peers-python $(PEERS)/bin/python
 
 check: setup ## ruff (format and lint) and mypy (strict)
 	$(BIN)/ruff format --check
