@@ -185,7 +185,8 @@ def open_ours(folder: Path, cores: int, read: Callable[..., Iterator[Batch]]) ->
     """This project's stream, an epoch after the other: each image with each of its texts."""
     from oscar_train.stream import open_stream
 
-    opened = open_stream([folder / SHARDS], batch_size=BATCH, seed=0, threads=cores, cache=folder / "cache")
+    shards, cache = str(folder / SHARDS), str(folder / "cache")
+    opened = open_stream([shards], batch_size=BATCH, seed=0, threads=cores, cache=cache)
     stream = OPENED.enter_context(opened)
     steps = about(folder)["images"] * TEXTS // BATCH  # of an epoch
     firsts = itertools.count(0, steps)
