@@ -166,9 +166,10 @@ class ShardCache:
         """Fetch a file through an unfinished one that is this thread's alone; None if there is no room."""
         try:
             held = self._open(name, size)  # another finished it before this thread's turn came
-            filled = held is None and self._reserve(handle, name, size, keep)
-            if filled:
-                self._fill(handle, name, size, fetch, keep or ())
+            with _naming(self.folder / name):
+                filled = held is None and self._reserve(handle, name, size, keep)
+                if filled:
+                    self._fill(handle, name, size, fetch, keep or ())
         except BaseException:
             release(handle, self._unfinished(name))
             raise
@@ -180,7 +181,7 @@ class ShardCache:
     def _reserve(self, handle: int, name: str, size: int, keep: Collection[str] | None) -> bool:
         """Allocate a file's bytes; with `keep` only if there is room now, else as soon as readers let files go."""
         deadline = time.monotonic() + PATIENCE
-        while not self._allocate(handle, name, size, keep):
+        while not self._allocate(handle, size, keep):
             if keep is not None:
                 return False
             if time.monotonic() > deadline:
@@ -191,7 +192,7 @@ class ShardCache:
             time.sleep(POLL)
         return True
 
-    def _allocate(self, handle: int, name: str, size: int, keep: Collection[str] | None) -> bool:
+    def _allocate(self, handle: int, size: int, keep: Collection[str] | None) -> bool:
         with self._alone():
             os.ftruncate(handle, 0)  # a dead one's bytes
             if not self._make_room(_cost(size), keep or ()):
@@ -206,15 +207,15 @@ class ShardCache:
                         continue
                     if error.errno in FULL and keep is not None:
                         return False
-                    error.filename = str(self.folder / name)
                     raise
 
     def _fill(self, handle: int, name: str, size: int, fetch: Callable[[Path], None], keep: Collection[str]) -> None:
         try:
             fetch(self._unfinished(name))
         except OSError as error:  # only where space cannot be allocated beforehand
-            if error.errno not in FULL or not self._free(_cost(size), keep):
-                error.filename = error.filename or str(self.folder / name)
+            with self._alone():
+                freed = error.errno in FULL and self._evict(_cost(size), keep)
+            if not freed:
                 raise
             fetch(self._unfinished(name))
         if (found := os.fstat(handle).st_size) != size:
@@ -241,16 +242,11 @@ class ShardCache:
             os.close(handle)
 
     def _make_room(self, needed: int, keep: Collection[str] = ()) -> bool:
-        files = list(self._files())
-        for file in files:
+        for file in list(self._files()):
             if not file.whole and (handle := hold(file.path)) is not None:
                 release(handle, file.path)  # its owner is dead
         over = sum(file.cost for file in self._files()) + needed - self.limit
         return over <= 0 or self._evict(over, keep)
-
-    def _free(self, least: int, keep: Collection[str]) -> bool:
-        with self._alone():
-            return self._evict(least, keep)
 
     def _evict(self, least: int, keep: Collection[str]) -> bool:
         """Remove the least recently used files that nobody holds, `least` bytes of them; or none if it is less."""
@@ -280,6 +276,16 @@ class ShardCache:
 def _cost(size: int) -> int:
     """Return how many bytes of disk a file of `size` bytes takes at most."""
     return (-(-size // BLOCK) + size // EXTENTS) * BLOCK
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            error.filename = str(path)  # "no space left" alone does not say where
+        raise
 
 
 def _preallocate(handle: int, size: int) -> None:
