@@ -151,6 +151,7 @@ _STATUS = {Fault.GONE: 404, Fault.DENIED: 403, Fault.ERROR: 503}
 
 class _Threads(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 64  # many readers come at once
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -19,7 +20,7 @@ from fsspec.registry import known_implementations
 
 from oscar_common.errors import OperationError, UsageError
 from oscar_shards.retries import Gone, RemoteError, explained, retried
-from oscar_shards.url import INSTALLED, folder_url, masked
+from oscar_shards.url import INSTALLED, folder_url, shown
 
 TIMEOUT = 60.0  # seconds of silence from a server after which a try has failed
 SLOWEST = 16 << 10  # bytes a second: a server that trickles less has failed, too
@@ -196,18 +197,20 @@ def open_remote(url: str, flag: str = "--shards") -> RemoteFolder:
         UsageError: it is no URL of a folder in a store that is known, or the store's driver is not installed.
     """
     protocol, url = folder_url(url, flag)
-    shown = masked(url).rstrip("/")
+    name = shown(url).rstrip("/")
     try:
         driver = fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError):
         package = '"oscar-pretrain[remote]"' if protocol in INSTALLED else ""
         how = f"run: pip install {package}" if package else known_implementations.get(protocol, {}).get("err", "")
-        raise UsageError(f"{flag} {shown}: the driver of {protocol}:// is not installed; {how}") from None
-    with explained(shown):
+        raise UsageError(f"{flag} {name}: the driver of {protocol}:// is not installed; {how}") from None
+    with explained(name):
         fs, path = fsspec.url_to_fs(url, **_options(driver))
+        if hasattr(fs, "retries"):
+            fs.retries = 1  # `retried` is enough, and warns
         if hasattr(fs, "set_session"):
             sync(fs.loop, fs.set_session)  # several threads would each make one
-    return RemoteFolder(shown, fs, path.rstrip("/"))
+    return RemoteFolder(name, fs, path.rstrip("/"))
 
 
 def _options(driver: Any) -> dict[str, Any]:
@@ -236,5 +239,6 @@ def _is_safe(name: str) -> bool:
 
 
 def _stamp(info: dict[str, Any]) -> Stamp:
-    version = next((str(info[key]).strip('"') for key in _VERSIONS if info.get(key)), "")
-    return Stamp(info.get("size"), version)
+    found = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    version = found.timestamp() if isinstance(found, datetime) else found  # listings may have it as a number
+    return Stamp(info.get("size"), str(version).strip('"'))

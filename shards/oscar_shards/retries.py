@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from oscar_common.errors import OperationError
-from oscar_shards.url import masked
+from oscar_shards.url import shown
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def _explain(url: str, error: BaseException) -> RemoteError:
 
 def _status(error: BaseException) -> int | None:
     """Return the HTTP status that a driver's exception carries in one way or another."""
-    found: list[Any] = [getattr(error, "status", None), getattr(error, "code", None)]
+    found: list[Any] = [getattr(error, "status" if hasattr(error, "status") else "code", None)]
     for response in (getattr(e, "response", None) for e in (error, error.__cause__)):
         if isinstance(response, dict):  # botocore
             found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
@@ -103,4 +103,4 @@ def _said(error: BaseException) -> str:
     if "Timeout" in kind and type(error) is not TimeoutError:
         return f"no answer in time ({kind})"
     line = line if line and isinstance(error, OSError) else f"{kind}: {line}".removesuffix(": ")
-    return masked("".join(c if c.isprintable() else " " for c in line[:200]))
+    return shown(line[:200])

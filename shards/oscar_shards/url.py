@@ -51,7 +51,7 @@ def folder_url(url: str, flag: str) -> tuple[str, str]:
     url = url.strip()
     found = _SCHEME.match(url)
     protocol, rest = (found[1].lower(), url[found.end() :]) if found else ("", url)
-    where = f"{flag} {masked(url)}"
+    where = f"{flag} {shown(url)}"
     if protocol == "pipe":
         raise UsageError(f"{where}: pipe: runs a shell command, and shards are data; give the URL of their folder")
     if "::" in url:
@@ -69,6 +69,7 @@ def folder_url(url: str, flag: str) -> tuple[str, str]:
     return protocol, f"{protocol}:{rest}"
 
 
-def masked(text: str) -> str:
-    """Return a text without the passwords and tokens that URLs in it may have before their host."""
-    return re.sub(r"(https?://|//(?=[^/@\s]*:))[^/@\s]*@", r"\1***@", text)
+def shown(text: str) -> str:
+    """Return a text as messages show it: in one line, without what URLs in it may have before their host (a secret)."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"(https?://|//(?=[^/@\s]*:))[^/@\s]*@", r"\1***@", line)
