@@ -254,9 +254,11 @@ def started(way: str, folder: Path, cores: int, python: str) -> Iterator[Reader]
 
 def measure(folder: Path, names: list[str], cores: int, rounds: int, peers_python: str) -> dict[str, Any]:
     """Return what was seen of each way on some cores."""
+    readers, versions = [], {}
     with ExitStack() as stack:
-        readers = [stack.enter_context(started(name, folder, cores, python_of(name, peers_python))) for name in names]
-        versions = {reader.way: reader.answer() for reader in readers}
+        for name in names:  # one after the other: MDS fails if two are opened at once
+            readers.append(stack.enter_context(started(name, folder, cores, python_of(name, peers_python))))
+            versions[name] = readers[-1].answer()
         seen: dict[str, list[Pass]] = {name: [] for name in names}
         for _ in track(range(rounds + 1), f"rounds on {cores} core(s)", transient=True):
             for reader in readers:
@@ -290,7 +292,8 @@ def summary(name: str, rates: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def show(title: str, found: dict[str, Any]) -> None:
-    table = Table("way", "samples/s", "least", "most", "of raw", *(f"{way} / it" for way in OURS), title=title)
+    title += "; right: how many times as many samples/s this project has"
+    table = Table("way", "samples/s", "least", "most", "of raw", "ours", "features", title=title)
     for name, way in found.items():
         rates = [f"{rate:,}" for rate in way["samples_per_second"].values()]
         table.add_row(name, *rates, f"{way['of_raw']:.1%}", *(str(way.get(f"{ours}_to_this", "")) for ours in OURS))
