@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-import click
-
-from oscar_common.errors import OperationError
+from oscar_common.errors import OperationError, UsageError
 from oscar_shards.url import shown
 
 T = TypeVar("T")
@@ -61,7 +59,7 @@ def explained(url: str) -> Iterator[None]:
     """Turn whatever a driver raises into a RemoteError."""
     try:
         yield
-    except click.ClickException:
+    except (OperationError, UsageError):
         raise
     except Exception as error:
         raise _explain(url, error) from error

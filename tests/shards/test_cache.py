@@ -452,8 +452,8 @@ with ThreadPoolExecutor() as pool:
 
 def test_the_bound_holds_at_every_instant_whoever_comes_and_dies(tmp_path: Path) -> None:
     with watched(tmp_path) as sizes:
-        lasting = [run(WORK, tmp_path, seed, 5) for seed in range(3)]
-        for seed in range(3, 7):
+        lasting = [run(WORK, tmp_path, seed, 4) for seed in range(3)]
+        for seed in range(3, 6):
             short = run(WORK, tmp_path, seed, 60)
             time.sleep(1)
             short.kill()
