@@ -37,10 +37,8 @@ from oscar_shards.manifest import Layout, write_manifest
 from oscar_shards.quantise import dequantise, quantise
 from oscar_shards.read import ShardFolder, open_folder, read_samples
 from oscar_shards.write import write_shard
-from oscar_train.corpus import load_corpus
 from oscar_train.objective import evaluate
-from oscar_train.regions import RegionReader
-from oscar_train.stream import Stream
+from oscar_train.stream import open_stream
 from oscar_train.weights import build, open_init
 
 DTYPES = ("float16", "int8")
@@ -166,15 +164,14 @@ def ask(shards: Path, checkpoint: Path, batch_size: int, out: Path) -> None:
 @torch.inference_mode()
 def batch_losses(shards: Path, checkpoint: Path, batch_size: int, blank: bool = False) -> npt.NDArray[np.float64]:
     """Return masked token loss and contrastive loss of some batches, [batches, 2]; `blank`: all features are 0."""
-    start, folder = open_init(str(checkpoint)), open_folder(shards)
-    reader = RegionReader(folder)
-    model = build(start, reader.feature_dim, 0)[0].eval()
-    stream = Stream(load_corpus(folder, start.tokenizer), reader, seed=1000, batch_size=batch_size)
+    start = open_init(str(checkpoint))
     losses = []
-    for batch in stream.batches(0, LAST):
-        words, pairs = model(replace(batch, features=torch.zeros_like(batch.features)) if blank else batch)
-        outcome = evaluate(words, pairs, batch)
-        losses.append([outcome.mlm_loss.item(), outcome.match_loss.item()])
+    with open_stream([str(shards)], batch_size=batch_size, seed=1000, tokenizer=start.tokenizer) as stream:
+        model = build(start, stream.corpus.feature_dim, 0)[0].eval()
+        for batch in stream.batches(0, LAST):
+            words, pairs = model(replace(batch, features=torch.zeros_like(batch.features)) if blank else batch)
+            outcome = evaluate(words, pairs, batch)
+            losses.append([outcome.mlm_loss.item(), outcome.match_loss.item()])
     return np.array(losses)
 
 

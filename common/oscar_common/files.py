@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,7 +70,7 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         OperationError: another live process holds it.
         UsageError: nothing can be written there.
     """
-    path = folder / ".lock"
+    path, made = folder / ".lock", not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = hold(path)
@@ -83,6 +84,9 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         yield
     finally:
         release(handle, path)
+        if made and sys.exc_info()[0] is not None:
+            with suppress(OSError):
+                folder.rmdir()  # if nothing was written there
 
 
 def hold(path: Path) -> int | None:
@@ -109,6 +113,11 @@ def release(handle: int, path: Path) -> None:
     """Remove a file that `hold` opened, and let it go."""
     path.unlink(missing_ok=True)
     os.close(handle)
+
+
+def cache_folder(given: str | None) -> Path:
+    """Return the folder for what can be made again: the one given, or this user's."""
+    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "oscar-pretrain")).expanduser()
 
 
 def sha256(path: Path) -> str:

@@ -163,7 +163,18 @@ class Extract:
 class Train:
     """Stage 2: shards to a checkpoint."""
 
-    shards: str | None = setting(None, "Folder of shards made by oscar-extract.")
+    shards: list[str] = setting(
+        [],
+        "Folder of shards made by oscar-extract, or its URL: s3://, gs://, hf://, https://. May be given again: then "
+        "their images are mixed.",
+    )
+    mix: list[float] = setting(
+        [],
+        "Weights of the --shards folders, one for each in turn: the triples of a folder of weight 2 come twice in an "
+        "epoch, those of one of weight 0.5 in every other epoch. [default: 1 each]",
+        low=0.001,
+        high=1000,
+    )
     texts: list[str] = setting(
         [],
         "Overlay that adds texts to the images of --shards or replaces theirs, a .parquet file made by oscar-shards "
@@ -177,6 +188,23 @@ class Train:
     warmup_steps: int = setting(0, "Steps of linear warm-up; then linear decay to 0.", low=0)
     weight_decay: float = setting(0.01, "AdamW weight decay; biases and LayerNorm have none.", low=0)
     max_grad_norm: float = setting(10.0, "Clip the gradient's norm to this; 0: no clipping.", low=0)
+    shuffle_window: int = setting(
+        64, "Shards whose triples are shuffled together; those behind a URL are all in the cache at once.", low=1
+    )
+    read_threads: int | None = setting(
+        None,
+        "Threads that read regions; the batches are the same for any number. [default: one for each core, at most 8]",
+        low=1,
+    )
+    cache: str | None = setting(
+        None,
+        "Folder for token ids, made once for each tokenizer and set of texts, and for fetched shards; on a disk of "
+        "this machine. It may be deleted at any time. [default: ~/.cache/oscar-pretrain]",
+    )
+    cache_size: float = setting(100.0, "GB of fetched shards that may be in --cache; the least used go.", low=0)
+    skip_corrupt: bool = setting(
+        False, "Count and name shards and images that are gone or damaged, and go on without them."
+    )
     seed: int = setting(42, "Seed of order, masks, negatives and dropout.", low=0, high=2**63 - 1)
     checkpoint_every: int = setting(500, "Steps between checkpoints; one is always written at the end.", low=1)
     keep_checkpoints: int = setting(2, "Keep this many of the newest checkpoints.", low=1)

@@ -1,6 +1,7 @@
 """The index of a shard: one Parquet row an image, made by reading the tar, which is the truth."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from oscar_shards.tar import BLOCK, Window, members
 SAMPLE_BYTES = 3 * BLOCK  # of a sample at least: three headers
 MARGIN = 1 << 20  # bytes that a small index may have beyond four times its tar's
 FEW = 1024  # rows that are taken from an index at once
+ROWS_LIMIT = 1 << 24  # rows of an index that is read a few rows at a time
+BATCH_LIMIT = 256 << 20  # bytes of a few rows: two hundred times what a thousand images have
 BATCH = 4 << 20  # bytes of JSON that are parsed at once
 
 
@@ -70,17 +73,52 @@ def load_index(tar: Path) -> pa.Table:
     Raises:
         ValueError: there is none, or it is damaged or of another version.
     """
-    path, again = index_path(tar), f"run: oscar-shards index {tar}"
-    try:
+    path = index_path(tar)
+    with _reading(path.name, tar):
         size = tar.stat().st_size
         table = read_bounded(path, size // SAMPLE_BYTES, 4 * size + MARGIN)
-    except FileNotFoundError as error:
-        raise ValueError(f"it has no index {Path(error.filename or path).name}; {again}") from None
-    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        raise ValueError(f"its index {path.name} is damaged ({str(error).splitlines()[0][:200]}); {again}") from None
     if not table.schema.equals(SCHEMA):
-        raise ValueError(f"its index {path.name} is of another version; {again}")
+        raise ValueError(f"its index {path.name} is of another version; run: oscar-shards index {tar}")
     return table
+
+
+def open_index(file: Path | pa.Buffer, tar: Path) -> tuple[int, Iterator[pa.RecordBatch]]:
+    """Return how many bytes the tar had when its index was made (or -1), and its rows, some at a time.
+
+    An index of any length is read in bounded memory. `file` is the index' path or its bytes; `tar` is for messages.
+
+    Raises:
+        ValueError: there is none, or it is damaged or of another version; also while the rows are read.
+    """
+    with _reading(index_path(tar).name, tar):
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        if not parquet.schema_arrow.equals(SCHEMA):
+            parquet.close()
+            raise _Unfit(f"its index {index_path(tar).name} is of another version; run: oscar-shards index {tar}")
+        return size_said(parquet.schema_arrow), _rows_of(parquet, tar)
+
+
+def _rows_of(parquet: pq.ParquetFile, tar: Path) -> Iterator[pa.RecordBatch]:
+    with _reading(index_path(tar).name, tar), parquet:
+        yield from _bounded(parquet, ROWS_LIMIT)
+
+
+@contextmanager
+def _reading(name: str, tar: Path) -> Iterator[None]:
+    """Say in one line what is wrong with an index."""
+    again = f"run: oscar-shards index {tar}"
+    try:
+        yield
+    except _Unfit:
+        raise
+    except FileNotFoundError as error:
+        raise ValueError(f"it has no index {Path(error.filename or name).name}; {again}") from None
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        raise ValueError(f"its index {name} is damaged ({str(error).splitlines()[0][:200]}); {again}") from None
+
+
+class _Unfit(ValueError):
+    """An index that is whole but not what is needed."""
 
 
 def read_bounded(path: Path, rows: int, size: int) -> pa.Table:
@@ -89,20 +127,29 @@ def read_bounded(path: Path, rows: int, size: int) -> pa.Table:
     Raises:
         ValueError, pa.ArrowException, OSError: it is larger, or damaged.
     """
-    batches: list[pa.RecordBatch] = []
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        found, schema = file.metadata, file.schema_arrow
+        schema, found = file.schema_arrow, file.metadata
         said = sum(found.row_group(n).total_byte_size for n in range(found.num_row_groups))
-        if found.num_rows > rows or said > size:
+        if said > size:
             raise ValueError(f"{found.num_rows:,} rows and {said:,} bytes are more than there can be")
-        for batch in file.iter_batches(FEW):
+        batches = []
+        for batch in _bounded(file, rows):
             size -= batch.nbytes
             if size < 0:
                 raise ValueError("its contents are more than there can be")
             batches.append(batch)
-    table = pa.Table.from_batches(batches, schema).combine_chunks()
-    table.validate(full=True)
-    return table
+    return pa.Table.from_batches(batches, schema).combine_chunks()
+
+
+def _bounded(file: pq.ParquetFile, rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield a file's rows, a few at a time."""
+    if file.metadata.num_rows > rows:
+        raise ValueError(f"{file.metadata.num_rows:,} rows are more than there can be")
+    for batch in file.iter_batches(FEW):
+        if batch.nbytes > BATCH_LIMIT:
+            raise ValueError("its contents are more than there can be")
+        batch.validate(full=True)
+        yield batch
 
 
 def size_said(schema: pa.Schema) -> int:

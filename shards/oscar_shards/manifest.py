@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,14 @@ class Manifest:
         """Return the shards that are in `folder`, in their order."""
         return sorted(p for p in folder.glob(f"{self.name}-*.tar" if self.name else "*.tar") if p.name[0] != ".")
 
+    def tar_names(self, found: Iterable[str]) -> list[str]:
+        """Return the names of the tars among some file names, in their order, those of which only the index is there
+        included."""
+        of_tar = f"{re.escape(self.name)}-.*\\.tar" if self.name else r"[^.].*\.tar"
+        of_index = rf"({re.escape(self.name)}-\d{{6,}})\.parquet"
+        tars = {name for name in found if re.fullmatch(of_tar, name)}
+        return sorted(tars | {f"{m[1]}.tar" for m in (re.fullmatch(of_index, name) for name in found) if m})
+
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json into `folder`, whole or not at all."""
@@ -100,16 +109,32 @@ def read_manifest(folder: Path, flag: str) -> Manifest:
     """
     path = folder / FILE
     try:
-        content = json.loads(path.read_bytes())
+        raw = path.read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"{flag} {folder}: no {FILE} in it; give a folder of shards made by oscar-extract") from None
-    except (ValueError, RecursionError, OSError) as error:
-        again = f"restore it from a copy, or delete it and run: oscar-shards index {folder}"
+        raise UsageError(
+            f"{flag} {folder}: no {FILE} in it; give a folder of shards made by oscar-extract; for tars of others, "
+            f"first run: oscar-shards index {folder}"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_manifest(raw, str(path))
+
+
+def parse_manifest(raw: bytes, path: str) -> Manifest:
+    """Parse the content of a manifest.json; `path` is for messages.
+
+    Raises:
+        UsageError: it is damaged, or of a later format.
+    """
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        again = "restore it from a copy, or delete it and run oscar-shards index on the folder"
         raise UsageError(f"{path}: not valid JSON ({error}); {again}") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT:
         raise UsageError(f"{path}: format_version {version!r}; this version reads {FORMAT}")
-    manifest = parse(Manifest, content, str(path))
+    manifest = parse(Manifest, content, path)
     if not re.fullmatch(r"[\w-]*", manifest.name):
         raise UsageError(f"{path}: name {manifest.name!r}; allowed are letters, digits, - and _")
     return manifest

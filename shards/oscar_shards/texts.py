@@ -6,7 +6,8 @@ which texts of the shards it leaves, but anybody's Parquet file with such column
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,20 @@ def _match(wanted: pa.Array, images: pa.Table) -> Ints:
     return rows
 
 
+@dataclass(frozen=True)
+class Overlay:
+    """Texts for some rows of a table of images; `rows`, sorted, says whose each of `texts` is. mode: one of MODES."""
+
+    texts: pa.StructArray
+    rows: Ints
+    mode: str
+
+    def laid_over(self, texts: pa.ListArray, start: int) -> pa.ListArray:
+        """Return the texts of the images from row `start` on with this overlay applied."""
+        begin, end = np.searchsorted(self.rows, (start, start + len(texts)))
+        return _merged(texts, self.texts[begin:end], self.rows[begin:end] - start, self.mode)
+
+
 def overlaid(table: pa.Table, files: Sequence[Path], flag: str = "--texts") -> pa.Table:
     """Return a table of images (its columns `key` and `texts` are those of an index) with overlays applied, in order.
 
@@ -114,22 +129,40 @@ def overlaid(table: pa.Table, files: Sequence[Path], flag: str = "--texts") -> p
     Raises:
         UsageError: a file is missing, damaged, has other columns, or names no image.
     """
-    for file in files:
-        overlay, mode = read_overlay(file, flag)
-        rows = find(array(overlay["key"]), array(table["key"]))
-        if not (rows >= 0).any():
-            key = table["key"][0].as_py() if len(table) else None
-            raise UsageError(
-                f"{flag} {file}: none of its {len(overlay):,} texts has the key of an image (keys are like {key!r}); "
-                "make it with: oscar-shards texts"
-            )
-        if len(strays := np.flatnonzero(rows < 0)):
-            first = overlay["key"][int(strays[0])].as_py()
-            _warn(
-                f"{len(strays):,} of {len(overlay):,} texts have no image's key, the first: {first!r}", f"{flag} {file}"
-            )
-        table = _laid_over(table, overlay, rows, mode)
-    return table
+    overlays = read_overlays(array(table["key"]), files, flag)
+    chunks = table["texts"].chunks
+    starts = np.cumsum([0, *map(len, chunks)])
+    for overlay in overlays:
+        chunks = [overlay.laid_over(chunk, int(start)) for chunk, start in zip(chunks, starts, strict=False)]
+    position = table.schema.get_field_index("texts")
+    return table.set_column(position, table.schema.field("texts"), pa.chunked_array(chunks, pa.list_(TEXT)))
+
+
+def read_overlays(keys: pa.Array, files: Sequence[Path], flag: str = "--texts") -> list[Overlay]:
+    """Read overlays for the images that have these keys, row by row.
+
+    Raises:
+        UsageError: a file is missing, damaged, has other columns, or names no image.
+    """
+    return [_joined(keys, file, flag) for file in files]
+
+
+def _joined(keys: pa.Array, file: Path, flag: str) -> Overlay:
+    overlay, mode = read_overlay(file, flag)
+    rows = find(array(overlay["key"]), keys)
+    if not (rows >= 0).any():
+        key = keys[0].as_py() if len(keys) else None
+        raise UsageError(
+            f"{flag} {file}: none of its {len(overlay):,} texts has the key of an image (keys are like {key!r}); "
+            "make it with: oscar-shards texts"
+        )
+    if len(strays := np.flatnonzero(rows < 0)):
+        first = overlay["key"][int(strays[0])].as_py()
+        _warn(f"{len(strays):,} of {len(overlay):,} texts have no image's key, the first: {first!r}", f"{flag} {file}")
+    order = np.argsort(rows, kind="stable")[len(strays) :]  # stable: an image's texts stay in their order
+    new = overlay.select(TEXT.names).take(pa.array(order))
+    texts = pa.StructArray.from_arrays([array(new[name]) for name in TEXT.names], fields=list(TEXT))
+    return Overlay(texts, rows[order], mode)
 
 
 def read_overlay(file: Path, flag: str = "--texts") -> tuple[pa.Table, str]:
@@ -191,24 +224,6 @@ def _cast(column: pa.ChunkedArray, name: str) -> pa.Array:
 def _bools(column: pa.Array) -> npt.NDArray[np.bool_]:
     found: npt.NDArray[np.bool_] = column.to_numpy(zero_copy_only=False)
     return found
-
-
-def _laid_over(table: pa.Table, overlay: pa.Table, rows: Ints, mode: str) -> pa.Table:
-    """Return the table with the overlay's texts, whose images are `rows` (-1: none)."""
-    order = np.argsort(rows, kind="stable")[(rows < 0).sum() :]  # stable: an image's texts stay in their order
-    sorted_rows = rows[order]
-    new = overlay.select(TEXT.names).take(pa.array(order))
-    new = pa.StructArray.from_arrays([array(new[name]) for name in TEXT.names], fields=list(TEXT))
-    merged = pa.chunked_array(_chunks(table["texts"].chunks, new, sorted_rows, mode), pa.list_(TEXT))
-    return table.set_column(table.schema.get_field_index("texts"), table.schema.field("texts"), merged)
-
-
-def _chunks(chunks: list[pa.ListArray], new: pa.StructArray, rows: Ints, mode: str) -> Iterator[pa.ListArray]:
-    start = 0
-    for chunk in chunks:
-        begin, end = np.searchsorted(rows, (start, start + len(chunk)))
-        yield _merged(chunk, new[begin:end], rows[begin:end] - start, mode)
-        start += len(chunk)
 
 
 def _merged(chunk: pa.ListArray, new: pa.StructArray, rows: Ints, mode: str) -> pa.ListArray:

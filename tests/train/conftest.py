@@ -1,5 +1,6 @@
 """Fixtures for the tests of stage 2."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,8 @@ import torch
 from small_shards import make_samples, write_folder
 
 from oscar_common.sample import Sample
-from oscar_shards.read import ShardFolder, open_folder
-from oscar_train.corpus import Corpus, load_corpus
-from oscar_train.regions import RegionReader
-from oscar_train.stream import Stream
+from oscar_train.corpus import Corpus
+from oscar_train.stream import Stream, open_stream
 from oscar_train.tokens import Tokenizer, load_tokenizer
 
 
@@ -31,20 +30,16 @@ def shards(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def folder(shards: Path) -> ShardFolder:
-    return open_folder(shards)
-
-
-@pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return load_tokenizer(None)
 
 
 @pytest.fixture(scope="session")
-def corpus(folder: ShardFolder, tokenizer: Tokenizer) -> Corpus:
-    return load_corpus(folder, tokenizer)
+def stream(shards: Path, tokenizer: Tokenizer) -> Iterator[Stream]:
+    with open_stream([str(shards)], batch_size=16, tokenizer=tokenizer) as opened:
+        yield opened
 
 
-@pytest.fixture
-def stream(corpus: Corpus, folder: ShardFolder) -> Stream:
-    return Stream(corpus, RegionReader(folder), seed=42, batch_size=16)
+@pytest.fixture(scope="session")
+def corpus(stream: Stream) -> Corpus:
+    return stream.corpus

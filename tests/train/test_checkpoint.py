@@ -22,7 +22,7 @@ RUN = {**checkpoint.identity(Train()), "corpus": "abc"}
 def made(stream: Stream, tmp_path: Path) -> Checkpoint:
     """The checkpoint of a model after one step."""
     model, optimizer = fresh()
-    update(model, optimizer, stream.batch(0, stream.reader.slots(16)), 10.0, 1)
+    update(model, optimizer, stream.batch(0, stream.room()), 10.0, 1)
     return checkpoint.save(tmp_path, 1, RUN, model, optimizer, stream.corpus.tokenizer)
 
 
@@ -32,7 +32,7 @@ def fresh(seed: int = 1):
 
 
 def test_model_and_optimizer_come_back_to_the_bit(made: Checkpoint, stream: Stream):
-    batch = stream.batch(1, stream.reader.slots(16))
+    batch = stream.batch(1, stream.room())
     ends = []
     for seed in (8, 9):  # whatever was there before
         model, optimizer = fresh(seed)

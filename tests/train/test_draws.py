@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from oscar_train.draws import ORDER, SAMPLE, below, dropout_seed, permutation, uniform, words
+from oscar_train.draws import MIX, SAMPLE, WINDOW, below, dropout_seed, permutation, uniform, words
 
 
 def test_a_place_has_the_same_words_wherever_reading_begins():
@@ -12,8 +12,10 @@ def test_a_place_has_the_same_words_wherever_reading_begins():
 
 
 def test_seed_purpose_and_epoch_each_make_another_stream():
-    streams = [words(s, p, e, 0, 8, 4).tobytes() for s in (0, 2**63 - 1) for p in (ORDER, SAMPLE) for e in (0, 1)]
+    streams = [words(s, p, e, 0, 8, 4).tobytes() for s in (0, 2**63 - 1) for p in (MIX, SAMPLE) for e in (0, 1)]
     assert len(set(streams)) == 8
+    lanes = [words(0, WINDOW, 0, 0, 8, 4, lane).tobytes() for lane in ((0, 0), (0, 1), (1, 0), (5, 2**40))]
+    assert len({*streams, *lanes}) == 12
     assert len({dropout_seed(s, n) for s in range(3) for n in range(100)}) == 300
 
 
@@ -26,14 +28,14 @@ def test_numbers_are_spread_evenly():
 
 
 def test_an_order_is_every_number_once_and_another_each_epoch():
-    orders = [permutation(5, epoch, 1001) for epoch in range(3)]
+    orders = [permutation(5, WINDOW, epoch, 1001) for epoch in range(3)]
     for order in orders:
         np.testing.assert_array_equal(np.sort(order), np.arange(1001))
     assert not (orders[0] == orders[1]).all()
-    np.testing.assert_array_equal(permutation(5, 2, 1001), orders[2])
+    np.testing.assert_array_equal(permutation(5, WINDOW, 2, 1001), orders[2])
 
 
 def test_the_numbers_themselves_never_change():
     """Another library version must not silently change the order of a run that is to be continued."""
-    assert permutation(42, 0, 10).tolist() == [7, 1, 6, 4, 3, 5, 9, 0, 2, 8]
-    assert words(42, SAMPLE, 1, 2, 1, 4)[0, 1:3].tolist() == [8650037105877045836, 15810653609737846883]
+    assert permutation(42, WINDOW, 0, 10).tolist() == [5, 7, 3, 4, 0, 9, 6, 8, 1, 2]
+    assert words(42, SAMPLE, 1, 2, 1, 4)[0, 1:3].tolist() == [6168269473986820063, 436808374135530087]

@@ -25,7 +25,7 @@ def model() -> OscarForPreTraining:
 def test_both_losses_of_one_batch_fall_to_nothing(model: OscarForPreTraining, stream: Stream):
     optimizer = make_optimizer(model, Train(lr=2e-3))
     small = Stream(stream.corpus, stream.reader, seed=42, batch_size=8)
-    batch = small.batch(0, small.reader.slots(8))
+    batch = small.batch(0, small.room())
     torch.manual_seed(0)
     outcomes = [update(model, optimizer, batch, 10.0, step) for step in range(50)]
     assert outcomes[0].mlm_loss.item() == pytest.approx(math.log(30522), abs=0.3)
@@ -51,7 +51,7 @@ def test_biases_and_layer_norms_are_not_decayed(model: OscarForPreTraining):
 
 def test_a_loss_that_is_no_number_stops_before_the_model_changes(model: OscarForPreTraining, stream: Stream):
     before = {name: p.clone() for name, p in model.named_parameters()}
-    batch = stream.batch(0, stream.reader.slots(16))
+    batch = stream.batch(0, stream.room())
     batch.features[3, 0, 0] = math.inf
     with pytest.raises(OperationError, match=r"step 7: loss nan .* damaged features"):
         update(model, make_optimizer(model, Train()), batch, 10.0, 7)
@@ -83,7 +83,7 @@ def test_logs_have_the_columns_promised_and_are_cut_where_a_run_goes_on(
         for step in range(1, 7):
             log.add(row(step))
     whole = lines(tmp_path)
-    assert whole[0] == "step,epoch,loss,mlm_loss,match_loss,mlm_accuracy,match_accuracy,lr,samples_per_second"
+    assert whole[0] == "step,epoch,loss,mlm_loss,match_loss,mlm_accuracy,match_accuracy,lr,skipped,samples_per_second"
     assert whole[3].startswith("3,1,0.428571429,")
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("7,2,0.99")  # a row cut by a kill

@@ -79,6 +79,7 @@ def reference(w: dict[str, Tensor], config: BertConfig, batch: Batch) -> tuple[T
     if config.use_img_layernorm:
         regions = normal(regions, "bert.LayerNorm", config.img_layer_norm_eps)
     hidden = torch.cat([text, regions], 1)
+    seen = torch.cat([batch.attention_mask, batch.region_mask], 1)
     b, t, h = hidden.shape
     heads = config.num_attention_heads
     for layer in range(config.num_hidden_layers):
@@ -88,7 +89,7 @@ def reference(w: dict[str, Tensor], config: BertConfig, batch: Batch) -> tuple[T
             for part in ("query", "key", "value")
         )
         scores = query @ key.transpose(2, 3) / math.sqrt(h // heads)
-        scores[~batch.attention_mask[:, None, None].expand_as(scores)] = -math.inf
+        scores[~seen[:, None, None].expand_as(scores)] = -math.inf
         context = (scores.softmax(-1) @ value).transpose(1, 2).reshape(b, t, h)
         hidden = normal(
             hidden + linear(context, f"{name}.attention.output.dense"), f"{name}.attention.output.LayerNorm"
@@ -108,7 +109,7 @@ def test_the_forward_pass_and_losses_are_those_of_plain_functions(stream: Stream
     model = OscarForPreTraining(config).eval()
     for parameter in model.parameters():  # biases and norms, too, must be seen to be used
         parameter.data += 0.05 * torch.randn_like(parameter)
-    batch = stream.batch(0, stream.reader.slots(16))
+    batch = stream.batch(0, stream.room())
     with torch.no_grad():
         words, pairs = model(batch)
         all_words, expected_pairs = reference(model.state_dict(), config, batch)
@@ -131,11 +132,11 @@ def test_the_forward_pass_and_losses_are_those_of_plain_functions(stream: Stream
 def test_padding_and_empty_regions_change_nothing(stream: Stream):
     torch.manual_seed(0)
     model = OscarForPreTraining(tiny()).eval()
-    batch = stream.batch(0, stream.reader.slots(16))
+    batch = stream.batch(0, stream.room())
     with torch.no_grad():
         before = model(batch)
-        batch.input_ids[~batch.attention_mask[:, :35]] = 77
-        batch.features[~batch.attention_mask[:, 35:]] = 9.0
+        batch.input_ids[~batch.attention_mask] = 77
+        batch.features[~batch.region_mask] = 9.0
         after = model(batch)
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other)
@@ -143,7 +144,7 @@ def test_padding_and_empty_regions_change_nothing(stream: Stream):
 
 def test_a_batch_without_a_masked_token_has_no_masked_token_loss(stream: Stream):
     model = OscarForPreTraining(tiny())
-    batch = stream.batch(0, stream.reader.slots(16))
+    batch = stream.batch(0, stream.room())
     batch.mlm_labels.fill_(IGNORED)
     outcome = evaluate(*model(batch), batch)
     assert outcome.mlm_loss.item() == 0

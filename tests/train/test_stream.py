@@ -1,75 +1,237 @@
-"""The stream: every triple once an epoch, the same for every batch size and starting point."""
+"""The stream: every triple once an epoch, the same for any ranks, threads, batch sizes and interruptions."""
 
+import dataclasses
+import random
+import shutil
+from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from small_shards import make_samples, write_folder
 
-from oscar_shards.read import ShardFolder
-from oscar_train.corpus import Corpus
-from oscar_train.regions import RegionReader
-from oscar_train.stream import Batch, Stream
+from oscar_common.errors import OperationError, UsageError
+from oscar_common.sample import Sample
+from oscar_train.draws import SAMPLE, words
+from oscar_train.stream import Batch, Stream, open_stream
+from oscar_train.tokens import Tokenizer
+from oscar_train.triples import _WIDTH, IGNORED, POLLUTED, make_pools, polluted
 
-
-def positions(stream: Stream, steps: int) -> np.ndarray:
-    return np.concatenate([t for step in range(steps) for _, _, t in stream.segments(step)])
-
-
-def test_every_epoch_is_every_triple_once_and_nothing_is_dropped(corpus: Corpus, folder: ShardFolder):
-    n = len(corpus)
-    assert n % 16
-    for batch_size in (16, 2, n, 3 * n + 1):
-        stream = Stream(corpus, RegionReader(folder), seed=1, batch_size=batch_size)
-        seen = positions(stream, -(-3 * n // batch_size))[: 3 * n].reshape(3, n)
-        for epoch in seen:
-            np.testing.assert_array_equal(np.sort(epoch), np.arange(n))
-        assert not (seen[0] == seen[1]).all()
-        np.testing.assert_array_equal(seen[2], stream._order(2))
+STEPS = 30
+Copy = dict[str, torch.Tensor]
 
 
-def test_the_text_of_a_position_does_not_depend_on_the_batch_size(corpus: Corpus, folder: ShardFolder):
+def copied(batch: Batch) -> Copy:
+    return {f.name: getattr(batch, f.name).clone() for f in fields(Batch)}
+
+
+def assert_equal(one: Copy, other: Copy, where: object) -> None:
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), (where, name)
+
+
+def opened(shards: Path, tokenizer: Tokenizer, **options: Any) -> AbstractContextManager[Stream]:
+    return open_stream([str(shards)], tokenizer=tokenizer, **{"batch_size": 16, "window": 2, **options})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tokenizer: Tokenizer) -> list[Copy]:
+    """The batches of one rank with one thread."""
+    with opened(shards, tokenizer, threads=1) as stream:
+        return [copied(batch) for batch in stream.batches(0, STEPS)]
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [(1, 4), (2, 4), (8, 1), (16, 3)])
+def test_batches_do_not_depend_on_ranks_and_threads(
+    shards: Path, tokenizer: Tokenizer, undisturbed: list[Copy], ranks: int, threads: int
+):
+    shares = []
+    for rank in range(ranks):
+        with opened(shards, tokenizer, threads=threads, rank=rank, ranks=ranks) as stream:
+            shares.append([copied(batch) for batch in stream.batches(0, STEPS)])
+    for step in range(STEPS):
+        whole = {name: torch.cat([share[step][name] for share in shares]) for name in shares[0][step]}
+        assert_equal(whole, undisturbed[step], step)
+
+
+def test_twenty_interruptions_change_nothing(shards: Path, tokenizer: Tokenizer, undisturbed: list[Copy]):
+    chance = random.Random(5)
+    step = 0
+    for _ in range(20):
+        with opened(shards, tokenizer, threads=chance.randint(1, 4)) as stream:
+            for batch in stream.batches(step, STEPS):
+                assert_equal(copied(batch), undisturbed[step], step)
+                step = (step + 1) % STEPS
+                if chance.random() < 0.3:
+                    break  # with later batches still in the making
+
+
+def test_the_text_of_a_position_does_not_depend_on_the_batch_size(shards: Path, tokenizer: Tokenizer):
     texts = []
     for batch_size, steps in ((16, 21), (48, 7), (336, 1)):
-        stream = Stream(corpus, RegionReader(folder), seed=1, batch_size=batch_size)
-        parts = [stream.text(step) for step in range(steps)]
+        with opened(shards, tokenizer, batch_size=batch_size) as stream:
+            parts = [stream.text(step) for step in range(steps)]
         texts.append({f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(parts[0])})
     for other in texts[1:]:
         for name, array in texts[0].items():
             np.testing.assert_array_equal(array, other[name], err_msg=name)
 
 
-def copied(batch: Batch) -> dict[str, torch.Tensor]:
-    return {f.name: getattr(batch, f.name).clone() for f in fields(Batch)}
+@pytest.mark.parametrize("batch_size", [16, 2, 127, 382])
+def test_every_epoch_is_every_triple_once_and_nothing_is_dropped(shards: Path, tokenizer: Tokenizer, batch_size: int):
+    with opened(shards, tokenizer, batch_size=batch_size) as stream:
+        n = len(stream.corpus)
+        assert n == 127
+        seen = np.concatenate([stream.triples(step) for step in range(-(-3 * n // batch_size))])[: 3 * n].reshape(3, n)
+        assert [stream.epoch(step) for step in (0, (n - 1) // batch_size)] == [0, 0]
+        assert stream.epoch(-(-n // batch_size)) >= 1
+    for epoch in seen:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(n))
+    assert not (seen[0] == seen[1]).all()
 
 
-def test_a_batch_is_the_same_read_ahead_or_alone_from_any_start(stream: Stream):
-    ahead = [copied(batch) for batch in stream.batches(0, 9)]
-    for first in (0, 4, 8):
-        for step, batch in enumerate(stream.batches(first, 9), first):
-            for name, tensor in copied(batch).items():
-                assert torch.equal(tensor, ahead[step][name]), (step, name)
-    alone = copied(stream.batch(5, stream.reader.slots(16)))
-    assert all(torch.equal(tensor, ahead[5][name]) for name, tensor in alone.items())
+def test_a_batch_is_what_the_samples_say(shards: Path, samples: list[Sample], tokenizer: Tokenizer):
+    """Against the samples themselves, with masks undone."""
+    with opened(shards, tokenizer) as stream:
+        for batch in stream.batches(0, 8):
+            ids = torch.where(batch.mlm_labels == IGNORED, batch.input_ids, batch.mlm_labels)
+            for row, triple in enumerate(batch.triples.tolist()):
+                sample = samples[int(stream.corpus.image[triple])]
+                k = min(len(sample.regions.tags), 50)
+                assert batch.region_mask[row].sum() == k
+                assert batch.region_mask[row, :k].all()
+                np.testing.assert_array_equal(batch.features[row, :k], sample.regions.features[:k])
+                assert not batch.features[row, k:].any()
+                seen = tokenizer.backend.decode(ids[row][batch.attention_mask[row]])
+                w, q = seen.removeprefix("[CLS]").removesuffix("[SEP]").split("[SEP]")
+                texts = [t.question if t.kind == "qa" else t.text for t in sample.texts]
+                words = [
+                    tokenizer.backend.decode(tokenizer.backend(t, add_special_tokens=False)["input_ids"]) for t in texts
+                ]
+                assert any(t.startswith(w.strip()) for t in words)
+                own = [" ".join(sample.regions.tags), *(t.answer for t in sample.texts if t.kind == "qa")]
+                if batch.match_labels[row] == POLLUTED:
+                    assert (
+                        {*q.split()} != {*own[0].split()} if q.split()[0] not in ("yes", "no", "two") else q not in own
+                    )
+                else:
+                    assert any(o.startswith(q.strip()) for o in own)
 
 
-def test_shapes_types_and_masks(stream: Stream):
-    batch = stream.batch(0, stream.reader.slots(16))
+def test_shapes_and_types(stream: Stream):
+    batch = stream.batch(0, stream.room())
     shapes = {f.name: (tuple(getattr(batch, f.name).shape), getattr(batch, f.name).dtype) for f in fields(Batch)}
     assert shapes == {
         "input_ids": ((16, 35), torch.int64),
         "token_type_ids": ((16, 35), torch.int64),
-        "attention_mask": ((16, 85), torch.bool),
+        "attention_mask": ((16, 35), torch.bool),
         "mlm_labels": ((16, 35), torch.int64),
         "features": ((16, 50, 24), torch.float16),
         "z": ((16, 50, 6), torch.float32),
+        "region_mask": ((16, 50), torch.bool),
         "match_labels": ((16,), torch.int64),
+        "triples": ((16,), torch.int64),
     }
-    images = stream.corpus.image[positions(stream, 1)]
-    counts = stream.reader.folder.table.column("num_boxes").to_numpy()[images]
-    assert batch.attention_mask[:, 35:].sum(1).tolist() == np.minimum(counts, 50).tolist()
-    assert torch.equal(batch.attention_mask[:, :35], batch.input_ids != 0)
+    assert torch.equal(batch.attention_mask, batch.input_ids != 0)
 
 
-def test_the_epoch_is_that_of_the_first_triple(stream: Stream):
-    n = len(stream.corpus)
-    assert [stream.epoch(s) for s in (0, (n - 1) // 16, (n - 1) // 16 + 1)] == [0, 0, 1]
+def test_features_alone_are_those_of_the_batches(stream: Stream, undisturbed: list[Copy]):
+    plain = [batch.features.clone() for batch in stream.batches(3, 9)]
+    alone = [features.clone() for features in stream.regions(3, 9)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, alone, strict=True))
+
+
+def test_memory_is_used_again(stream: Stream):
+    places = {batch.features.data_ptr() for batch in stream.batches(0, 12)}
+    assert len(places) == 3
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(shards: Path, tokenizer: Tokenizer):
+    with (
+        pytest.raises(UsageError, match="--batch-size 16: not a multiple of the 3 ranks"),
+        opened(shards, tokenizer, ranks=3),
+    ):
+        pass
+
+
+@pytest.fixture(scope="module")
+def other_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty more images, under keys of their own, but the first five are of the first folder."""
+    samples = make_samples(60)
+    mine = [*samples[:5], *samples[40:55]]
+    return write_folder(tmp_path_factory.mktemp("other") / "shards", mine, per_shard=6)
+
+
+def test_mixed_folders_come_as_often_as_their_weights_say(shards: Path, other_shards: Path, tokenizer: Tokenizer):
+    def mixed(**options: Any) -> AbstractContextManager[Stream]:
+        both = [str(shards), str(other_shards)]
+        return open_stream(both, tokenizer=tokenizer, batch_size=8, mix=[2, 0.5], window=2, **options)
+
+    with mixed() as stream:
+        first = int(stream.corpus.shard_triples[stream.corpus.source_shards[1]])
+        total = len(stream.corpus)
+        assert first == 127
+        times = Counter(t for step in range((4 * 127 + total - 127) // 8) for t in stream.triples(step).tolist())
+        assert all(times[t] in ((3, 4) if t < first else (0, 1)) for t in range(total))
+        batches = [copied(batch) for batch in stream.batches(0, 20)]
+    for rank in (0, 1):
+        with mixed(rank=rank, ranks=2, threads=3) as stream:
+            for step, batch in enumerate(stream.batches(0, 20)):
+                half = {name: tensor[4 * rank : 4 * rank + 4] for name, tensor in batches[step].items()}
+                assert_equal(copied(batch), half, step)
+
+
+def test_negatives_of_mixed_folders_are_of_other_images_wherever_these_are(
+    shards: Path, other_shards: Path, tokenizer: Tokenizer
+):
+    with open_stream([str(shards), str(other_shards)], tokenizer=tokenizer, batch_size=64) as stream:
+        corpus = stream.corpus
+    owner = {int(row): int(image) for row, image in zip(corpus.second_row, corpus.image, strict=True)}
+    triples = np.resize(np.arange(len(corpus)), 12_000)
+    drawn = words(1, SAMPLE, 0, 0, 12_000, _WIDTH)
+    rows = polluted(corpus, make_pools(corpus, [Fraction(1), Fraction(3)]), triples, drawn)
+    changed = np.flatnonzero(rows != corpus.second_row[triples])
+    assert len(changed) > 5000
+    of_second = 0
+    for n in changed:
+        mine, others = int(corpus.image[triples[n]]), owner[int(rows[n])]
+        assert corpus.key(mine) != corpus.key(others)
+        of_second += others >= 40
+    weights = 3 * 20 / (40 + 3 * 20)  # nearly: some images have a question more, some no tags
+    assert of_second / len(changed) == pytest.approx(weights, abs=0.06)
+
+
+def test_folders_of_different_detectors_are_not_mixed(shards: Path, tmp_path: Path, samples: list[Sample]):
+    wide = [
+        dataclasses.replace(s, regions=dataclasses.replace(s.regions, features=np.repeat(s.regions.features, 2, 1)))
+        for s in samples
+    ]
+    other = write_folder(tmp_path / "wide", wide, feature_dim=48)
+    with (
+        pytest.raises(
+            UsageError, match=r"wide: its detector has feature_dim 48, that of .*shards 24; .* cannot be mixed"
+        ),
+        open_stream([str(shards), str(other)], batch_size=8),
+    ):
+        pass
+
+
+def test_an_error_comes_at_its_step_and_not_before(shards: Path, tokenizer: Tokenizer, tmp_path: Path):
+    copy = Path(shutil.copytree(shards, tmp_path / "shards"))
+    with opened(copy, tokenizer, batch_size=4, window=1) as stream:
+        corpus = stream.corpus
+        needed = [set(corpus.images.shard[corpus.image[stream.triples(step)]].tolist()) for step in range(30)]
+        first = {shard: min(step for step in range(30) if shard in needed[step]) for shard in range(5)}
+        last = max(first, key=lambda shard: first[shard])
+        assert first[last] > 3
+        (copy / f"shard-{last:06d}.tar").unlink()
+        batches = stream.batches(0, 30)
+        for _ in range(first[last]):
+            next(batches)
+        with pytest.raises(OperationError, match=rf"shard-00000{last}\.tar: image image-\d+: its tar cannot be read"):
+            next(batches)

@@ -1,8 +1,5 @@
 """oscar-train: from a folder of shards to a pre-trained Oscar."""
 
-from dataclasses import replace
-from pathlib import Path
-
 from oscar_common.cli import run, settings_command
 from oscar_common.errors import OperationError
 from oscar_common.settings import Catalog, Train
@@ -18,6 +15,7 @@ The same command again continues from the newest checkpoint, to the same numbers
 EXAMPLES = """  oscar-train --shards shards --out run --init random:tiny --steps 200 --lr 1e-3
   oscar-train --shards shards --out run --init bert-base-uncased --batch-size 768 --steps 1000000
   oscar-train --shards shards --texts more.parquet --out run
+  oscar-train --shards s3://bucket/coco --shards s3://bucket/cc --mix 2 --mix 1 --cache /scratch/cache --out run
   oscar-train --pipeline demo
 """
 
@@ -25,18 +23,17 @@ EXAMPLES = """  oscar-train --shards shards --out run --init random:tiny --steps
 @settings_command("train", Train, HELP, EXAMPLES)
 def command(settings: Train, catalog: Catalog) -> None:
     """Check the arguments, open the shards, and only then import torch."""
-    shards, out = check(settings)
-    from oscar_shards.read import open_folder
-    from oscar_shards.texts import overlaid
+    out = check(settings)
+    from oscar_train.sources import check_together, open_source
 
-    folder = open_folder(shards)
-    folder = replace(folder, table=overlaid(folder.table, [Path(texts) for texts in settings.texts]))
+    sources = [open_source(place, settings.skip_corrupt) for place in settings.shards]
+    check_together(sources)
     import torch
 
     from oscar_train.loop import train
 
     try:
-        train(settings, folder, out)
+        train(settings, sources, out)
     except torch.cuda.OutOfMemoryError:
         raise OperationError(
             f"--batch-size {settings.batch_size}: does not fit the GPU's memory; give a smaller one"

@@ -15,16 +15,18 @@ SIZES = {  # layers, hidden size, heads; the inner size is four times the hidden
 }
 
 
-def check(settings: Train) -> tuple[Path, Path]:
-    """Return the folders of shards and of output.
+def check(settings: Train) -> Path:
+    """Return the folder of output.
 
     Raises:
         UsageError: a flag is missing, or its value makes no sense.
     """
-    if settings.shards is None:
+    if not settings.shards:
         raise UsageError("--shards is missing: give the folder that oscar-extract wrote, or a --pipeline that names it")
     if settings.out is None:
         raise UsageError("--out is missing: give the folder for checkpoints and logs, or a --pipeline that names it")
+    if settings.mix and len(settings.mix) != len(settings.shards):
+        raise UsageError(f"--mix: {len(settings.mix)} weights for {len(settings.shards)} --shards; give one for each")
     if settings.warmup_steps >= settings.steps:
         raise UsageError(f"--warmup-steps {settings.warmup_steps}: must be less than --steps {settings.steps}")
     for texts in settings.texts:
@@ -34,7 +36,7 @@ def check(settings: Train) -> tuple[Path, Path]:
     out = Path(settings.out)
     if (nearest_file := next((p for p in (out, *out.parents) if p.exists()), None)) and not nearest_file.is_dir():
         raise UsageError(f"--out {out}: {nearest_file} is a file; give a folder")
-    return Path(settings.shards), out
+    return out
 
 
 def _check_init(init: str) -> None:

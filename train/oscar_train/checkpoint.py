@@ -25,7 +25,10 @@ from oscar_train.tokens import Tokenizer
 
 PREFIX = "checkpoint-"
 RECORD = "trainer.json"
-DECISIVE = ("init", "steps", "batch_size", "lr", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
+DECISIVE = (
+    *("init", "steps", "batch_size", "lr", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
+    *("mix", "shuffle_window"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class Checkpoint:
 def identity(settings: Train) -> dict[str, Any]:
     """Return the settings that decide the numbers of a run; the others may change from one start to the next."""
     values = {name: getattr(settings, name) for name in DECISIVE}
+    values["mix"] = " ".join(map(str, settings.mix))
     return {**values, "init": str(Path(settings.init))}  # a slash at its end makes no difference
 
 

@@ -1,132 +1,227 @@
-"""All texts and tags of a folder of shards as arrays of token ids: a step slices integers and meets no string."""
+"""All texts and tags of the shards as arrays of token ids, and where each image's regions lie: a step slices integers
+and meets no string.
 
-from dataclasses import dataclass
+The arrays are made once for each tokenizer and set of texts, into a folder of the cache, and mapped from there: opening
+them takes a second whatever their size, and the processes of a machine share the memory.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import xxhash
 
 from oscar_common.errors import UsageError
-from oscar_shards.read import ShardFolder
-from oscar_train.ragged import Ints, Ragged, concatenated
+from oscar_common.files import hold, release, replacing_folder
+from oscar_train.arrays import digest, mapped, seal
+from oscar_train.collection import collect
+from oscar_train.ragged import Ints, Ragged
+from oscar_train.sources import FLAG, UNKNOWN, Source, warn
 from oscar_train.tokens import Tokenizer
 
-KINDS = ("caption", "qa")
-CAPTION, QA = 0, 1  # their numbers
-MAX_TEXT = 32  # tokens of w and q together: 35 less [CLS] and two [SEP]
+FORMAT = 1
+META = "corpus.json"
+# What a training run can see; the other arrays say where it lies
+SEEN = (
+    *("first_values", "first_offsets", "second_values", "second_offsets", "second_row", "second_set", "image", "kind"),
+    *("width", "height", "num_boxes", "boxes_xxh3", "scales_xxh3", "features_xxh3", "key_xxh3", "content"),
+    *("shard_triples", "source_shards"),
+)
+POLL_SECONDS = 0.2
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """N images: where the regions of each lie. Every array is [N].
+
+    shard: counts through all sources. num_boxes: K. offsets: in the tar, of the raw arrays; scales_offset is -1 where
+    features are float16. xxh3: of the raw arrays; frame_xxh3 of the other bytes of the sample. key_xxh3: of its key.
+    content: stands for the bytes of the image file; 0 if they are not known.
+    """
+
+    shard: Array
+    width: Array
+    height: Array
+    num_boxes: Array
+    boxes_offset: Array
+    boxes_xxh3: Array
+    scales_offset: Array
+    scales_xxh3: Array
+    features_offset: Array
+    features_xxh3: Array
+    sample_offset: Array
+    sample_bytes: Array
+    frame_xxh3: Array
+    key_xxh3: Array
+    content: Array
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """T triples (w, q, v) of N images. An image with n texts is in n triples.
+    """T triples (w, q, v) of N images in S shards of F sources. An image with n texts is in n triples.
 
     first: T rows, the tokens of w: a caption, or a question.
-    second: N + T rows, what q is taken from: the tag sequence of each image, then the answer of each triple (empty for
-        captions). second_row: int64 [T], the row of each triple's q.
-    image: int64 [T], row of the shards' table. kind: int8 [T], CAPTION or QA.
+    second: what q is taken from: the tag sequence of each image, and the answers. second_row: int64 [T], the row of
+        each triple's q. second_set: uint64, stands for the set of tags (or words of an answer) of each row.
+    image: int32 [T]. kind: int8 [T], CAPTION or QA.
     pools: per kind, the triples that q may be taken from for another triple: those whose q is not empty.
-    textless: images that have no text, and so are in no triple.
+    shard_triples, shard_images: int64 [S + 1], the first triple and image of each shard. source_shards: int64 [F + 1].
+    tar_bytes: int64 [S]. keys: the images' keys in UTF-8.
     fingerprint: changes with anything that a training run could see of the shards or the tokenizer.
     """
 
+    sources: list[Source]
     first: Ragged
     second: Ragged
-    second_row: Ints
-    image: Ints
-    kind: npt.NDArray[np.int8]
-    pools: tuple[Ints, Ints]
-    textless: int
+    second_row: Array
+    second_set: Array
+    image: Array
+    kind: Array
+    pools: tuple[Array, Array]
+    images: Images
+    shard_triples: Ints
+    shard_images: Ints
+    source_shards: Ints
+    tar_bytes: Ints
+    keys: Ragged
     fingerprint: str
     tokenizer: Tokenizer
+    feature_dim: int
 
     def __len__(self) -> int:
         return len(self.image)
 
+    @property
+    def textless(self) -> int:
+        """How many images have no text, and so are in no triple."""
+        return len(self.images.shard) - len(np.unique(self.image))
 
-def load_corpus(folder: ShardFolder, tokenizer: Tokenizer) -> Corpus:
-    """Tokenise the texts and tags of all shards.
+    def key(self, image: int) -> str:
+        """Return the key of an image."""
+        return self.keys[image].tobytes().decode()
+
+    def place(self, shard: int) -> tuple[Source, int]:
+        """Return the source of a shard, and its number there."""
+        source = int(np.searchsorted(self.source_shards, shard, "right")) - 1
+        return self.sources[source], shard - int(self.source_shards[source])
+
+    def shard_name(self, shard: int) -> str:
+        """Return how messages call a shard."""
+        source, number = self.place(shard)
+        return source.named(number)
+
+
+def open_corpus(
+    sources: list[Source], tokenizer: Tokenizer, cache: Path, texts: Sequence[Path] = (), skip_corrupt: bool = False
+) -> Corpus:
+    """Map the corpus of some sources from the cache, made now if it is not there. One process makes it, others wait.
 
     Raises:
-        UsageError: no image has a text, or the index holds what the shard contract does not allow.
+        UsageError: no image has a text; an index is missing, damaged or not what the contract allows; the cache cannot
+            be written.
     """
-    columns = folder.table.select(["key", "tags", "texts"])
-    texts = [_shard_texts(batch, tokenizer) for batch in columns.to_batches()]
-    start = np.cumsum([0, *(batch.num_rows for batch in columns.to_batches())])
-    image = np.concatenate([np.zeros(0, np.int64), *(t.image + s for t, s in zip(texts, start, strict=False))])
-    if not len(image):
-        raise UsageError(
-            f"--shards {folder.folder}: none of its {folder.table.num_rows} images has a text; extract with "
-            "--captions, or add some with --texts"
-        )
-    first = concatenated(t.first for t in texts)
-    second = concatenated([_tags(folder.table.column("tags"), tokenizer), *(t.second for t in texts)])
-    kind = np.concatenate([t.kind for t in texts])
-    second_row = np.where(kind == QA, folder.table.num_rows + np.arange(len(image)), image)
-    usable = second.lengths[second_row] > 0
+    folder = cache / "corpus" / _name(sources, tokenizer, texts)
+    meta = _whole(folder)
+    if meta is None:
+        with _alone(folder):
+            meta = _whole(folder)  # another process may have made it meanwhile
+            if meta is None:
+                meta = _make(folder, sources, tokenizer, texts, skip_corrupt)
+    if meta["left_out"] and not skip_corrupt:
+        raise UsageError(f"{FLAG}: {meta['left_out'][0]}; or go on without it: --skip-corrupt")
+    for line in meta["left_out"]:
+        warn(f"left out: {line}")
+    corpus = _mapped(folder, meta, sources, tokenizer)
+    _check(corpus, skip_corrupt)
+    return corpus
+
+
+def _make(
+    folder: Path, sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], skip_corrupt: bool
+) -> dict[str, Any]:
+    """Make a corpus in the cache, whole or not at all, and return what is said of it."""
+    with replacing_folder(folder) as unfinished:
+        left_out = collect(unfinished, sources, tokenizer, texts, skip_corrupt)
+        seals = {path.name: seal(path) for path in sorted(unfinished.glob("*.npy"))}
+        meta = {"left_out": left_out, "files": seals}
+        (unfinished / META).write_text(json.dumps(meta, indent=1) + "\n")
+    return meta
+
+
+def _name(sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path]) -> str:
+    """Return a name that changes with the tokenizer, the indexes and the texts, but not with their place."""
+    overlays = [seal(path) for path in texts]
+    return digest((FORMAT, tokenizer.fingerprint, [source.stamp for source in sources], overlays))
+
+
+def _whole(folder: Path) -> dict[str, Any] | None:
+    """Return what is said of a corpus in the cache; None if there is none, or it is damaged."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / META).read_text())
+        damaged = [name for name, said in meta["files"].items() if seal(folder / name) != said]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        damaged = [META]
+    if damaged:
+        warn(f"--cache: {folder / damaged[0]} is damaged; it is made again")
+        return None
+    return meta
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process makes this corpus."""
+    lock = folder.with_name(f"{folder.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        while (handle := hold(lock)) is None:
+            time.sleep(POLL_SECONDS)
+    except OSError as error:
+        raise UsageError(f"--cache {lock.parent}: cannot be written: {error.strerror}; give another --cache") from None
+    try:
+        yield
+    finally:
+        release(handle, lock)
+
+
+def _mapped(folder: Path, meta: dict[str, Any], sources: list[Source], tokenizer: Tokenizer) -> Corpus:
+    def array(name: str) -> Array:
+        return mapped(folder / f"{name}.npy")
+
+    def ragged(name: str) -> Ragged:
+        return Ragged(array(f"{name}_values"), array(f"{name}_offsets"))
+
     return Corpus(
-        first=first,
-        second=second,
-        second_row=second_row,
-        image=image,
-        kind=kind,
-        pools=(np.flatnonzero(usable & (kind == CAPTION)), np.flatnonzero(usable & (kind == QA))),
-        textless=folder.table.num_rows - len(np.unique(image)),
-        fingerprint=_fingerprint(first, second, image, folder.table),
+        sources=sources,
+        first=ragged("first"),
+        second=ragged("second"),
+        keys=ragged("key"),
+        pools=(array("caption_pool"), array("qa_pool")),
+        images=Images(**{f.name: array(f.name) for f in fields(Images)}),
+        fingerprint=digest([meta["files"][f"{name}.npy"] for name in SEEN]),
         tokenizer=tokenizer,
+        feature_dim=sources[0].manifest.detector.feature_dim,
+        **{name: array(name) for name in ("second_row", "second_set", "image", "kind", "shard_triples")},
+        **{name: array(name) for name in ("shard_images", "source_shards", "tar_bytes")},
     )
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """The texts of one shard; `image` counts from its first."""
-
-    image: Ints
-    kind: npt.NDArray[np.int8]
-    first: Ragged
-    second: Ragged
-
-
-def _shard_texts(batch: pa.RecordBatch, tokenizer: Tokenizer) -> _Texts:
-    """Tokenise (w, answer) of each text; texts of which nothing is left are dropped."""
-    image = pc.list_parent_indices(batch.column("texts")).to_numpy().astype(np.int64)
-    kind, text, question, answer = (
-        pc.struct_field(batch.column("texts").flatten(), name) for name in ("kind", "text", "question", "answer")
-    )
-    if len(odd := np.flatnonzero(~pc.is_in(kind, value_set=pa.array(KINDS)).to_numpy(zero_copy_only=False))):
-        key, found = batch.column("key")[int(image[odd[0]])], kind[int(odd[0])].as_py()
-        raise UsageError(f"--shards: image {key} has a text of kind {found!r}; known: {', '.join(KINDS)}")
-    is_qa = pc.equal(kind, KINDS[QA])
-    first = tokenizer(pc.if_else(is_qa, question, text).fill_null("").to_pylist(), MAX_TEXT)
-    second = tokenizer(pc.if_else(is_qa, answer, "").fill_null("").to_pylist(), MAX_TEXT)
-    qa = is_qa.to_numpy(zero_copy_only=False).astype(np.int8)
-    keep = np.flatnonzero((first.lengths > 0) & ((second.lengths > 0) | (qa == CAPTION)))
-    return _Texts(image[keep], qa[keep], first.take(keep), second.take(keep))
-
-
-def _tags(column: pa.ChunkedArray, tokenizer: Tokenizer) -> Ragged:
-    """Return the tag sequence of each image, N rows: tags in their order, repeated ones too, joined by spaces.
-
-    WordPiece splits at spaces first, so each of the few class names is tokenised once and the ids are strung together.
-    """
-    names = pc.unique(pc.list_flatten(column))
-    known = tokenizer(names.fill_null("").to_pylist(), MAX_TEXT)
-    return concatenated(_strung(chunk, names, known) for chunk in column.chunks)
-
-
-def _strung(tags: pa.ListArray, names: pa.Array, known: Ragged) -> Ragged:
-    codes = pc.index_in(tags.flatten(), value_set=names).to_numpy(zero_copy_only=False).astype(np.int64)
-    counts = pc.list_value_length(tags).fill_null(0).to_numpy().astype(np.int64)
-    return known.take(codes).joined(np.concatenate([[0], np.cumsum(counts)])).cut(MAX_TEXT)
-
-
-def _fingerprint(first: Ragged, second: Ragged, image: Ints, table: pa.Table) -> str:
-    digest = xxhash.xxh3_64()
-    names = ["width", "height", "boxes_xxh3", "features_xxh3"]
-    if table.column("scales_xxh3").null_count < len(table):  # features as int8
-        names.append("scales_xxh3")
-    regions = (table.column(name).fill_null(0).to_numpy() for name in names)
-    for array in (first.values, first.offsets, second.values, second.offsets, image, *regions):
-        digest.update(np.ascontiguousarray(array).data)
-    return str(digest.hexdigest())
+def _check(corpus: Corpus, skip_corrupt: bool) -> None:
+    """Check that the tars are there and as long as their indexes say; with `skip_corrupt` reading finds out."""
+    if skip_corrupt:
+        return
+    sizes = [size for source in corpus.sources for size in source.sizes]
+    for shard, (size, said) in enumerate(zip(sizes, corpus.tar_bytes.tolist(), strict=True)):
+        if size not in (None, UNKNOWN, said):
+            raise UsageError(
+                f"{FLAG}: {corpus.shard_name(shard)} has {size} bytes, its index says {said}: it is cut or changed; "
+                "delete it and run its oscar-extract command again, or go on without: --skip-corrupt"
+            )

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,17 +18,20 @@ from oscar_common.device import choose_device
 from oscar_common.errors import OperationError
 from oscar_common.files import locked
 from oscar_common.settings import Train
-from oscar_shards.read import ShardFolder
 from oscar_train import checkpoint
 from oscar_train.checkpoint import Checkpoint
-from oscar_train.corpus import Corpus, load_corpus
+from oscar_train.corpus import Corpus
 from oscar_train.draws import dropout_seed
-from oscar_train.metrics import Log, Row, open_log, warn
+from oscar_train.metrics import Log, Row, open_log
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objective import Outcome, evaluate
-from oscar_train.regions import RegionReader
-from oscar_train.stream import Batch, Stream
+from oscar_train.sources import Source, warn
+from oscar_train.stream import Batch, Stream, open_stream
+from oscar_train.tokens import Tokenizer
+from oscar_train.triples import IGNORED
 from oscar_train.weights import build, open_init
+
+NOTHING = 20  # steps without any image after which a run ends
 
 
 class Stopped(OperationError):
@@ -53,7 +56,7 @@ class Run:
     log: Log
 
 
-def train(settings: Train, folder: ShardFolder, out: Path) -> None:
+def train(settings: Train, sources: list[Source], out: Path) -> None:
     """Train to the end, from the newest checkpoint in `out` or from the beginning.
 
     Raises:
@@ -67,26 +70,43 @@ def train(settings: Train, folder: ShardFolder, out: Path) -> None:
         identity = checkpoint.identity(settings)
         checkpoint.agree(last, identity)  # before the texts are read, which may take minutes
         start = open_init(settings.init)
-        corpus = load_corpus(folder, start.tokenizer)
-        identity["corpus"] = corpus.fingerprint
-        checkpoint.agree(last, identity)
-        for damage in damages:
-            warn(f"{damage}; going on from {last.folder}" if last else damage)
-        if last is not None and last.step == settings.steps:
-            print(f"complete: all {last.step} steps are done; the model is in {last.folder}")
-            return
-        reader = RegionReader(folder)
-        stream = Stream(corpus, reader, seed=settings.seed, batch_size=settings.batch_size, pin=device.type == "cuda")
-        model, origin = build(start, reader.feature_dim, settings.seed)
-        checkpoint.check_space(out, model)
-        if settings.overwrite:
-            checkpoint.sweep(out, everything=True)
-        model.to(device)
-        optimizer = make_optimizer(model, settings)
-        with open_log(out, last.step if last else 0, settings.steps, settings.log_every) as log:
-            log.say(describe(corpus))
-            log.say(f"{origin}; on {device}")
-            _train(Run(settings, out, identity, stream, model, optimizer, device, log), last)
+        with _stream(settings, sources, start.tokenizer, device) as stream:
+            identity["corpus"] = stream.corpus.fingerprint
+            checkpoint.agree(last, identity)
+            for damage in damages:
+                warn(f"{damage}; going on from {last.folder}" if last else damage)
+            if last is not None and last.step == settings.steps:
+                print(f"complete: all {last.step} steps are done; the model is in {last.folder}")
+                return
+            model, origin = build(start, stream.corpus.feature_dim, settings.seed)
+            checkpoint.check_space(out, model)
+            if settings.overwrite:
+                checkpoint.sweep(out, everything=True)
+            model.to(device)
+            optimizer = make_optimizer(model, settings)
+            with open_log(out, last.step if last else 0, settings.steps, settings.log_every) as log:
+                log.say(describe(stream.corpus))
+                log.say(f"{origin}; on {device}")
+                _train(Run(settings, out, identity, stream, model, optimizer, device, log), last)
+
+
+def _stream(
+    settings: Train, sources: list[Source], tokenizer: Tokenizer, device: torch.device
+) -> AbstractContextManager[Stream]:
+    return open_stream(
+        sources,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        tokenizer=tokenizer,
+        texts=settings.texts,
+        mix=settings.mix,
+        window=settings.shuffle_window,
+        threads=settings.read_threads,
+        cache=settings.cache,
+        cache_size=settings.cache_size,
+        skip_corrupt=settings.skip_corrupt,
+        pin=device.type == "cuda",
+    )
 
 
 def _train(run: Run, last: Checkpoint | None) -> None:
@@ -96,11 +116,17 @@ def _train(run: Run, last: Checkpoint | None) -> None:
         checkpoint.load(last, run.model, run.optimizer)
         run.log.say(f"going on after step {done} of {steps}, from {last.folder}")
     began = lap = time.monotonic()
+    nothing = 0
     with stop_signals() as stopped:
         for step, batch in enumerate(run.stream.batches(done, steps), done + 1):
+            nothing = 0 if (batch.match_labels != IGNORED).any() else nothing + 1
+            if nothing == NOTHING:
+                raise OperationError(
+                    f"step {step}: no image of {NOTHING} steps could be read, all were skipped; are the --shards there?"
+                )
             outcome = _step(run, step, batch)
             if step % run.settings.log_every == 0 or step == steps:
-                run.log.add(_row(run, step, outcome, time.monotonic() - lap))
+                run.log.add(_row(run, step, batch, outcome, time.monotonic() - lap))
             if step % run.settings.checkpoint_every == 0 or step == steps or stopped:
                 last = _save(run, step)
             if stopped and step < steps:
@@ -124,7 +150,7 @@ def _rate(settings: Train, step: int) -> float:
     return settings.lr * schedule(step - 1, settings.warmup_steps, settings.steps)
 
 
-def _row(run: Run, step: int, outcome: Outcome, seconds: float) -> Row:
+def _row(run: Run, step: int, batch: Batch, outcome: Outcome, seconds: float) -> Row:
     return Row(
         step=step,
         epoch=run.stream.epoch(step - 1),
@@ -134,6 +160,7 @@ def _row(run: Run, step: int, outcome: Outcome, seconds: float) -> Row:
         mlm_accuracy=outcome.mlm_accuracy.item(),
         match_accuracy=outcome.match_accuracy.item(),
         lr=_rate(run.settings, step),
+        skipped=int((batch.match_labels == IGNORED).sum()),
         samples_per_second=run.settings.batch_size / seconds,
     )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +14,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
+from oscar_train.sources import warn
 
 FILE = "metrics.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One step. All but `samples_per_second` are functions of the run's settings and shards. Losses before the update;
-    epoch (from 0) is that of the step's first triple."""
+    """One step. All but `samples_per_second` are functions of the run's settings and shards.
+
+    Losses before the update; epoch (from 0) is that of the step's first triple; skipped: triples that are in no loss
+    because their image could not be read.
+    """
 
     step: int
     epoch: int
@@ -32,6 +35,7 @@ class Row:
     mlm_accuracy: float
     match_accuracy: float
     lr: float
+    skipped: int
     samples_per_second: float
 
 
@@ -107,11 +111,6 @@ def open_log(out: Path, step: int, total: int, every: int) -> Iterator[Log]:
     finally:
         os.close(file)
         board.close()
-
-
-def warn(line: str) -> None:
-    """Tell people of something that is wrong but does not stop the run."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _cut(path: Path, step: int) -> int:

@@ -68,8 +68,9 @@ class OscarModel(nn.Module):
         if self.use_img_layernorm:
             regions = self.LayerNorm(regions)
         hidden = torch.cat([text, self.dropout(regions)], 1)
-        unseen = torch.zeros(batch.attention_mask.shape, dtype=hidden.dtype, device=hidden.device)
-        unseen = unseen.masked_fill(~batch.attention_mask, torch.finfo(hidden.dtype).min)
+        seen = torch.cat([batch.attention_mask, batch.region_mask], 1)
+        unseen = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
+        unseen = unseen.masked_fill(~seen, torch.finfo(hidden.dtype).min)
         return self.encoder(hidden, attention_mask=unseen[:, None, None, :])[0]  # type: ignore[no-any-return]
 
 

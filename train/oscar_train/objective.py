@@ -25,7 +25,7 @@ def evaluate(words: Tensor, pairs: Tensor, batch: Batch) -> Outcome:
     """Compare scores with the truth.
 
     The masked-token loss is the mean over the masked tokens of the whole batch (0 if there are none), the contrastive
-    loss the mean over its triples.
+    loss the mean over its triples, without those that were skipped.
 
     Args:
         words: [M, vocabulary] for the batch's M masked tokens.
@@ -35,10 +35,11 @@ def evaluate(words: Tensor, pairs: Tensor, batch: Batch) -> Outcome:
     labels = batch.mlm_labels[batch.mlm_labels != IGNORED]
     tokens = max(len(labels), 1)
     mlm_loss = cross_entropy(words.float(), labels, reduction="sum") / tokens
-    match_loss = cross_entropy(pairs.float(), batch.match_labels)
+    triples = (batch.match_labels != IGNORED).sum().clamp(min=1)
+    match_loss = cross_entropy(pairs.float(), batch.match_labels, ignore_index=IGNORED, reduction="sum") / triples
     with torch.no_grad():
         mlm_accuracy = (words.argmax(-1) == labels).sum() / tokens
-        match_accuracy = (pairs.argmax(-1) == batch.match_labels).float().mean()
+        match_accuracy = (pairs.argmax(-1) == batch.match_labels).sum() / triples
     return Outcome(
         loss=mlm_loss + match_loss,
         mlm_loss=mlm_loss,

@@ -1,162 +1,239 @@
-"""The regions of images, read at their offsets in the tars straight into a batch: each byte is copied once.
+"""The regions of images, read at their offsets in the tars straight into the rows of a batch, and checked.
 
-Features that are stored as int8 are read into a scratch row first, and multiplied into the batch.
+Each byte is copied once: `preadv` puts boxes and features where the model takes them from, and lets go of the
+interpreter's lock, so threads are enough. Their XXH3-64 is compared with the index' while they are in the processor's
+cache, which costs a twentieth of the read. Features as int8, and images with more than 50 regions (the hash is of all
+of them), go through a scratch buffer.
 """
 
+import errno
 import os
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from xxhash import xxh3_64_intdigest
 
-from oscar_common.errors import OperationError, UsageError
-from oscar_common.settings import DTYPES
-from oscar_shards.read import ShardFolder
+from oscar_common.errors import OperationError
+from oscar_train.collection import FLOAT16, UNREADABLE
+from oscar_train.corpus import Corpus
 from oscar_train.ragged import Ints
+from oscar_train.sources import warn
+from oscar_train.tars import Lost, Tars
 
 MAX_REGIONS = 50  # the first ones: those the detector is surest of
 BOX = 6  # numbers in z
+GAP = 4096  # bytes between two arrays that are read along rather than with another call
+SAID = 20  # skipped images that are named; the others are counted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slots:
-    """Room for the regions of B images. features: float16 [B, 50, P]; boxes: float32 [B, 50, 4]; counts: int64 [B]."""
+    """Room for the regions of B images, which `RegionReader.read` may fill again and again.
+
+    features: float16 [B, 50, P]. boxes: float32 [B, 50, 4]. counts: int64 [B], regions of each. readable: bool [B],
+    false where an image was skipped.
+    """
 
     features: npt.NDArray[np.float16]
     boxes: npt.NDArray[np.float32]
     counts: Ints
+    readable: npt.NDArray[np.bool_]
+    feature_bytes: list[memoryview]  # of each row
+    box_bytes: list[memoryview]
+
+
+def make_slots(features: npt.NDArray[np.float16]) -> Slots:
+    """Make room beside an array for features."""
+    size = len(features)
+    boxes = np.zeros((size, MAX_REGIONS, 4), np.float32)
+    return Slots(
+        features=features,
+        boxes=boxes,
+        counts=np.zeros(size, np.int64),
+        readable=np.ones(size, bool),
+        feature_bytes=_rows(features),
+        box_bytes=_rows(boxes),
+    )
+
+
+class Place(NamedTuple):
+    """Where the regions of the image in one row of a batch lie; see `oscar_train.corpus.Images`."""
+
+    shard: int
+    num_boxes: int
+    boxes_offset: int
+    boxes_xxh3: int
+    scales_offset: int
+    scales_xxh3: int
+    features_offset: int
+    features_xxh3: int
+    image: int
+    row: int
 
 
 class RegionReader:
-    """Reads regions of any images of a folder. Threads share the work; `preadv` lets go of the interpreter's lock."""
+    """Reads regions of any images of a corpus, in several threads.
 
-    def __init__(self, folder: ShardFolder, threads: int = 2) -> None:
-        self.folder = folder
-        self.feature_dim = folder.manifest.detector.feature_dim
-        self.quantised = folder.manifest.detector.dtype == "int8"
-        columns = {n: folder.table.column(n).fill_null(0).to_numpy() for n in _COLUMNS}
-        self._shard, self._count = columns["shard"], columns["num_boxes"].astype(np.int64)
-        self._boxes, self._features = columns["boxes_offset"], columns["features_offset"]
-        self._scales = columns["scales_offset"]
-        self._size = np.stack([columns["width"], columns["height"]], 1).astype(np.float32)  # [N, 2]
-        self._check(columns)
+    skip_corrupt: an image that is gone or damaged is named, counted and left empty, instead of being an error.
+    """
+
+    def __init__(self, corpus: Corpus, tars: Tars, threads: int = 2, skip_corrupt: bool = False) -> None:
+        self.corpus, self.tars, self.threads, self.skip_corrupt = corpus, tars, threads, skip_corrupt
+        self.skipped: set[int] = set()
         self._pool = ThreadPoolExecutor(threads, "regions")
         self._scratch = threading.local()
 
-    def slots(self, batch_size: int, pin: bool = False) -> Slots:
-        """Make room for a batch, pinned for copies to a GPU or not; `read` may fill the same room again and again."""
-        shape = (batch_size, MAX_REGIONS)
-        features = torch.zeros((*shape, self.feature_dim), dtype=torch.float16, pin_memory=pin).numpy()
-        return Slots(features, np.zeros((*shape, 4), np.float32), np.zeros(batch_size, np.int64))
+    def read(self, images: npt.NDArray[np.integer[Any]], slots: Slots) -> Sequence["Future[None]"]:
+        """Begin to fill `slots` with the first 50 regions of some images; the rest of each row becomes 0.
 
-    def read(self, images: Ints, slots: Slots) -> None:
-        """Fill `slots` with the first 50 regions of some images (rows of the table); the rest of each row becomes 0.
-
-        Raises:
-            OperationError: a tar is gone or cut; names the tar and the image.
+        Returns:
+            What is under way. It raises an OperationError for a tar or image that is gone, cut or damaged.
         """
-        slots.counts[:] = np.minimum(self._count[images], MAX_REGIONS)
-        for done in [self._pool.submit(self._read_shard, images, slots, rows) for rows in self._by_shard(images)]:
-            done.result()
+        slots.counts[:] = np.minimum(self.corpus.images.num_boxes[images], MAX_REGIONS)
+        slots.readable[:] = True
+        places = self._places(images)
+        parts = np.array_split(np.arange(len(places)), min(self.threads, len(places)))
+        return [self._pool.submit(self._read_part, places[part[0] : part[-1] + 1], slots) for part in parts]
 
-    def z(self, images: Ints, slots: Slots) -> npt.NDArray[np.float32]:
-        """Return (x1/W, y1/H, x2/W, y2/H, w/W, h/H) of each region (Oscar section 3), float32 [B, 50, 6]."""
-        corners = slots.boxes / np.tile(self._size[images], 2)[:, None]
-        return np.concatenate([corners, corners[..., 2:] - corners[..., :2]], -1)
+    def z(self, images: npt.NDArray[np.integer[Any]], slots: Slots, out: npt.NDArray[np.float32]) -> None:
+        """Write (x1/W, y1/H, x2/W, y2/H, w/W, h/H) of each region (Oscar section 3) into float32 [B, 50, 6]."""
+        width, height = self.corpus.images.width[images], self.corpus.images.height[images]
+        size = np.stack([width, height, width, height], 1).astype(np.float32)
+        np.divide(slots.boxes, np.maximum(size, 1)[:, None], out=out[..., :4])
+        np.subtract(out[..., 2:4], out[..., :2], out=out[..., 4:])
 
-    def _by_shard(self, images: Ints) -> Iterator[Ints]:
-        """Group the places in a batch by shard, so that each tar is opened once a batch and no handle is kept."""
-        order = np.argsort(self._shard[images], kind="stable")
-        yield from np.split(order, np.flatnonzero(np.diff(self._shard[images][order])) + 1)
+    def close(self) -> None:
+        """Wait for the threads."""
+        self._pool.shutdown(cancel_futures=True)
 
-    def _read_shard(self, images: Ints, slots: Slots, rows: Ints) -> None:
-        tar = self.folder.tars[self._shard[images[rows[0]]]]
+    def _places(self, images: npt.NDArray[np.integer[Any]]) -> list[Place]:
+        """Look the images up, in the order of their bytes."""
+        columns = {name: getattr(self.corpus.images, name)[images] for name in Place._fields[:-2]}
+        order = np.lexsort((columns["features_offset"], columns["shard"]))
+        listed = [columns[name][order].tolist() for name in Place._fields[:-2]]
+        return list(map(Place._make, zip(*listed, images[order].tolist(), order.tolist(), strict=True)))
+
+    def _read_part(self, places: list[Place], slots: Slots) -> None:
+        for shard, group in groupby(places, attrgetter("shard")):
+            wrong = self._read_from(shard, list(group), slots)
+            if wrong and self.tars.renew(shard):  # a copy that was damaged since it was fetched
+                wrong = self._read_from(shard, [place for place, _ in wrong], slots)
+            for place, what in wrong:
+                self._refuse(place, what, slots)
+
+    def _read_from(self, shard: int, places: list[Place], slots: Slots) -> list[tuple[Place, str]]:
+        """Read images of one tar; return those that are damaged, and what is wrong with them."""
         try:
-            handle = os.open(tar, os.O_RDONLY)
-            try:
-                for row in rows:
-                    self._read_image(handle, int(images[row]), slots, row)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            raise OperationError(f"{tar}: cannot be read: {error.strerror}") from None
+            with self.tars.open(shard) as handle:
+                found = [(place, self._read_image(handle, place, slots)) for place in places]
+        except Lost as error:
+            return [(place, str(error)) for place in places]
+        return [(place, what) for place, what in found if what]
 
-    def _read_image(self, handle: int, image: int, slots: Slots, row: int) -> None:
-        count = int(slots.counts[row])
+    def _read_image(self, handle: int, place: Place, slots: Slots) -> str | None:
+        """Fill one row; return what is wrong with the image, if anything."""
+        row, count = place.row, min(place.num_boxes, MAX_REGIONS)
+        if place.features_offset == UNREADABLE:
+            return "its index contradicts itself"
         slots.boxes[row, count:] = 0
         slots.features[row, count:] = 0
-        if not count:
-            return
-        self._fill(handle, slots.boxes[row, :count], self._boxes[image], image)
-        if not self.quantised:
-            self._fill(handle, slots.features[row, :count], self._features[image], image)
-            return
-        values, scales = (rows[:count] for rows in self._scratch_rows())
-        self._fill(handle, values, self._features[image], image)
-        self._fill(handle, scales, self._scales[image], image)
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and the loss tells of it
-            np.multiply(values, scales[:, None], out=slots.features[row, :count], casting="same_kind")
+        try:
+            if count < place.num_boxes or place.scales_offset != FLOAT16:
+                return self._read_through_scratch(handle, place, slots)
+            boxes, features = slots.box_bytes[row][: 16 * count], slots.feature_bytes[row]
+            features = features[: len(features) // MAX_REGIONS * count]
+            self._fill(handle, (boxes, place.boxes_offset), (features, place.features_offset))
+        except EOFError:
+            return "it is cut off"
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise OperationError(f"{self.corpus.shard_name(place.shard)}: {error.strerror}") from None
+            return f"it cannot be read ({error.strerror})"
+        return _compared(("boxes", boxes, place.boxes_xxh3), ("features", features, place.features_xxh3))
 
-    def _fill(self, handle: int, array: npt.NDArray[Any], offset: np.int64, image: int) -> None:
-        """Read so many bytes from `offset` as the array has; it is contiguous."""
-        if os.preadv(handle, [array.reshape(-1).view(np.uint8).data], int(offset)) != array.nbytes:
-            tar, key = self._named(image)
-            raise OperationError(f"{tar}: image {key} is cut off; the file changed after the run began")
+    def _fill(self, handle: int, one: tuple[memoryview, int], two: tuple[memoryview, int]) -> None:
+        """Read two arrays from their offsets, with one call where they are neighbours."""
+        gap = two[1] - one[1] - len(one[0])
+        if 0 <= gap <= GAP:
+            total = len(one[0]) + gap + len(two[0])
+            if os.preadv(handle, [one[0], self._room(GAP)[:gap], two[0]], one[1]) == total:
+                return
+        for buffer, offset in (one, two):
+            _fill(handle, buffer, offset)
 
-    def _scratch_rows(self) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-        """Return this thread's room for the values, int8 [50, P], and scales, float32 [50], of one image."""
-        if not hasattr(self._scratch, "rows"):
-            self._scratch.rows = np.empty((MAX_REGIONS, self.feature_dim), np.int8), np.empty(MAX_REGIONS, np.float32)
-        rows: tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]] = self._scratch.rows
-        return rows
+    def _read_through_scratch(self, handle: int, place: Place, slots: Slots) -> str | None:
+        """Fill one row from arrays that are read whole, checked, and then copied or multiplied."""
+        total, count, int8 = place.num_boxes, min(place.num_boxes, MAX_REGIONS), place.scales_offset != FLOAT16
+        width = slots.features.shape[2]
+        sizes = {"boxes": 16 * total, "scales": 4 * total * int8, "features": (1 if int8 else 2) * total * width}
+        room = self._room(sum(sizes.values()))
+        ends = np.cumsum([0, *sizes.values()]).tolist()
+        arrays = {name: room[ends[n] : ends[n + 1]] for n, name in enumerate(sizes)}
+        for name, buffer in arrays.items():
+            _fill(handle, buffer, getattr(place, f"{name}_offset"))
+        if fault := _compared(
+            *((n, a, getattr(place, f"{n}_xxh3")) for n, a in arrays.items() if n != "scales" or int8)
+        ):
+            return fault
+        slots.boxes[place.row, :count] = np.frombuffer(arrays["boxes"], "<f4").reshape(total, 4)[:count]
+        features = np.frombuffer(arrays["features"], "i1" if int8 else "<f2").reshape(total, width)[:count]
+        if int8:
+            scales = np.frombuffer(arrays["scales"], "<f4")[:count, None]
+            with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and the loss tells of it
+                np.multiply(features, scales, out=slots.features[place.row, :count], casting="same_kind")
+        else:
+            slots.features[place.row, :count] = features
+        return None
 
-    def _named(self, image: int) -> tuple[Path, str]:
-        """Return the tar and the key of an image, for messages."""
-        return self.folder.tars[self._shard[image]], self.folder.table.column("key")[image].as_py()
+    def _room(self, size: int) -> memoryview:
+        """Return so many bytes of this thread's own, which it may use until it asks again."""
+        if len(getattr(self._scratch, "room", b"")) < size:
+            self._scratch.room = memoryview(bytearray(size))
+        room: memoryview = self._scratch.room
+        return room[:size]
 
-    def _check(self, columns: dict[str, npt.NDArray[np.int64]]) -> None:
-        """Refuse an index that contradicts the manifest: reads would go to the wrong bytes."""
-        dtype = self.folder.manifest.detector.dtype
-        if dtype not in DTYPES:
-            raise UsageError(f"--shards: manifest.json has features of dtype {dtype!r}; known: {', '.join(DTYPES)}")
-        stored_as_int8 = self.folder.table.column("scales_offset").is_valid().to_numpy()
-        if len(wrong := np.flatnonzero(stored_as_int8 != self.quantised)):
-            tar, key = self._named(int(wrong[0]))
-            raise UsageError(
-                f"--shards: {tar}: image {key} has features as {DTYPES[int(stored_as_int8[wrong[0]])]}, manifest.json "
-                f"says {dtype}; extract it again"
+    def _refuse(self, place: Place, what: str, slots: Slots) -> None:
+        """Leave a row empty, or stop."""
+        line = f"{self.corpus.shard_name(place.shard)}: image {self.corpus.key(place.image)}: {what}"
+        if not self.skip_corrupt:
+            raise OperationError(
+                f"{line}; extract its shard again (delete the tar and run the same oscar-extract command), or go on "
+                "without what is damaged: --skip-corrupt"
             )
-        per_region = {
-            "boxes_bytes": 16,
-            "scales_bytes": 4 * self.quantised,
-            "features_bytes": (1 if self.quantised else 2) * self.feature_dim,
-        }
-        for name, size in per_region.items():
-            if len(wrong := np.flatnonzero(columns[name] != self._count * size)):
-                tar, key = self._named(int(wrong[0]))
-                raise UsageError(
-                    f"--shards: {tar}: image {key} has {columns[name][wrong[0]]} {name} for {self._count[wrong[0]]} "
-                    f"regions, not {size} each (P = {self.feature_dim} in manifest.json); extract it again"
-                )
-        if len(wrong := np.flatnonzero(self._size.min(1) < 1)):
-            raise UsageError(f"--shards: image {self._named(int(wrong[0]))[1]} has no size; extract it again")
+        slots.readable[place.row] = False
+        slots.counts[place.row] = 0
+        slots.boxes[place.row] = 0
+        slots.features[place.row] = 0
+        if place.image not in self.skipped:
+            self.skipped.add(place.image)
+            if len(self.skipped) <= SAID:
+                last = "; others will only be counted" if len(self.skipped) == SAID else ""
+                warn(f"skipped: {line}{last}")
 
 
-_COLUMNS = (
-    "shard",
-    "num_boxes",
-    "boxes_offset",
-    "boxes_bytes",
-    "scales_offset",
-    "scales_bytes",
-    "features_offset",
-    "features_bytes",
-    "width",
-    "height",
-)
+def _rows(array: npt.NDArray[Any]) -> list[memoryview]:
+    return [row.data for row in array.reshape(len(array), -1).view(np.uint8)]
+
+
+def _fill(handle: int, buffer: memoryview, offset: int) -> None:
+    """Read until the buffer is full; file systems may give less at a time."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(handle, [buffer[done:]], offset + done)
+        if not count:
+            raise EOFError
+        done += count
+
+
+def _compared(*arrays: tuple[str, memoryview, int]) -> str | None:
+    for name, content, xxh3 in arrays:
+        if xxh3_64_intdigest(content) != xxh3:
+            return f"its {name} are not those that were written (checksum)"
+    return None

@@ -1,27 +1,49 @@
-"""The stream of batches: which triples a step takes, and one batch read ahead while the last one is trained on."""
+"""The stream of batches: which triples a step takes, made some batches ahead while the last one is trained on."""
 
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from oscar_train.corpus import Corpus
-from oscar_train.draws import permutation
+from oscar_common.errors import UsageError
+from oscar_common.files import cache_folder
+from oscar_shards.cache import ShardCache
+from oscar_train.ahead import Ahead
+from oscar_train.corpus import Corpus, open_corpus
+from oscar_train.order import BLOCK, Order
 from oscar_train.ragged import Ints
-from oscar_train.regions import RegionReader, Slots
-from oscar_train.triples import TextBatch, assemble
+from oscar_train.regions import BOX, MAX_REGIONS, RegionReader, Slots, make_slots
+from oscar_train.sources import Source, check_together, open_source
+from oscar_train.tars import Tars
+from oscar_train.tokens import Tokenizer, load_tokenizer
+from oscar_train.triples import IGNORED, MAX_TOKENS, TextBatch, assemble, make_pools
+
+THREADS = 8  # that read, at most, unless more are asked for
+WINDOW = 64  # shards that are shuffled together
+MAKERS = 2  # batches in the making at once: while one waits for its regions, the text of the other is put together
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B triples. The memory of `features` is used again two batches later: copy what is to be kept.
+    """B triples. Its memory is used again once the next batch is asked for: copy what is to be kept.
 
-    input_ids, token_type_ids, mlm_labels (-100: not masked): int64 [B, 35]. attention_mask: bool [B, 85], text then
-    regions. features: float16 [B, 50, P]. z: float32 [B, 50, 6]. match_labels: int64 [B], 0 matched, 1 polluted.
+    input_ids, token_type_ids, mlm_labels (-100: not to be predicted): int64 [B, 35]. attention_mask: bool [B, 35].
+    features: float16 [B, 50, P]. z: float32 [B, 50, 6]. region_mask: bool [B, 50]. match_labels: int64 [B], 0 matched,
+    1 polluted. triples: int64 [B], their numbers in the corpus.
+
+    A triple whose image was skipped is in no loss: it has no regions and no text but [CLS], and its labels are -100.
     """
 
     input_ids: Tensor
@@ -30,68 +52,229 @@ class Batch:
     mlm_labels: Tensor
     features: Tensor
     z: Tensor
+    region_mask: Tensor
     match_labels: Tensor
+    triples: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
         return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
-class Stream:
-    """Batches of a run. Step s (from 0) takes positions s * B to (s + 1) * B of an endless sequence of epochs.
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """The memory of a batch, used again and again: fresh pages are dear, pinned ones dearer."""
 
-    Each epoch is every triple once in an order of its own; a batch may reach from one into the next, so nothing is
-    dropped. A batch is a function of (corpus, seed, step, batch size), and a triple's masks and q do not depend on the
-    batch size either.
+    batch: Batch
+    slots: Slots
+
+
+def make_room(size: int, feature_dim: int, pin: bool = False) -> Room:
+    """Make room for a batch of `size` triples; pinned for copies to a GPU, or not."""
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.zeros((size, *shape), dtype=dtype, pin_memory=pin)
+
+    batch = Batch(
+        **{name: empty(torch.int64, MAX_TOKENS) for name in ("input_ids", "token_type_ids", "mlm_labels")},
+        **{name: empty(torch.int64) for name in ("match_labels", "triples")},
+        attention_mask=empty(torch.bool, MAX_TOKENS),
+        features=empty(torch.float16, MAX_REGIONS, feature_dim),
+        z=empty(torch.float32, MAX_REGIONS, BOX),
+        region_mask=empty(torch.bool, MAX_REGIONS),
+    )
+    return Room(batch=batch, slots=make_slots(batch.features.numpy()))
+
+
+class Stream:
+    """Batches of a run, or the share of them that one rank of several trains on.
+
+    Step s (from 0) takes positions s * B to (s + 1) * B of an endless sequence of epochs; B is the global batch, and of
+    its rows rank r of R takes those from r * B / R on. Each epoch is every triple once in an order of its own (of a
+    source of weight w: w times). A batch may reach from one epoch into the next, so nothing is dropped, and every rank
+    has the same number of batches. What stands at a position, and every mask and negative, is a function of (corpus,
+    seed, weights, window, position): not of B, ranks, threads, or where a run was continued.
+
+    Args:
+        corpus, reader: what is read.
+        batch_size: B.
+        weights: of the corpus' sources; all 1 if none are given.
+        window: shards that are shuffled together.
+        rank, ranks: r and R; B is a multiple of R.
+        pin: whether batches lie in pinned memory.
     """
 
-    def __init__(self, corpus: Corpus, reader: RegionReader, *, seed: int, batch_size: int, pin: bool = False) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        reader: RegionReader,
+        *,
+        seed: int,
+        batch_size: int,
+        weights: Sequence[Fraction] = (),
+        window: int = WINDOW,
+        rank: int = 0,
+        ranks: int = 1,
+        pin: bool = False,
+    ) -> None:
+        if batch_size % ranks:
+            raise UsageError(f"--batch-size {batch_size}: not a multiple of the {ranks} ranks; give one that is")
+        weights = tuple(weights) or (Fraction(1),) * len(corpus.sources)
         self.corpus, self.reader, self.seed, self.batch_size, self.pin = corpus, reader, seed, batch_size, pin
-        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, len(corpus)))
+        self.size = batch_size // ranks
+        self._first = rank * self.size
+        self._pools = make_pools(corpus, weights)
+        self._order = Order(seed, corpus.shard_triples, corpus.source_shards, weights, window)
+
+    def room(self) -> Room:
+        """Make room for a batch."""
+        return make_room(self.size, self.corpus.feature_dim, self.pin)
 
     def epoch(self, step: int) -> int:
         """Return the epoch, from 0, that the first triple of a step belongs to."""
-        return step * self.batch_size // len(self.corpus)
+        return self._order.find(step * self.batch_size)[0]
 
-    def segments(self, step: int) -> Iterator[tuple[int, int, Ints]]:
-        """Yield (epoch, place, triples) for each epoch that a step reaches into."""
-        position, end = step * self.batch_size, (step + 1) * self.batch_size
-        while position < end:
-            epoch, place = divmod(position, len(self.corpus))
-            count = min(end - position, len(self.corpus) - place)
-            yield epoch, place, self._order(epoch)[place : place + count]
-            position += count
+    def triples(self, step: int) -> Ints:
+        """Return the triples of this rank's share of a step, int64 [B / R]."""
+        return np.concatenate([triples for _, _, triples in self._segments(step)])
 
     def text(self, step: int) -> TextBatch:
         """Return the text of a step's triples."""
-        parts = [
-            assemble(self.corpus, triples, self.seed, epoch, place) for epoch, place, triples in self.segments(step)
-        ]
+        parts = [assemble(self.corpus, self._pools, t, self.seed, epoch, p) for epoch, p, t in self._segments(step)]
         return TextBatch(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(TextBatch)})
 
-    def batch(self, step: int, slots: Slots) -> Batch:
-        """Return the batch of a step; its regions lie in `slots`."""
-        images = self.corpus.image[np.concatenate([triples for _, _, triples in self.segments(step)])]
-        self.reader.read(images, slots)
-        text = self.text(step)
-        seen = np.arange(slots.boxes.shape[1]) < slots.counts[:, None]
-        return Batch(
-            input_ids=torch.from_numpy(text.input_ids).long(),
-            token_type_ids=torch.from_numpy(text.token_types),
-            attention_mask=torch.from_numpy(np.concatenate([text.attention, seen], 1)),
-            mlm_labels=torch.from_numpy(text.labels),
-            features=torch.from_numpy(slots.features),
-            z=torch.from_numpy(self.reader.z(images, slots)),
-            match_labels=torch.from_numpy(text.match_labels),
-        )
+    def batch(self, step: int, room: Room) -> Batch:
+        """Return the batch of a step, which lies in `room`."""
+        triples = self.triples(step)
+        images = self.corpus.image[triples]
+        reading = self.reader.read(images, room.slots)
+        self._write_text(step, room.batch)
+        room.batch.triples.numpy()[:] = triples
+        for part in reading:
+            part.result()
+        self.reader.z(images, room.slots, room.batch.z.numpy())
+        np.less(np.arange(MAX_REGIONS), room.slots.counts[:, None], out=room.batch.region_mask.numpy())
+        if not room.slots.readable.all():
+            self._leave_out(room.batch, ~room.slots.readable)
+        return room.batch
+
+    def features(self, step: int, room: Room) -> Tensor:
+        """Return the features of a step alone, float16 [B / R, 50, P], which lie in `room`."""
+        for part in self.reader.read(self.corpus.image[self.triples(step)], room.slots):
+            part.result()
+        return room.batch.features
 
     def batches(self, first: int, end: int) -> Iterator[Batch]:
-        """Yield the batches of steps `first` to `end`, reading one ahead."""
-        rooms = [self.reader.slots(self.batch_size, pin=self.pin) for _ in range(2)]
-        with ThreadPoolExecutor(1, "stream") as ahead:
-            coming = ahead.submit(self.batch, first, rooms[first % 2])
-            for step in range(first, end):
-                batch = coming.result()
-                if step + 1 < end:
-                    coming = ahead.submit(self.batch, step + 1, rooms[(step + 1) % 2])
-                yield batch
+        """Yield the batches of steps `first` to `end`, made ahead."""
+        return self._ahead(self.batch, first, end)
+
+    def regions(self, first: int, end: int) -> Iterator[Tensor]:
+        """Yield the features of steps `first` to `end` alone, float16 [B / R, 50, P], read ahead."""
+        return self._ahead(self.features, first, end)
+
+    def _segments(self, step: int) -> Iterator[tuple[int, int, Ints]]:
+        begin = step * self.batch_size + self._first
+        return self._order.segments(begin, begin + self.size)
+
+    def _ahead(self, make: Callable[[int, Room], T], first: int, end: int) -> Iterator[T]:
+        rooms = [self.room() for _ in range(MAKERS + 1)]
+        steps = range(first, end)
+        with ThreadPoolExecutor(MAKERS, "stream") as makers, self._fetching() as tell:
+            coming = deque(makers.submit(make, step, rooms[step % len(rooms)]) for step in steps[:MAKERS])
+            for step in steps:
+                tell(step)
+                made = coming.popleft().result()
+                if (later := step + MAKERS) < end:
+                    coming.append(makers.submit(make, later, rooms[later % len(rooms)]))
+                yield made
+
+    @contextmanager
+    def _fetching(self) -> Iterator[Callable[[int], None]]:
+        """Yield what is to be told of each step, so that tars behind URLs are fetched before they are needed."""
+        cache = self.reader.tars.cache
+        if cache is None:
+            yield lambda step: None
+            return
+        last = -1
+        with Ahead(self.reader.tars) as ahead:
+
+            def tell(step: int) -> None:
+                nonlocal last
+                if (block := step * self.batch_size // BLOCK) != last:
+                    last = block
+                    ahead.want(self._needed(step, cache.limit))
+
+            yield tell
+
+    def _needed(self, step: int, limit: int) -> list[int]:
+        """Return the shards that are needed from a step on, in order, for an epoch or as many as have `limit` bytes."""
+        needed: dict[int, None] = {}
+        begin = step * self.batch_size
+        for window in self._order.shards(begin, begin + len(self.corpus)):
+            needed |= dict.fromkeys(window)
+            if self.corpus.tar_bytes[list(needed)].sum() > limit:
+                break
+        return list(needed)
+
+    def _write_text(self, step: int, batch: Batch) -> None:
+        text = self.text(step)
+        for name in ("input_ids", "token_type_ids", "attention_mask", "mlm_labels", "match_labels"):
+            getattr(batch, name).numpy()[:] = getattr(text, name)
+
+    def _leave_out(self, batch: Batch, rows: npt.NDArray[np.bool_]) -> None:
+        """Leave triples whose image was skipped out of both losses."""
+        for name in ("input_ids", "token_type_ids", "attention_mask"):
+            getattr(batch, name).numpy()[rows] = self.corpus.tokenizer.pad if name == "input_ids" else 0
+        batch.input_ids.numpy()[rows, 0] = self.corpus.tokenizer.cls
+        batch.attention_mask.numpy()[rows, 0] = True  # a row without anything to see would be no number
+        for labels in (batch.mlm_labels, batch.match_labels):
+            labels.numpy()[rows] = IGNORED
+
+
+@contextmanager
+def open_stream(
+    shards: Sequence[str | Source],
+    *,
+    batch_size: int,
+    seed: int = 42,
+    tokenizer: Tokenizer | None = None,
+    texts: Sequence[str] = (),
+    mix: Sequence[float] = (),
+    window: int = WINDOW,
+    rank: int = 0,
+    ranks: int = 1,
+    threads: int | None = None,
+    cache: str | None = None,
+    cache_size: float = 100.0,
+    skip_corrupt: bool = False,
+    pin: bool = False,
+) -> Iterator[Stream]:
+    """Open a stream over folders of shards, here or behind URLs; see `Stream`, and `oscar_common.settings.Train`.
+
+    Args:
+        shards: the folders.
+        batch_size: of all ranks together.
+        tokenizer: bert-base-uncased's, unless another is given.
+        texts: overlays made by `oscar-shards texts`.
+        mix: a weight for each folder.
+        threads: that read; one for each core, at most 8, unless it is said.
+        cache, cache_size: folder for token ids and fetched shards, and the most GB of these.
+
+    Raises:
+        UsageError: something is missing, damaged, refused, or does not fit together.
+    """
+    folder = cache_folder(cache)
+    sources = [place if isinstance(place, Source) else open_source(place, skip_corrupt) for place in shards]
+    check_together(sources)
+    overlays = [Path(file) for file in texts]
+    corpus = open_corpus(sources, tokenizer or load_tokenizer(None), folder, overlays, skip_corrupt)
+    remote = any(source.remote is not None for source in sources)
+    tars = Tars(corpus, ShardCache(folder, round(cache_size * 1e9)) if remote else None)
+    threads = threads or min(len(os.sched_getaffinity(0)), THREADS)
+    reader = RegionReader(corpus, tars, threads, skip_corrupt)
+    try:
+        weights = [Fraction(str(weight)) for weight in mix]
+        options: dict[str, Any] = {"weights": weights, "window": window, "rank": rank, "ranks": ranks, "pin": pin}
+        yield Stream(corpus, reader, seed=seed, batch_size=batch_size, **options)
+    finally:
+        reader.close()

@@ -8,6 +8,7 @@ from typing import Any
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
 from oscar_common.wordpiece import SHIPPED
+from oscar_train.arrays import digest
 from oscar_train.ragged import Ragged, concatenated, ragged
 
 FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -24,6 +25,12 @@ class Tokenizer:
     sep: int
     mask: int
     size: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes tokens."""
+        ids = (self.pad, self.cls, self.sep, self.mask, self.size)
+        return digest((self.backend.backend_tokenizer.to_str(), ids))
 
     def __call__(self, texts: Sequence[str], width: int) -> Ragged:
         """Tokenise texts, without special tokens; at most `width` tokens of each are kept."""

@@ -1,12 +1,16 @@
 """Triples as text: order, tag replacement, truncation, masking. Pure functions of (seed, epoch, place)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from oscar_train.corpus import MAX_TEXT, Corpus
+from oscar_train.corpus import Corpus
 from oscar_train.draws import SAMPLE, below, uniform, words
+from oscar_train.phrases import MAX_TEXT
 from oscar_train.ragged import Ints
 from oscar_train.tokens import Tokenizer
 
@@ -34,17 +38,47 @@ Bools = npt.NDArray[np.bool_]
 class TextBatch:
     """B triples as text, before any tensor: `[CLS] w [SEP] q [SEP]`, filled up with [PAD].
 
-    input_ids, token_types, labels: [B, 35]; attention: bool [B, 35]; match_labels: int64 [B].
+    input_ids, token_type_ids, mlm_labels: [B, 35]; attention_mask: bool [B, 35]; match_labels: int64 [B].
     """
 
     input_ids: Tokens
-    token_types: Ints
-    attention: Bools
-    labels: Ints
+    token_type_ids: Ints
+    attention_mask: Bools
+    mlm_labels: Ints
     match_labels: Ints
 
 
-def assemble(corpus: Corpus, triples: Ints, seed: int, epoch: int, place: int) -> TextBatch:
+@dataclass(frozen=True)
+class Pool:
+    """The triples of one kind that another's q may be taken from, grouped by source.
+
+    triples: [n]. edges, starts: [sources + 1]; of the numbers from 0 to the last edge, those between two edges mean the
+    triples between two starts. So a source is drawn from as often as its triples are met.
+    """
+
+    triples: npt.NDArray[np.integer[Any]]
+    edges: npt.NDArray[np.float64]
+    starts: Ints
+
+    def draw(self, drawn: Words) -> Ints:
+        """Turn random words into triples."""
+        places = np.interp(uniform(drawn) * self.edges[-1], self.edges, self.starts).astype(np.int64)
+        found: Ints = self.triples[np.minimum(places, len(self.triples) - 1)].astype(np.int64)
+        return found
+
+
+def make_pools(corpus: Corpus, weights: Sequence[Fraction]) -> list[Pool]:
+    """Return the pool of each kind of text, for sources of some weights."""
+    pools = []
+    for triples in corpus.pools:
+        starts = np.searchsorted(triples, corpus.shard_triples[corpus.source_shards])
+        shares = np.diff(starts) * [float(weight) for weight in weights]
+        keep = [0, *(1 + np.flatnonzero(shares))]  # edges must rise
+        pools.append(Pool(triples, np.cumsum([0, *shares])[keep], starts[keep]))
+    return pools
+
+
+def assemble(corpus: Corpus, pools: Sequence[Pool], triples: Ints, seed: int, epoch: int, place: int) -> TextBatch:
     """Build the text of `triples`, which stand at `place`, `place + 1`, ... of an epoch's order.
 
     Half of the triples get another q (Oscar section 3.1, contrastive loss); then 15 % of the tokens of w and q are
@@ -52,48 +86,67 @@ def assemble(corpus: Corpus, triples: Ints, seed: int, epoch: int, place: int) -
     """
     drawn = words(seed, SAMPLE, epoch, place, len(triples), _WIDTH)
     own = corpus.second_row[triples]
-    rows = polluted(corpus, triples, drawn)
+    rows = polluted(corpus, pools, triples, drawn)
     w, q, len_w, len_q = _visible(corpus, triples, rows)
     ids, types, maskable = joined(corpus.tokenizer, w, q, len_w, len_q)
     input_ids, labels = masked(corpus.tokenizer, ids, maskable, drawn)
     return TextBatch(
         input_ids=input_ids,
-        token_types=types,
-        attention=np.arange(MAX_TOKENS) < (len_w + len_q + 3)[:, None],
-        labels=labels,
+        token_type_ids=types,
+        attention_mask=np.arange(MAX_TOKENS) < (len_w + len_q + 3)[:, None],
+        mlm_labels=labels,
         match_labels=np.where(rows == own, MATCHED, POLLUTED),
     )
 
 
-def polluted(corpus: Corpus, triples: Ints, drawn: Words) -> Ints:
+def polluted(corpus: Corpus, pools: Sequence[Pool], triples: Ints, drawn: Words) -> Ints:
     """Return the row of `corpus.second` that each triple takes its q from: its own, or for half of them another's.
 
     Another q is that of a triple drawn from the whole corpus: hence tag sequences are as frequent among the polluted as
-    among the matched. It is of the same kind (tags for captions, answers for questions), of another image, not empty,
-    and never reads the same as the triple's own after truncation.
+    among the matched. It is of the same kind (tags for captions, answers for questions), not empty, of another image,
+    and neither as a whole nor after truncation has it the same tags, or words, as the triple's own.
     """
     rows = corpus.second_row[triples]
-    own = _visible(corpus, triples, rows)[1]
+    own = set_rows(_visible(corpus, triples, rows)[1])
     waiting = np.flatnonzero(uniform(drawn[:, _POLLUTE]) < POLLUTE_RATE)
     for attempt in drawn[:, _CANDIDATES].T:
         if not len(waiting):
             break
-        candidates = _candidates(corpus, triples[waiting], attempt[waiting])
-        other = _visible(corpus, triples[waiting], corpus.second_row[candidates])[1]
-        differs = (other != own[waiting]).any(1) & (corpus.image[candidates] != corpus.image[triples[waiting]])
-        rows[waiting[differs]] = corpus.second_row[candidates[differs]]
-        waiting = waiting[~differs]
+        mine = triples[waiting]
+        candidates = _candidates(corpus, pools, mine, attempt[waiting])
+        others = corpus.second_row[candidates]
+        fits = _different_images(corpus, candidates, mine)
+        fits &= corpus.second_set[others] != corpus.second_set[corpus.second_row[mine]]
+        fits &= (set_rows(_visible(corpus, mine, others)[1]) != own[waiting]).any(1)
+        rows[waiting[fits]] = others[fits]
+        waiting = waiting[~fits]
     return rows
 
 
-def _candidates(corpus: Corpus, triples: Ints, drawn: Words) -> Ints:
+def set_rows(tokens: Tokens) -> Tokens:
+    """Return the set of tokens of each row in a form in which equal sets are equal rows; the shape stays, 0 is none."""
+    ordered = np.sort(tokens, 1)
+    ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = 0
+    return np.sort(ordered, 1)
+
+
+def _candidates(corpus: Corpus, pools: Sequence[Pool], triples: Ints, drawn: Words) -> Ints:
     """Draw for each triple one of its kind; where there is none, the triple itself."""
     found = triples.copy()
-    for kind, pool in enumerate(corpus.pools):
-        if len(pool):
-            mine = corpus.kind[triples] == kind
-            found[mine] = pool[below(drawn[mine], len(pool))]
+    kinds = corpus.kind[triples]
+    for kind, pool in enumerate(pools):
+        if len(pool.triples):
+            mine = kinds == kind
+            found[mine] = pool.draw(drawn[mine])
     return found
+
+
+def _different_images(corpus: Corpus, some: Ints, others: Ints) -> Bools:
+    """Say for pairs of triples whether they are of different images; one image may be in several sources."""
+    a, b, images = corpus.image[some], corpus.image[others], corpus.images
+    same_content = (images.content[a] == images.content[b]) & (images.content[a] != 0)
+    different: Bools = (a != b) & (images.key_xxh3[a] != images.key_xxh3[b]) & ~same_content
+    return different
 
 
 def truncated(len_w: Ints, len_q: Ints, limit: int = MAX_TEXT) -> tuple[Ints, Ints]:

@@ -1,0 +1,141 @@
+"""The folders that --shards names, here or behind a URL: which shards there are, and their indexes."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from oscar_common.errors import UsageError
+from oscar_shards.index import index_path, open_index
+from oscar_shards.manifest import FILE, Manifest, parse_manifest, read_manifest
+from oscar_shards.remote import RemoteFolder, open_remote
+from oscar_shards.retries import Gone
+from oscar_shards.url import local_path
+from oscar_train.arrays import digest
+
+FLAG = "--shards"
+INDEX_LIMIT = 1 << 30  # bytes of an index that is fetched
+MANIFEST_LIMIT = 64 << 20
+UNKNOWN = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A folder of shards.
+
+    place: as the user named it. tars: names, in order. sizes: of the tars in bytes, None if one is gone, UNKNOWN if the
+    server does not say. stamp: changes with the manifest and the indexes (their names, sizes and times), not with the
+    place. folder: where it is, or remote: behind which URL.
+    """
+
+    place: str
+    manifest: Manifest
+    tars: list[str]
+    sizes: list[int | None]
+    stamp: str
+    folder: Path | None = None
+    remote: RemoteFolder | None = None
+
+    def named(self, number: int) -> str:
+        """Return how messages call a shard."""
+        return f"{self.place.rstrip('/')}/{self.tars[number]}"
+
+    def index(self, number: int) -> tuple[int, Iterator[pa.RecordBatch]]:
+        """Open the index of a shard: how many bytes the tar had then, and the rows, some at a time.
+
+        Raises:
+            ValueError: it is missing, damaged, or of another version; also while the rows are read.
+        """
+        tar = Path(self.tars[number])
+        if self.remote is not None:
+            try:
+                content = self.remote.read(index_path(tar).name, INDEX_LIMIT)
+            except Gone:
+                raise ValueError(f"it has no index {index_path(tar).name}; make it: oscar-shards index") from None
+            return open_index(pa.py_buffer(content), tar)
+        assert self.folder is not None
+        return open_index(index_path(self.folder / tar), self.folder / tar)
+
+
+def open_source(place: str, skip_corrupt: bool) -> Source:
+    """Look at a folder of shards; with `skip_corrupt`, some may be missing.
+
+    Raises:
+        UsageError: it is missing, empty, unfinished, of a form that is refused, or cannot be reached.
+    """
+    folder = local_path(place)
+    source = _remote(place) if folder is None else _local(place, folder)
+    there = sum(size is not None for size in source.sizes)
+    if there != source.manifest.plan.num_shards and not (skip_corrupt and source.tars):
+        raise UsageError(
+            f"{FLAG} {place}: {there} of {source.manifest.plan.num_shards} shards are there; run its oscar-extract "
+            "command again, or go on without the others: --skip-corrupt"
+        )
+    return source
+
+
+def check_together(sources: list[Source]) -> None:
+    """Check that the features of all sources are of one kind.
+
+    Raises:
+        UsageError: they are of different detectors, whose features mean different things.
+    """
+    first = sources[0]
+    for other in sources[1:]:
+        for name in ("feature_dim", "weights_sha256", "preset"):
+            one, two = (getattr(source.manifest.detector, name) for source in (first, other))
+            if one != two:
+                raise UsageError(
+                    f"{FLAG} {other.place}: its detector has {name} {two!r}, that of {first.place} {one!r}; features "
+                    "of different detectors cannot be mixed: extract both with the same one"
+                )
+
+
+def warn(line: str) -> None:
+    """Tell people of something that is wrong but does not stop the run."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _local(place: str, folder: Path) -> Source:
+    if not folder.is_dir():
+        what = "a file; give its folder" if folder.exists() else "no such folder; give one made by oscar-extract"
+        raise UsageError(f"{FLAG} {folder}: {what}")
+    manifest = read_manifest(folder, FLAG)
+    found = {path.name: path.stat() for path in folder.iterdir() if path.suffix in (".tar", ".parquet")}
+    tars = manifest.tar_names(found)
+    stamps = [found.get(index_path(Path(tar)).name) for tar in tars]
+    return Source(
+        place=place,
+        manifest=manifest,
+        tars=tars,
+        sizes=[found[tar].st_size if tar in found else None for tar in tars],
+        stamp=_stamp(manifest, tars, [(s.st_size, s.st_mtime_ns) if s else None for s in stamps]),
+        folder=folder,
+    )
+
+
+def _remote(place: str) -> Source:
+    remote = open_remote(place, FLAG)
+    manifest = parse_manifest(remote.read(FILE, MANIFEST_LIMIT), f"{place.rstrip('/')}/{FILE}")
+    found = remote.listing()
+    tars = manifest.tar_names(found)
+    stamps = [found.get(index_path(Path(tar)).name) for tar in tars]
+    return Source(
+        place=place,
+        manifest=manifest,
+        tars=tars,
+        sizes=[_known(found[tar].size) if tar in found else None for tar in tars],
+        stamp=_stamp(manifest, tars, [(s.size, s.version) if s else None for s in stamps]),
+        remote=remote,
+    )
+
+
+def _known(size: int | None) -> int:
+    return UNKNOWN if size is None else size
+
+
+def _stamp(manifest: Manifest, tars: list[str], stamps: list[Any]) -> str:
+    return digest((manifest, tars, stamps))
