@@ -165,10 +165,10 @@ def open_mds(folder: Path, cores: int, shuffle: bool = False) -> Callable[[], Pa
     return timed(lambda: DataLoader(data, BATCH, num_workers=workers(cores), collate_fn=collate_dicts))
 
 
-def open_litdata(folder: Path, cores: int, shuffle: bool = False) -> Callable[[], Pass]:
+def open_litdata(folder: Path, cores: int, **settings: Any) -> Callable[[], Pass]:
     from litdata import StreamingDataLoader, StreamingDataset
 
-    data = StreamingDataset(str(folder / LITDATA), shuffle=shuffle)
+    data = StreamingDataset(str(folder / LITDATA), **settings)
     loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=workers(cores), collate_fn=collate_dicts)
     return timed(lambda: loader)
 
@@ -226,6 +226,8 @@ WAYS = {
     "mds-shuffled": Way(open=partial(open_mds, shuffle=True), holds=ALIKE, **MOSAIC),
     "litdata": Way(open=open_litdata, holds=ALIKE, **LIT),
     "litdata-shuffled": Way(open=partial(open_litdata, shuffle=True), holds=ALIKE, **LIT),
+    # By default litdata decodes many neighbours of each image, and has them again and again with images this large.
+    "litdata-tuned": Way(open=partial(open_litdata, shuffle=True, batch_decode=0), holds=ALIKE, **LIT),
     "ours-features": Way(open=open_regions, data=SHARDS, holds="features", times=TEXTS),
     "ours": Way(
         open=open_batches,

@@ -3,9 +3,11 @@
     python bench/stream.py [--peers-python PATH]
 
 Measured are this project's stream, with its texts and features alone; stock webdataset on the same tars; Oscar's own
-TSV files; mosaicml-streaming (MDS) and litdata, in the order written and shuffled by default; and `raw`, plain reading
-of the tars' bytes into a buffer that is used again, which is the limit. What a batch holds differs, in the peers'
-favour: those of this project have token ids, masks and negatives, theirs have strings (the results say it for each).
+TSV files; mosaicml-streaming (MDS) and litdata, in the order written and shuffled, with their defaults (and litdata
+with a setting that suits samples this large); and `raw`, plain reading of the tars' bytes into a buffer that is used
+again, which is the limit. What a batch holds differs, in the peers' favour: those of this project have token ids, masks
+and negatives, theirs have strings (the results say it for each). This project and `oscar-tsv` shuffle, webdataset does
+not.
 
 Each way runs in a process of its own, bound to one core or to two. There the peers have a worker process for each, as
 their users do, and this project and `raw` have threads. The data lie in the page cache. An epoch goes `--times` times
