@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 from oscar_common.errors import UsageError
 from oscar_shards.index import index_path, open_index
 from oscar_shards.manifest import FILE, Manifest, parse_manifest, read_manifest
-from oscar_shards.remote import RemoteFolder, open_remote
+from oscar_shards.remote import RemoteFolder, Stamp, open_remote
 from oscar_shards.retries import Gone
 from oscar_shards.url import local_path
 from oscar_train.arrays import digest
@@ -20,6 +21,7 @@ FLAG = "--shards"
 INDEX_LIMIT = 1 << 30  # bytes of an index that is fetched
 MANIFEST_LIMIT = 64 << 20
 UNKNOWN = -1
+ASKERS = 16  # files that a server is asked about at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,22 +121,55 @@ def _local(place: str, folder: Path) -> Source:
 
 def _remote(place: str) -> Source:
     remote = open_remote(place, FLAG)
-    manifest = parse_manifest(remote.read(FILE, MANIFEST_LIMIT), f"{place.rstrip('/')}/{FILE}")
-    found = remote.listing()
+    try:
+        manifest = parse_manifest(remote.read(FILE, MANIFEST_LIMIT), remote.at(FILE))
+    except Gone as error:
+        raise UsageError(
+            f"{FLAG} {remote.url}: no {FILE} there ({error.cause}); give the URL of a folder made by oscar-extract"
+        ) from None
+    found = _listed(remote, manifest)
     tars = manifest.tar_names(found)
-    stamps = [found.get(index_path(Path(tar)).name) for tar in tars]
     return Source(
-        place=place,
+        place=remote.url,
         manifest=manifest,
         tars=tars,
-        sizes=[_known(found[tar].size) if tar in found else None for tar in tars],
-        stamp=_stamp(manifest, tars, [(s.size, s.version) if s else None for s in stamps]),
+        sizes=[_size(found.get(tar)) for tar in tars],
+        stamp=_stamp(manifest, tars, [found.get(index_path(Path(tar)).name) for tar in tars]),
         remote=remote,
     )
 
 
-def _known(size: int | None) -> int:
-    return UNKNOWN if size is None else size
+def _listed(remote: RemoteFolder, manifest: Manifest) -> dict[str, Stamp]:
+    """Return the files of a folder; web servers often have no listing, or one without sizes, but answer for a name."""
+    try:
+        found = remote.listing()
+    except Gone:
+        found = {}
+    if not manifest.tar_names(found):
+        if not manifest.name:
+            raise UsageError(f"{FLAG} {remote.url}: it cannot be listed, and its {FILE} does not name the shards")
+        found = {
+            name: Stamp(None, "")
+            for number in range(manifest.plan.num_shards)
+            for name in (f"{manifest.name}-{number:06d}.tar", f"{manifest.name}-{number:06d}.parquet")
+        }
+    unknown = [n for n, stamp in found.items() if n.endswith(".parquet") and stamp == Stamp(None, "")]
+    with ThreadPoolExecutor(ASKERS) as askers:
+        asked = dict(zip(unknown, askers.map(lambda name: _asked(remote, name), unknown), strict=True))
+    return {name: stamp for name, stamp in {**found, **asked}.items() if stamp is not None}
+
+
+def _asked(remote: RemoteFolder, name: str) -> Stamp | None:
+    try:
+        return remote.stamp(name)
+    except Gone:
+        return None
+
+
+def _size(stamp: Stamp | None) -> int | None:
+    if stamp is None:
+        return None
+    return UNKNOWN if stamp.size is None else stamp.size
 
 
 def _stamp(manifest: Manifest, tars: list[str], stamps: list[Any]) -> str:
