@@ -29,8 +29,7 @@ def slots(size: int) -> Slots:
 
 def read(reader: RegionReader, images: np.ndarray, into: Slots) -> np.ndarray:
     """Read images and return z."""
-    for part in reader.read(images, into):
-        part.result()
+    reader.read(images, into)
     z = np.full((len(images), MAX_REGIONS, 6), 7, np.float32)
     reader.z(images, into, z)
     return z
@@ -38,7 +37,7 @@ def read(reader: RegionReader, images: np.ndarray, into: Slots) -> np.ndarray:
 
 @pytest.fixture
 def reader(corpus: Corpus) -> RegionReader:
-    return RegionReader(corpus, Tars(corpus, None), threads=3)
+    return RegionReader(corpus, Tars(corpus, None))
 
 
 def test_features_and_z_are_those_of_the_samples(reader: RegionReader, samples: list[Sample]):

@@ -9,8 +9,6 @@ of them), go through a scratch buffer.
 import errno
 import os
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -79,28 +77,31 @@ class Place(NamedTuple):
 
 
 class RegionReader:
-    """Reads regions of any images of a corpus, in several threads.
+    """Reads regions of any images of a corpus; several threads may do so at once.
 
     skip_corrupt: an image that is gone or damaged is named, counted and left empty, instead of being an error.
     """
 
-    def __init__(self, corpus: Corpus, tars: Tars, threads: int = 2, skip_corrupt: bool = False) -> None:
-        self.corpus, self.tars, self.threads, self.skip_corrupt = corpus, tars, threads, skip_corrupt
+    def __init__(self, corpus: Corpus, tars: Tars, skip_corrupt: bool = False) -> None:
+        self.corpus, self.tars, self.skip_corrupt = corpus, tars, skip_corrupt
         self.skipped: set[int] = set()
-        self._pool = ThreadPoolExecutor(threads, "regions")
         self._scratch = threading.local()
 
-    def read(self, images: npt.NDArray[np.integer[Any]], slots: Slots) -> Sequence["Future[None]"]:
-        """Begin to fill `slots` with the first 50 regions of some images; the rest of each row becomes 0.
+    def read(self, images: npt.NDArray[np.integer[Any]], slots: Slots) -> None:
+        """Fill `slots` with the first 50 regions of some images; the rest of each row becomes 0.
 
-        Returns:
-            What is under way. It raises an OperationError for a tar or image that is gone, cut or damaged.
+        Raises:
+            OperationError: a tar or an image is gone, cut or damaged.
         """
         slots.counts[:] = np.minimum(self.corpus.images.num_boxes[images], MAX_REGIONS)
         slots.readable[:] = True
-        places = self._places(images)
-        parts = np.array_split(np.arange(len(places)), min(self.threads, len(places)))
-        return [self._pool.submit(self._read_part, places[part[0] : part[-1] + 1], slots) for part in parts]
+        for shard, group in groupby(self._places(images), attrgetter("shard")):
+            places = list(group)
+            wrong = self._read_from(shard, places, slots)
+            if wrong and self.tars.renew(shard):  # a copy that was damaged since it was fetched
+                wrong = self._read_from(shard, [place for place, _ in wrong], slots)
+            for place, what in wrong:
+                self._refuse(place, what, slots)
 
     def z(self, images: npt.NDArray[np.integer[Any]], slots: Slots, out: npt.NDArray[np.float32]) -> None:
         """Write (x1/W, y1/H, x2/W, y2/H, w/W, h/H) of each region (Oscar section 3) into float32 [B, 50, 6]."""
@@ -109,24 +110,12 @@ class RegionReader:
         np.divide(slots.boxes, np.maximum(size, 1)[:, None], out=out[..., :4])
         np.subtract(out[..., 2:4], out[..., :2], out=out[..., 4:])
 
-    def close(self) -> None:
-        """Wait for the threads."""
-        self._pool.shutdown(cancel_futures=True)
-
     def _places(self, images: npt.NDArray[np.integer[Any]]) -> list[Place]:
         """Look the images up, in the order of their bytes."""
         columns = {name: getattr(self.corpus.images, name)[images] for name in Place._fields[:-2]}
         order = np.lexsort((columns["features_offset"], columns["shard"]))
         listed = [columns[name][order].tolist() for name in Place._fields[:-2]]
         return list(map(Place._make, zip(*listed, images[order].tolist(), order.tolist(), strict=True)))
-
-    def _read_part(self, places: list[Place], slots: Slots) -> None:
-        for shard, group in groupby(places, attrgetter("shard")):
-            wrong = self._read_from(shard, list(group), slots)
-            if wrong and self.tars.renew(shard):  # a copy that was damaged since it was fetched
-                wrong = self._read_from(shard, [place for place, _ in wrong], slots)
-            for place, what in wrong:
-                self._refuse(place, what, slots)
 
     def _read_from(self, shard: int, places: list[Place], slots: Slots) -> list[tuple[Place, str]]:
         """Read images of one tar; return those that are damaged, and what is wrong with them."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,8 @@ from oscar_train.tars import Tars
 from oscar_train.tokens import Tokenizer, load_tokenizer
 from oscar_train.triples import IGNORED, MAX_TOKENS, TextBatch, assemble, make_pools
 
-THREADS = 8  # that read, at most, unless more are asked for
+THREADS = 4  # that make batches, at most, unless more are asked for: each has memory for one of its own
 WINDOW = 64  # shards that are shuffled together
-MAKERS = 2  # batches in the making at once: while one waits for its regions, the text of the other is put together
 
 T = TypeVar("T")
 
@@ -101,6 +100,7 @@ class Stream:
         weights: of the corpus' sources; all 1 if none are given.
         window: shards that are shuffled together.
         rank, ranks: r and R; B is a multiple of R.
+        threads: that make batches.
         pin: whether batches lie in pinned memory.
     """
 
@@ -115,13 +115,14 @@ class Stream:
         window: int = WINDOW,
         rank: int = 0,
         ranks: int = 1,
+        threads: int = 1,
         pin: bool = False,
     ) -> None:
         if batch_size % ranks:
             raise UsageError(f"--batch-size {batch_size}: not a multiple of the {ranks} ranks; give one that is")
         weights = tuple(weights) or (Fraction(1),) * len(corpus.sources)
         self.corpus, self.reader, self.seed, self.batch_size, self.pin = corpus, reader, seed, batch_size, pin
-        self.size = batch_size // ranks
+        self.size, self.threads = batch_size // ranks, threads
         self._first = rank * self.size
         self._pools = make_pools(corpus, weights)
         self._order = Order(seed, corpus.shard_triples, corpus.source_shards, weights, window)
@@ -147,11 +148,9 @@ class Stream:
         """Return the batch of a step, which lies in `room`."""
         triples = self.triples(step)
         images = self.corpus.image[triples]
-        reading = self.reader.read(images, room.slots)
+        self.reader.read(images, room.slots)
         self._write_text(step, room.batch)
         room.batch.triples.numpy()[:] = triples
-        for part in reading:
-            part.result()
         self.reader.z(images, room.slots, room.batch.z.numpy())
         np.less(np.arange(MAX_REGIONS), room.slots.counts[:, None], out=room.batch.region_mask.numpy())
         if not room.slots.readable.all():
@@ -160,8 +159,7 @@ class Stream:
 
     def features(self, step: int, room: Room) -> Tensor:
         """Return the features of a step alone, float16 [B / R, 50, P], which lie in `room`."""
-        for part in self.reader.read(self.corpus.image[self.triples(step)], room.slots):
-            part.result()
+        self.reader.read(self.corpus.image[self.triples(step)], room.slots)
         return room.batch.features
 
     def batches(self, first: int, end: int) -> Iterator[Batch]:
@@ -177,14 +175,15 @@ class Stream:
         return self._order.segments(begin, begin + self.size)
 
     def _ahead(self, make: Callable[[int, Room], T], first: int, end: int) -> Iterator[T]:
-        rooms = [self.room() for _ in range(MAKERS + 1)]
+        """Make batches in several threads, each a whole one: fewer hands that ask for the interpreter's lock."""
+        rooms = [self.room() for _ in range(self.threads + 1)]
         steps = range(first, end)
-        with ThreadPoolExecutor(MAKERS, "stream") as makers, self._fetching() as tell:
-            coming = deque(makers.submit(make, step, rooms[step % len(rooms)]) for step in steps[:MAKERS])
+        with ThreadPoolExecutor(self.threads, "stream") as makers, self._fetching() as tell:
+            coming = deque(makers.submit(make, step, rooms[step % len(rooms)]) for step in steps[: self.threads])
             for step in steps:
                 tell(step)
                 made = coming.popleft().result()
-                if (later := step + MAKERS) < end:
+                if (later := step + self.threads) < end:
                     coming.append(makers.submit(make, later, rooms[later % len(rooms)]))
                 yield made
 
@@ -257,7 +256,7 @@ def open_stream(
         tokenizer: bert-base-uncased's, unless another is given.
         texts: overlays made by `oscar-shards texts`.
         mix: a weight for each folder.
-        threads: that read; one for each core, at most 8, unless it is said.
+        threads: that make batches; one for each core, at most 4, unless it is said.
         cache, cache_size: folder for token ids and fetched shards, and the most GB of these.
 
     Raises:
@@ -270,11 +269,16 @@ def open_stream(
     corpus = open_corpus(sources, tokenizer or load_tokenizer(None), folder, overlays, skip_corrupt)
     remote = any(source.remote is not None for source in sources)
     tars = Tars(corpus, ShardCache(folder, round(cache_size * 1e9)) if remote else None)
-    threads = threads or min(len(os.sched_getaffinity(0)), THREADS)
-    reader = RegionReader(corpus, tars, threads, skip_corrupt)
-    try:
-        weights = [Fraction(str(weight)) for weight in mix]
-        options: dict[str, Any] = {"weights": weights, "window": window, "rank": rank, "ranks": ranks, "pin": pin}
-        yield Stream(corpus, reader, seed=seed, batch_size=batch_size, **options)
-    finally:
-        reader.close()
+    weights = [Fraction(str(weight)) for weight in mix]
+    yield Stream(
+        corpus,
+        RegionReader(corpus, tars, skip_corrupt),
+        seed=seed,
+        batch_size=batch_size,
+        weights=weights,
+        window=window,
+        rank=rank,
+        ranks=ranks,
+        threads=threads or min(len(os.sched_getaffinity(0)), THREADS),
+        pin=pin,
+    )
