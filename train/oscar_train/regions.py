@@ -105,10 +105,13 @@ class RegionReader:
 
     def z(self, images: npt.NDArray[np.integer[Any]], slots: Slots, out: npt.NDArray[np.float32]) -> None:
         """Write (x1/W, y1/H, x2/W, y2/H, w/W, h/H) of each region (Oscar section 3) into float32 [B, 50, 6]."""
-        width, height = self.corpus.images.width[images], self.corpus.images.height[images]
-        size = np.stack([width, height, width, height], 1).astype(np.float32)
-        np.divide(slots.boxes, np.maximum(size, 1)[:, None], out=out[..., :4])
-        np.subtract(out[..., 2:4], out[..., :2], out=out[..., 4:])
+        size = [
+            np.maximum(array[images], 1)[:, None] for array in (self.corpus.images.width, self.corpus.images.height)
+        ]
+        for column in range(4):  # numpy is slow where the last axis is short
+            np.divide(slots.boxes[..., column], size[column % 2], out=out[..., column], casting="same_kind")
+        for column in range(2):
+            np.subtract(out[..., column + 2], out[..., column], out=out[..., column + 4])
 
     def _places(self, images: npt.NDArray[np.integer[Any]]) -> list[Place]:
         """Look the images up, in the order of their bytes."""
@@ -131,8 +134,9 @@ class RegionReader:
         row, count = place.row, min(place.num_boxes, MAX_REGIONS)
         if place.features_offset == UNREADABLE:
             return "its index contradicts itself"
-        slots.boxes[row, count:] = 0
-        slots.features[row, count:] = 0
+        if count < MAX_REGIONS:
+            slots.boxes[row, count:] = 0
+            slots.features[row, count:] = 0
         try:
             if count < place.num_boxes or place.scales_offset != FLOAT16:
                 return self._read_through_scratch(handle, place, slots)
