@@ -105,11 +105,10 @@ class RegionReader:
 
     def z(self, images: npt.NDArray[np.integer[Any]], slots: Slots, out: npt.NDArray[np.float32]) -> None:
         """Write (x1/W, y1/H, x2/W, y2/H, w/W, h/H) of each region (Oscar section 3) into float32 [B, 50, 6]."""
-        size = [
-            np.maximum(array[images], 1)[:, None] for array in (self.corpus.images.width, self.corpus.images.height)
-        ]
+        sides = (self.corpus.images.width, self.corpus.images.height)
+        size = [np.maximum(side[images], 1).astype(np.float32)[:, None] for side in sides]
         for column in range(4):  # numpy is slow where the last axis is short
-            np.divide(slots.boxes[..., column], size[column % 2], out=out[..., column], casting="same_kind")
+            np.divide(slots.boxes[..., column], size[column % 2], out=out[..., column])
         for column in range(2):
             np.subtract(out[..., column + 2], out[..., column], out=out[..., column + 4])
 
