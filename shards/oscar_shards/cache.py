@@ -87,6 +87,25 @@ class ShardCache:
         except OSError as error:
             raise UsageError(f"--cache {folder}: cannot be used: {error.strerror}; give another --cache") from None
 
+    @property
+    def flag(self) -> str:
+        """What messages about the limit begin with."""
+        return f"--cache-size {self.limit / 1e9:.12g}"
+
+    def open(self, name: str, size: int) -> Held | None:
+        """Return the file of that name and size; None if it is not there. The caller closes it."""
+        path = self.folder / name
+        with suppress(FileNotFoundError):
+            file = FileIO(path)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            found = os.fstat(file.fileno())
+            with suppress(FileNotFoundError):  # evicted before it was locked
+                if os.path.samestat(found, path.stat()) and found.st_size == size:
+                    os.utime(file.fileno())
+                    return Held(file)
+            file.close()
+        return None
+
     def hold(self, name: str, size: int, fetch: Callable[[Path], None]) -> Held:
         """Return the file of that name, fetched if it is not there; the caller closes it.
 
@@ -105,7 +124,7 @@ class ShardCache:
         """
         self._check(name, size)
         while True:
-            if held := self._open(name, size):
+            if held := self.open(name, size):
                 return held
             handle = hold(self._unfinished(name))
             if handle is None:
@@ -122,7 +141,7 @@ class ShardCache:
             Whether the file is there or on its way; if not, there was no room.
         """
         self._check(name, size)
-        held = self._open(name, size)
+        held = self.open(name, size)
         if held is None:
             handle = hold(self._unfinished(name))
             if handle is None:
@@ -133,39 +152,30 @@ class ShardCache:
         held.close()
         return True
 
-    def drop(self, name: str) -> None:
-        """Throw a file away that was found to be wrong, so that it is fetched again; who reads it may go on."""
-        with self._alone():
-            (self.folder / name).unlink(missing_ok=True)
+    def drop(self, name: str, wrong: Held) -> None:
+        """Throw a file away that was found to be wrong, so that it is fetched again; who reads it may go on.
+
+        If it is another one by now, that stays.
+        """
+        with self._alone(), suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(wrong.fd), (self.folder / name).stat()):
+                (self.folder / name).unlink()
 
     def _check(self, name: str, size: int) -> None:
         if not name or name.startswith(".") or "/" in name:
             raise ValueError(f"{name!r} is no safe file name")
-        if (needed := _cost(size)) > self.limit:
-            raise UsageError(f"--cache-size {self.limit}: {name} takes {needed:,} bytes; give at least as many")
+        if (needed := cost(size)) > self.limit:
+            raise UsageError(f"{self.flag}: {name} takes {gigabytes(needed)} GB; give at least as much")
 
     def _unfinished(self, name: str) -> Path:
         return temporary(self.folder / name)
-
-    def _open(self, name: str, size: int) -> Held | None:
-        path = self.folder / name
-        with suppress(FileNotFoundError):
-            file = FileIO(path)
-            fcntl.flock(file, fcntl.LOCK_SH)
-            found = os.fstat(file.fileno())
-            with suppress(FileNotFoundError):  # evicted before it was locked
-                if os.path.samestat(found, path.stat()) and found.st_size == size:
-                    os.utime(file.fileno())
-                    return Held(file)
-            file.close()
-        return None
 
     def _complete(
         self, handle: int, name: str, size: int, fetch: Callable[[Path], None], keep: Collection[str] | None
     ) -> Held | None:
         """Fetch a file through an unfinished one that is this thread's alone; None if there is no room."""
         try:
-            held = self._open(name, size)  # another finished it before this thread's turn came
+            held = self.open(name, size)  # another finished it before this thread's turn came
             with _naming(self.folder / name):
                 filled = held is None and self._reserve(handle, name, size, keep)
                 if filled:
@@ -186,8 +196,8 @@ class ShardCache:
                 return False
             if time.monotonic() > deadline:
                 raise OperationError(
-                    f"--cache-size {self.limit}: all files were in use for {PATIENCE:g} s, so that there was no room "
-                    f"for {name} ({size:,} bytes); give a larger one"
+                    f"{self.flag}: all files were in use for {PATIENCE:g} s, so that there was no room for {name} "
+                    f"({gigabytes(cost(size))} GB); give a larger one"
                 )
             time.sleep(POLL)
         return True
@@ -195,7 +205,7 @@ class ShardCache:
     def _allocate(self, handle: int, size: int, keep: Collection[str] | None) -> bool:
         with self._alone():
             os.ftruncate(handle, 0)  # a dead one's bytes
-            if not self._make_room(_cost(size), keep or ()):
+            if not self._make_room(cost(size), keep or ()):
                 return False
             while True:
                 try:
@@ -214,7 +224,7 @@ class ShardCache:
             fetch(self._unfinished(name))
         except OSError as error:  # only where space cannot be allocated beforehand
             with self._alone():
-                freed = error.errno in FULL and self._evict(_cost(size), keep)
+                freed = error.errno in FULL and self._evict(cost(size), keep)
             if not freed:
                 raise
             fetch(self._unfinished(name))
@@ -228,7 +238,7 @@ class ShardCache:
                 self._unfinished(name).replace(self.folder / name)
             finally:
                 os.close(handle)
-            held = self._open(name, size)
+            held = self.open(name, size)
         assert held
         return held
 
@@ -270,12 +280,18 @@ class ShardCache:
             with suppress(FileNotFoundError):  # unfinished ones are removed without `_alone`
                 found = path.lstat()
                 if path.name != LOCK and stat.S_ISREG(found.st_mode):
-                    yield _File(path, max(_cost(found.st_size), found.st_blocks * 512), found.st_mtime_ns)
+                    yield _File(path, max(cost(found.st_size), found.st_blocks * 512), found.st_mtime_ns)
 
 
-def _cost(size: int) -> int:
+def cost(size: int) -> int:
     """Return how many bytes of disk a file of `size` bytes takes at most."""
     return (-(-size // BLOCK) + size // EXTENTS) * BLOCK
+
+
+def gigabytes(size: int) -> str:
+    """Return bytes as --cache-size has them: in GB, to four digits, rounded up so that it is enough."""
+    digits = 10 ** max(len(str(size)) - 4, 0)
+    return f"{-(-size // digits) * digits / 1e9:.12g}"
 
 
 @contextmanager

@@ -5,13 +5,14 @@ silence for ever. A URL names data only: what fsspec can run, unpack or wrap is 
 """
 
 import re
+import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 import fsspec
@@ -19,8 +20,11 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.registry import known_implementations
 
 from oscar_common.errors import OperationError, UsageError
+from oscar_shards import retries
 from oscar_shards.retries import Gone, RemoteError, explained, retried
 from oscar_shards.url import INSTALLED, folder_url, shown
+
+T = TypeVar("T")
 
 TIMEOUT = 60.0  # seconds of silence from a server after which a try has failed
 SLOWEST = 16 << 10  # bytes a second: a server that trickles less has failed, too
@@ -89,6 +93,24 @@ class RemoteFolder:
             OperationError: it has more than `limit` bytes; hardly more are read.
         """
         return retried(lambda: self._read(name, limit), self.at(name))
+
+    def parsed(self, name: str, limit: int, parse: Callable[[bytes], T]) -> T:
+        """Return what `parse` makes of a small file. What it refuses is read again: it may have been damaged on its way.
+
+        Raises:
+            RemoteError, OperationError: see `read`.
+            ValueError, UsageError: `parse` refused it, and it came a second time as it was.
+        """
+        before, tries = None, 0
+        while True:
+            content, tries = self.read(name, limit), tries + 1
+            try:
+                return parse(content)
+            except (ValueError, UsageError):
+                if content == before or tries == retries.TRIES:
+                    raise
+            print(f"warning: {self.at(name)}: it is damaged; reading it again", file=sys.stderr, flush=True)
+            before = content
 
     def download(self, name: str, target: Path, size: int) -> None:
         """Fetch a file of `size` bytes, in one try: see `retried`.

@@ -13,7 +13,9 @@ from oscar_common.errors import UsageError
 from oscar_shards.index import index_path, open_index
 from oscar_shards.manifest import FILE, Manifest, parse_manifest, read_manifest
 from oscar_shards.remote import RemoteFolder, Stamp, open_remote
-from oscar_shards.retries import Gone
+from oscar_shards.retries import Gone, RemoteError
+from oscar_shards.samples import entries
+from oscar_shards.tar import Window, members
 from oscar_shards.url import local_path
 from oscar_train.arrays import digest
 
@@ -53,13 +55,24 @@ class Source:
         """
         tar = Path(self.tars[number])
         if self.remote is not None:
-            try:
-                content = self.remote.read(index_path(tar).name, INDEX_LIMIT)
-            except Gone:
-                raise ValueError(f"it has no index {index_path(tar).name}; make it: oscar-shards index") from None
-            return open_index(pa.py_buffer(content), tar)
+            return _fetched_index(self.remote, tar)
         assert self.folder is not None
-        return open_index(index_path(self.folder / tar), self.folder / tar)
+        try:
+            return open_index(index_path(self.folder / tar), self.folder / tar)
+        except ValueError as error:
+            raise ValueError(f"{error}{self.suspect(number)}") from None
+
+    def suspect(self, number: int) -> str:
+        """Return `suspect` of a shard; "" if it lies behind a URL."""
+        return "" if self.folder is None else suspect(self.folder / self.tars[number])
+
+    def answers(self) -> bool:
+        """Whether a server still answers: then a tar that cannot be fetched is itself at fault."""
+        assert self.remote is not None
+        try:
+            return bool(self.remote.read(FILE, MANIFEST_LIMIT))
+        except RemoteError:
+            return False
 
 
 def open_source(place: str, skip_corrupt: bool) -> Source:
@@ -96,6 +109,19 @@ def check_together(sources: list[Source]) -> None:
                 )
 
 
+def suspect(tar: Path) -> str:
+    """Return what is wrong with a tar or refused in it, as the end of a message about it; "" if nothing is found."""
+    try:
+        with Window(tar) as window:
+            faults = (f"{entry.key}: {entry.faults[0]}" for entry in entries(window, members(window)) if entry.faults)
+            found = next(faults, "")
+    except ValueError as error:
+        found = str(error)
+    except OSError:
+        found = ""
+    return f" ({found})" if found else ""
+
+
 def warn(line: str) -> None:
     """Tell people of something that is wrong but does not stop the run."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -122,7 +148,7 @@ def _local(place: str, folder: Path) -> Source:
 def _remote(place: str) -> Source:
     remote = open_remote(place, FLAG)
     try:
-        manifest = parse_manifest(remote.read(FILE, MANIFEST_LIMIT), remote.at(FILE))
+        manifest = remote.parsed(FILE, MANIFEST_LIMIT, lambda content: parse_manifest(content, remote.at(FILE)))
     except Gone as error:
         raise UsageError(
             f"{FLAG} {remote.url}: no {FILE} there ({error.cause}); give the URL of a folder made by oscar-extract"
@@ -137,6 +163,20 @@ def _remote(place: str) -> Source:
         stamp=_stamp(manifest, tars, [found.get(index_path(Path(tar)).name) for tar in tars]),
         remote=remote,
     )
+
+
+def _fetched_index(remote: RemoteFolder, tar: Path) -> tuple[int, Iterator[pa.RecordBatch]]:
+    """Read all of an index, to see whether it came as it should."""
+
+    def parse(content: bytes) -> tuple[int, list[pa.RecordBatch]]:
+        tar_bytes, rows = open_index(pa.py_buffer(content), tar)
+        return tar_bytes, list(rows)
+
+    try:
+        tar_bytes, rows = remote.parsed(index_path(tar).name, INDEX_LIMIT, parse)
+    except Gone:
+        raise ValueError(f"it has no index {index_path(tar).name}; make it: oscar-shards index") from None
+    return tar_bytes, iter(rows)
 
 
 def _listed(remote: RemoteFolder, manifest: Manifest) -> dict[str, Stamp]:

@@ -1,7 +1,8 @@
 """The tars of a corpus, opened for reading: local ones stay open, those behind a URL are fetched into the cache."""
 
 import os
-from collections.abc import Callable, Collection, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -9,16 +10,16 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_64
 
-from oscar_common.errors import OperationError
-from oscar_shards.cache import ShardCache
+from oscar_common.errors import OperationError, UsageError
+from oscar_shards.cache import Held, ShardCache, cost, gigabytes
 from oscar_shards.index import PLACES, places
-from oscar_shards.manifest import FILE
 from oscar_shards.retries import RemoteError, retried
 from oscar_shards.samples import Span, entries
 from oscar_shards.tar import TarFault, Window, members
-from oscar_train.collection import FLOAT16
+from oscar_train.collection import FLOAT16, UNREADABLE
 from oscar_train.corpus import Corpus
-from oscar_train.sources import MANIFEST_LIMIT, Source
+from oscar_train.fetches import Fetches
+from oscar_train.sources import warn
 
 OPEN = 256  # local tars that stay open
 
@@ -43,12 +44,34 @@ class _Handle:
 
 
 class Tars:
-    """Opens tars by their number in a corpus. `cache` is needed for those behind a URL alone."""
+    """Opens tars by their number in a corpus. `cache` is needed for those behind a URL alone.
+
+    Raises:
+        UsageError: the cache is smaller than one of them.
+    """
 
     def __init__(self, corpus: Corpus, cache: ShardCache | None) -> None:
         self.corpus, self.cache = corpus, cache
         self._opened = lru_cache(maxsize=OPEN)(_Handle)
+        self._name = lru_cache(maxsize=None)(self._make_name)
+        self._fetches = Fetches()
         self._lost: dict[int, str] = {}
+        self._sound: dict[int, int] = {}  # which copies were doubted and found sound, by inode
+        self._doubting = threading.Lock()
+        if cache is not None:
+            check_largest(corpus, cache)
+
+    def begin(self) -> None:
+        """Say that batches are read from now on."""
+        self._fetches.begin()
+
+    def end(self) -> None:
+        """Say that they are not; after the last one, nothing is fetched or waited for until the next begins."""
+        self._fetches.end()
+
+    def close(self) -> None:
+        """Let all go who wait for a tar; for ever."""
+        self._fetches.close()
 
     @contextmanager
     def open(self, shard: int) -> Iterator[int]:
@@ -66,37 +89,65 @@ class Tars:
                 raise Lost(f"its tar cannot be read: {error.strerror}") from None
             yield handle.number
             return
-        if shard in self._lost:
-            raise Lost(self._lost[shard])
-        assert self.cache is not None
-        try:
-            held = self.cache.hold(*self._wanted(shard))
-        except Lost as error:
-            self._lost[shard] = error.message
-            raise
-        with held:
+        with self._hold(shard) as held:
             yield held.fd
 
     def renew(self, shard: int) -> bool:
-        """Throw away the copy of a tar that proved damaged, so that it is fetched again; False if there is none."""
+        """Throw away the copy of a tar that proves damaged; False if reading it again is of no use."""
         if self.corpus.place(shard)[0].folder is not None or shard in self._lost:
             return False
         assert self.cache is not None
-        self.cache.drop(self._name(shard))
+        with self._doubting:  # one after the other, not to throw away what another has just renewed
+            held = self.cache.open(self._name(shard), int(self.corpus.tar_bytes[shard]))
+            if held is None:
+                return True
+            with held:
+                copy = os.fstat(held.fd).st_ino
+                if self._sound.get(shard) == copy:  # then the index is at fault
+                    return False
+                if fault := self._fault(Path(held.file.name), shard):
+                    warn(
+                        f"{self.corpus.shard_name(shard)}: its copy in --cache is damaged ({fault}); fetching it again"
+                    )
+                    self.cache.drop(self._name(shard), held)
+                else:
+                    self._sound[shard] = copy
         return True
 
-    def ahead(self, shard: int, keep: Collection[int]) -> bool:
+    def ahead(self, shard: int, keep: Iterable[int]) -> bool:
         """Fetch a tar that will be needed; False if there is no room without the tars `keep`.
 
         Raises:
             OperationError: it could not be fetched.
         """
-        if self.corpus.place(shard)[0].folder is not None or shard in self._lost:
+        size = int(self.corpus.tar_bytes[shard])
+        unused = self.corpus.shard_triples[shard] == self.corpus.shard_triples[shard + 1]
+        if self.corpus.place(shard)[0].folder is not None or shard in self._lost or unused or size < 0:
             return True
         assert self.cache is not None
-        return self.cache.ahead(*self._wanted(shard), keep={self._name(other) for other in keep})
+        name, cache = self._name(shard), self.cache
+        if (held := cache.open(name, size)) is not None:
+            held.close()
+            return True
+        kept = {self._name(other) for other in keep}
+        return self._fetches.ahead(shard, lambda: cache.ahead(name, size, self._fetcher(shard), kept))
 
-    def _name(self, shard: int) -> str:
+    def _hold(self, shard: int) -> Held:
+        if (size := int(self.corpus.tar_bytes[shard])) < 0:
+            raise Lost("its index does not say how long it is; run: oscar-shards index")
+        assert self.cache is not None
+        name, cache, held = self._name(shard), self.cache, None
+        while held is None:
+            if shard in self._lost:
+                raise Lost(self._lost[shard])
+            held = cache.open(name, size)
+            if held is None:
+                wanted = self.corpus.shard_name(shard)
+                with self._fetches.fetched(shard, lambda: cache.hold(name, size, self._fetcher(shard)), wanted):
+                    held = cache.open(name, size)
+        return held
+
+    def _make_name(self, shard: int) -> str:
         """Return a name in the cache, which stands for the content: the same shard from another URL is the same."""
         source, number = self.corpus.place(shard)
         content = xxh3_64(self.corpus.tar_bytes[shard].tobytes())
@@ -107,50 +158,53 @@ class Tars:
     def _images(self, shard: int) -> slice:
         return slice(*self.corpus.shard_images[shard : shard + 2].tolist())
 
-    def _wanted(self, shard: int) -> tuple[str, int, Callable[[Path], None]]:
-        """Return name, size, and how to fetch a tar."""
+    def _fetcher(self, shard: int) -> Callable[[Path], None]:
+        """Return what fetches a tar to a path, or raises Lost, or an OperationError if the server is at fault."""
         source, number = self.corpus.place(shard)
-        size = int(self.corpus.tar_bytes[shard])
+        remote, size = source.remote, int(self.corpus.tar_bytes[shard])
+        assert remote is not None
 
         def attempt(path: Path) -> None:
-            assert source.remote is not None
-            source.remote.download(source.tars[number], path, size)
+            self._fetches.check()
+            remote.download(source.tars[number], path, size)
             if fault := self._fault(path, shard):
-                raise Corrupt(source.named(number), f"{fault}: not what the index says")
+                raise Corrupt(source.named(number), fault)
 
         def fetch(path: Path) -> None:
             try:
                 retried(lambda: attempt(path), source.named(number))
             except RemoteError as error:
-                if not _answers(source):
+                if not source.answers():
                     raise
+                self._lost[shard] = error.cause
                 raise Lost(error.cause) from None
 
-        return self._name(shard), size, fetch
+        return fetch
 
     def _fault(self, path: Path, shard: int) -> str | None:
-        """Read all bytes of a tar; say what is not as the index says, or refused."""
+        """Read all bytes of a tar; say what is refused, or not as the index says."""
         expected = self._expected(shard)
         try:
             with Window(path) as window:
                 for entry in entries(window, members(window)):
                     if entry.faults:
-                        return f"{entry.key}: {entry.faults[0]}"
+                        return f"image {entry.key}: {entry.faults[0]}"
 
                     def xxh3(span: Span) -> int:
                         return window.xxh3((span.begin, span.end))
 
                     found = places(entry, window.xxh3(*entry.frame()), xxh3)
                     if expected.pop(entry.begin, None) not in (None, _comparable(found)):
-                        return f"image {entry.key} is damaged"
+                        return f"image {entry.key} is not the one of the index (checksum)"
         except TarFault as error:
             return str(error)
-        return f"{len(expected)} of its images are not there" if expected else None
+        return f"{len(expected)} images of the index are not there" if expected else None
 
     def _expected(self, shard: int) -> dict[int, tuple[int, ...]]:
-        """Return what the index says of the images of a shard, by the offset of their sample."""
+        """Return what the index says of the images of a shard, as far as it can be true, by the offset of each."""
         rows = zip(*(getattr(self.corpus.images, n)[self._images(shard)].tolist() for n in _COMPARED), strict=True)
-        return {row[_COMPARED.index("sample_offset")]: row for row in rows}
+        told = (dict(zip(_COMPARED, row, strict=True)) for row in rows)
+        return {row["sample_offset"]: (*row.values(),) for row in told if row["features_offset"] != UNREADABLE}
 
 
 _COMPARED = [name for name in PLACES.names if name.partition("_")[2] != "bytes" or name == "sample_bytes"]
@@ -162,10 +216,31 @@ def _comparable(found: tuple[int | None, ...]) -> tuple[int, ...]:
     return tuple((FLOAT16 if name == "scales_offset" else 0) if (v := named[name]) is None else v for name in _COMPARED)
 
 
-def _answers(source: Source) -> bool:
-    """Whether a server still answers: then a tar that cannot be fetched is itself at fault."""
-    assert source.remote is not None
-    try:
-        return bool(source.remote.read(FILE, MANIFEST_LIMIT))
-    except RemoteError:
-        return False
+def check_largest(corpus: Corpus, cache: ShardCache) -> None:
+    """Check that each tar behind a URL fits the cache.
+
+    Raises:
+        UsageError: one does not.
+    """
+    for shard in np.argsort(corpus.tar_bytes)[::-1].tolist():
+        if corpus.place(shard)[0].remote is not None:
+            if (needed := cost(int(corpus.tar_bytes[shard]))) > cache.limit:
+                raise UsageError(
+                    f"{cache.flag}: {corpus.shard_name(shard)} takes {gigabytes(needed)} GB; give at least as much"
+                )
+            return
+
+
+def check_window(corpus: Corpus, cache: ShardCache, window: int) -> bool:
+    """Return whether the tars behind URLs that are shuffled together fit the cache; warn if they may not."""
+    needed = 0
+    for source, begin, end in zip(corpus.sources, corpus.source_shards, corpus.source_shards[1:], strict=False):
+        if source.remote is not None:
+            needed += sum(sorted(map(cost, corpus.tar_bytes[begin:end].tolist()))[-window:])
+    if needed > cache.limit:
+        warn(
+            f"--shuffle-window {window}: the shards of a window take up to {gigabytes(needed)} GB, more than "
+            f"{cache.flag}, so they will be fetched again and again; give a smaller --shuffle-window or a larger "
+            "--cache-size"
+        )
+    return needed <= cache.limit
