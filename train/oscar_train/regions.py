@@ -28,6 +28,7 @@ from oscar_train.tars import Lost, Tars
 MAX_REGIONS = 50  # the first ones: those the detector is surest of
 BOX = 6  # numbers in z
 GAP = 4096  # bytes between two arrays that are read along rather than with another call
+WRONG = "its {} are not those that were written (checksum)"
 SAID = 20  # skipped images that are named; the others are counted
 
 
@@ -139,26 +140,29 @@ class RegionReader:
         try:
             if count < place.num_boxes or place.scales_offset != FLOAT16:
                 return self._read_through_scratch(handle, place, slots)
-            boxes, features = slots.box_bytes[row][: 16 * count], slots.feature_bytes[row]
-            features = features[: len(features) // MAX_REGIONS * count]
-            self._fill(handle, (boxes, place.boxes_offset), (features, place.features_offset))
+            return self._read_in_place(handle, place, slots)
         except EOFError:
             return "it is cut off"
         except OSError as error:
             if error.errno != errno.EIO:
                 raise OperationError(f"{self.corpus.shard_name(place.shard)}: {error.strerror}") from None
             return f"it cannot be read ({error.strerror})"
-        return _compared(("boxes", boxes, place.boxes_xxh3), ("features", features, place.features_xxh3))
 
-    def _fill(self, handle: int, one: tuple[memoryview, int], two: tuple[memoryview, int]) -> None:
-        """Read two arrays from their offsets, with one call where they are neighbours."""
-        gap = two[1] - one[1] - len(one[0])
-        if 0 <= gap <= GAP:
-            total = len(one[0]) + gap + len(two[0])
-            if os.preadv(handle, [one[0], self._room(GAP)[:gap], two[0]], one[1]) == total:
-                return
-        for buffer, offset in (one, two):
-            _fill(handle, buffer, offset)
+    def _read_in_place(self, handle: int, place: Place, slots: Slots) -> str | None:
+        """Fill one row from the tar: the two arrays with one call, if they are neighbours."""
+        boxes, features = slots.box_bytes[place.row], slots.feature_bytes[place.row]
+        if place.num_boxes < MAX_REGIONS:
+            boxes = boxes[: 16 * place.num_boxes]
+            features = features[: len(features) // MAX_REGIONS * place.num_boxes]
+        gap = place.features_offset - place.boxes_offset - len(boxes)
+        whole = len(boxes) + gap + len(features)
+        near = 0 <= gap <= GAP
+        if not near or os.preadv(handle, (boxes, self._room(gap), features), place.boxes_offset) < whole:
+            _fill(handle, boxes, place.boxes_offset)
+            _fill(handle, features, place.features_offset)
+        if xxh3_64_intdigest(boxes) != place.boxes_xxh3:
+            return WRONG.format("boxes")
+        return None if xxh3_64_intdigest(features) == place.features_xxh3 else WRONG.format("features")
 
     def _read_through_scratch(self, handle: int, place: Place, slots: Slots) -> str | None:
         """Fill one row from arrays that are read whole, checked, and then copied or multiplied."""
@@ -170,10 +174,9 @@ class RegionReader:
         arrays = {name: room[ends[n] : ends[n + 1]] for n, name in enumerate(sizes)}
         for name, buffer in arrays.items():
             _fill(handle, buffer, getattr(place, f"{name}_offset"))
-        if fault := _compared(
-            *((n, a, getattr(place, f"{n}_xxh3")) for n, a in arrays.items() if n != "scales" or int8)
-        ):
-            return fault
+        for name, content in arrays.items():
+            if len(content) and xxh3_64_intdigest(content) != getattr(place, f"{name}_xxh3"):
+                return WRONG.format(name)
         slots.boxes[place.row, :count] = np.frombuffer(arrays["boxes"], "<f4").reshape(total, 4)[:count]
         features = np.frombuffer(arrays["features"], "i1" if int8 else "<f2").reshape(total, width)[:count]
         if int8:
@@ -222,10 +225,3 @@ def _fill(handle: int, buffer: memoryview, offset: int) -> None:
         if not count:
             raise EOFError
         done += count
-
-
-def _compared(*arrays: tuple[str, memoryview, int]) -> str | None:
-    for name, content, xxh3 in arrays:
-        if xxh3_64_intdigest(content) != xxh3:
-            return f"its {name} are not those that were written (checksum)"
-    return None
