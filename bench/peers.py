@@ -82,8 +82,9 @@ def timed(epoch: Callable[[], Iterable[Batch]]) -> Callable[[], Pass]:
     return run
 
 
-def open_raw(folder: Path, cores: int) -> Callable[[], Pass]:
-    """The limit: the tars' bytes into a buffer that is used again, by a thread for each core."""
+def open_raw(folder: Path, cores: int, threads: int | None = 1) -> Callable[[], Pass]:
+    """The limit: the tars' bytes into a buffer that is used again, by one thread, or one for each core."""
+    cores = threads or cores
     tars = sorted((folder / SHARDS).glob("*.tar"))
     images, sizes = about(folder)["images"], {tar: tar.stat().st_size for tar in tars}
     buffers = [bytearray(BUFFER) for _ in range(cores)]
@@ -220,6 +221,7 @@ MOSAIC: dict[str, Any] = {"data": MDS, "packages": ("mosaicml-streaming",), "pee
 LIT: dict[str, Any] = {"data": LITDATA, "packages": ("litdata",), "peer": True}
 WAYS = {
     "raw": Way(open=open_raw, data=SHARDS, holds="bytes of the tars, of which nothing is made"),
+    "raw-threads": Way(open=partial(open_raw, threads=None), data=SHARDS, holds="the same, a thread for each core"),
     "webdataset": Way(open=open_webdataset, data=SHARDS, holds=ALIKE, packages=("webdataset",)),
     "oscar-tsv": Way(open=open_tsv, data=TSV, holds=f"{ALIKE}; features float32 with positions"),
     "mds": Way(open=open_mds, holds=ALIKE, **MOSAIC),

@@ -4,14 +4,15 @@
 
 Measured are this project's stream, with its texts and features alone; stock webdataset on the same tars; Oscar's own
 TSV files; mosaicml-streaming (MDS) and litdata, in the order written and shuffled, with their defaults (and litdata
-with a setting that suits samples this large); and `raw`, plain reading of the tars' bytes into a buffer that is used
-again, which is the limit. What a batch holds differs, in the peers' favour: those of this project have token ids, masks
-and negatives, theirs have strings (the results say it for each). This project and `oscar-tsv` shuffle, webdataset does
+with a setting that suits samples this large); and `raw`, plain reading of the tars' bytes by one thread into a buffer
+of a batch's size that is used again, which is the limit (`raw-threads`: a thread and a buffer for each core). What a
+batch holds differs, in the peers' favour: those of this project have token ids, masks and negatives, and their bytes
+were checked; theirs have strings (the results say it for each). This project and `oscar-tsv` shuffle, webdataset does
 not.
 
 Each way runs in a process of its own, bound to one core or to two. There the peers have a worker process for each, as
-their users do, and this project and `raw` have threads. The data lie in the page cache. An epoch goes `--times` times
-over the same files, under as many names, and is timed from its first batch to its last: imports, opening and the start
+their users do, and this project has threads. The data lie in the page cache. An epoch goes `--times` times over the
+same files, under as many names, and is timed from its first batch to its last: imports, opening and the start
 of workers are left out. The first epoch warms up; then each round has one of every way, so that the machine's moods
 strike all alike. That each image came once an epoch (this project: once with each of its 5 texts) is checked by count
 and by checksum. All processes have glibc keep the memory that they free (MALLOC below), as fresh pages are dear on
@@ -89,10 +90,11 @@ def main(
     with tempfile.TemporaryDirectory() if data is None else nullcontext(data) as folder:
         prepare(Path(folder), names, images, times, peers_python)
         for cores in range(1, most + 1):
+            some = [name for name in names if cores > 1 or name != "raw-threads"]
             if len(os.sched_getaffinity(0)) < cores:
                 print(f"{cores} cores: left out, this process may use fewer")
                 continue
-            result["cores"][cores] = measure(Path(folder), names, cores, rounds, peers_python)
+            result["cores"][cores] = measure(Path(folder), some, cores, rounds, peers_python)
             show(f"{cores} core{'s' * (cores > 1)}", result["cores"][cores])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
