@@ -168,6 +168,8 @@ def test_processes_that_begin_together_make_it_once_and_a_killed_one_leaves_noth
     killed.kill()
     killed.communicate()
     assert not [p for p in (cache / "corpus").iterdir() if p.name[0] != "." and p.suffix != ".lock"]
+    other = cache / "corpus" / ".tmp-of-other-texts"  # which nobody makes any more
+    other.mkdir()
     together = [make(shards, cache) for _ in range(3)]
     said = [process.communicate(timeout=120) for process in together]
     assert len({out for out, _ in said}) == 1, said

@@ -6,6 +6,7 @@ them takes a second whatever their size, and the processes of a machine share th
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_common.errors import UsageError
-from oscar_common.files import hold, release, replacing_folder
+from oscar_common.files import TEMPORARY, hold, release, replacing_folder
 from oscar_train.arrays import digest, mapped, seal
 from oscar_train.collection import collect
 from oscar_train.ragged import Ints, Ragged
@@ -101,7 +102,7 @@ class Corpus:
     @property
     def textless(self) -> int:
         """How many images have no text, and so are in no triple."""
-        return len(self.images.shard) - len(np.unique(self.image))
+        return len(self.images.shard) - 1 - int(np.count_nonzero(np.diff(self.image)))  # triples of an image adjoin
 
     def key(self, image: int) -> str:
         """Return the key of an image."""
@@ -187,9 +188,19 @@ def _alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"--cache {lock.parent}: cannot be written: {error.strerror}; give another --cache") from None
     try:
+        _sweep(folder.parent)
         yield
     finally:
         release(handle, lock)
+
+
+def _sweep(corpora: Path) -> None:
+    """Delete what killed processes left unfinished."""
+    for leftover in corpora.glob(f"{TEMPORARY}*"):
+        lock = corpora / f"{leftover.name.removeprefix(TEMPORARY)}.lock"
+        if (handle := hold(lock)) is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+            release(handle, lock)
 
 
 def _mapped(folder: Path, meta: dict[str, Any], sources: list[Source], tokenizer: Tokenizer) -> Corpus:
