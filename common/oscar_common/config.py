@@ -71,7 +71,9 @@ def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") ->
         return _entries(typing.get_args(hint)[1], given, place)
     if typing.get_origin(hint) is list:
         items = given if isinstance(given, list) else [given]  # one value stands for a list of one
-        return [_scalar(typing.get_args(hint)[0], item, place) for item in items]
+        typed_items = [_scalar(typing.get_args(hint)[0], item, place) for item in items]
+        check_range(typed_items, place, field)
+        return typed_items
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast("type[Any]", hint), given, place)
     typed = _scalar(hint, given, place)
@@ -80,7 +82,11 @@ def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") ->
 
 
 def check_range(given: Any, place: str, field: "dataclasses.Field[Any]") -> None:
-    """Raise a UsageError if `given` is not among the field's choices or outside its range."""
+    """Raise a UsageError if `given`, or one of a list, is not among the field's choices or outside its range."""
+    if isinstance(given, list):
+        for item in given:
+            check_range(item, place, field)
+        return
     choices, low, high = (field.metadata.get(k) for k in ("choices", "low", "high"))
     if choices and given not in choices:
         raise UsageError(f"{place}: {given!r} is not allowed{nearest(str(given), choices)}")

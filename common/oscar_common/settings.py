@@ -193,8 +193,8 @@ class Train:
     )
     read_threads: int | None = setting(
         None,
-        "Threads that read and make batches, which are the same for any number; each takes the memory of one. [default: "
-        "one for each core, at most 4]",
+        "Threads that read and make batches, which are the same for any number; each takes the memory of one. "
+        "[default: one for each core, at most 4]",
         low=1,
     )
     cache: str | None = setting(

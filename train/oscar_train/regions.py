@@ -31,6 +31,7 @@ BOX = 6  # numbers in z
 GAP = 4096  # bytes between two arrays that are read along rather than with another call
 WRONG = "its {} are not those that were written (checksum)"
 TORCH_ALONE = 32767  # numbers that torch works on in the thread that asks
+LAST = "; others will only be counted"
 SAID = 20  # skipped images that are named; the others are counted
 
 
@@ -88,7 +89,7 @@ class RegionReader:
     def __init__(self, corpus: Corpus, tars: Tars, skip_corrupt: bool = False) -> None:
         self.corpus, self.tars, self.skip_corrupt = corpus, tars, skip_corrupt
         self.skipped: set[int] = set()
-        self._scratch = threading.local()
+        self._scratch, self._counting = threading.local(), threading.Lock()
 
     def read(self, images: npt.NDArray[np.integer[Any]], slots: Slots) -> None:
         """Fill `slots` with the first 50 regions of some images; the rest of each row becomes 0.
@@ -206,11 +207,11 @@ class RegionReader:
         slots.counts[place.row] = 0
         slots.boxes[place.row] = 0
         slots.features[place.row] = 0
-        if place.image not in self.skipped:
-            self.skipped.add(place.image)
-            if len(self.skipped) <= SAID:
-                last = "; others will only be counted" if len(self.skipped) == SAID else ""
-                warn(f"skipped: {line}{last}")
+        with self._counting:
+            if place.image not in self.skipped:
+                self.skipped.add(place.image)
+                if len(self.skipped) <= SAID:
+                    warn(f"skipped: {line}{LAST if len(self.skipped) == SAID else ''}")
 
 
 def _multiply(values: npt.NDArray[np.int8], scales: npt.NDArray[np.float32], out: npt.NDArray[np.float16]) -> None:

@@ -124,7 +124,7 @@ def suspect(tar: Path) -> str:
 
 def warn(line: str) -> None:
     """Tell people of something that is wrong but does not stop the run."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    print(f"warning: {line}\n", end="", file=sys.stderr, flush=True)  # in one piece, as threads may warn at once
 
 
 def _local(place: str, folder: Path) -> Source:
