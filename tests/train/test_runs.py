@@ -90,3 +90,66 @@ def test_texts_may_stand_in_pipelines_yaml(tmp_path: Path):
     (tmp_path / "p.yaml").write_text("pipelines:\n  mine:\n    train: {texts: [a.parquet, b.parquet]}\n")
     assert load_catalog(tmp_path / "p.yaml").pipelines["mine"].train.texts == ["a.parquet", "b.parquet"]
     assert any(option.name == "texts" and option.multiple for option in command.params)
+
+
+@pytest.fixture(scope="module")
+def plain_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("plain") / "shards", make_samples(30)[12:], per_shard=6)
+
+
+def test_a_mix_of_folders_is_a_run_of_its_own(shards: Path, plain_shards: Path, tmp_path: Path):
+    both = ("--shards", shards, "--shards", plain_shards, "--out", tmp_path / "run", *SETTINGS)
+    done = train(*both, "--mix", "2", "--mix", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert "95 triples of 29 images; 1 images have no text" in done.stdout
+    assert "complete: all 4 steps" in train(*both, "--mix", "2", "--mix", "0.5", "--read-threads", "3").stdout
+    for flags, message in (
+        (("--mix", "2", "--mix", "1"), "--mix 2.0 1.0: the run in --out began with 2.0 0.5"),
+        ((), "--mix : the run in --out began with 2.0 0.5"),
+        (("--mix", "2", "--mix", ".5", "--shuffle-window", "2"), "--shuffle-window 2: the run in --out began with 64"),
+    ):
+        assert message in error_line(train(*both, *flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--mix", "1", "--mix", "2"), "error: --mix: 2 weights for 1 --shards; give one for each"),
+        (("--mix", "0"), "error: --mix: 0.0 is out of range; it must be between 0.001 and 1000"),
+        (("--mix", "nan"), "error: --mix: nan is out of range; it must be between 0.001 and 1000"),
+        (("--shuffle-window", "0"), "error: --shuffle-window: 0 is out of range; it must be at least 1"),
+        (("--cache-size", "-1"), "error: --cache-size: -1.0 is out of range; it must be at least 0"),
+    ],
+)
+def test_a_mix_that_makes_no_sense_is_one_line(shards: Path, tmp_path: Path, flags: tuple[str, ...], message: str):
+    done = train("--shards", shards, "--out", tmp_path / "run", *SETTINGS, *flags)
+    assert done.returncode == 2
+    assert error_line(done) == message
+
+
+def test_a_damaged_image_ends_a_run_by_name_or_is_skipped_and_counted(plain_shards: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(plain_shards, tmp_path / "shards"))
+    row = pq.read_table(copy / "shard-000001.parquet").to_pylist()[2]
+    with (copy / "shard-000001.tar").open("r+b") as tar:
+        tar.seek(row["features_offset"])
+        tar.write(b"\x01\x02\x03")
+    arguments = ("--shards", copy, "--out", tmp_path / "run", *SETTINGS, "--batch-size", "50")
+    done = train(*arguments)
+    assert done.returncode == 1
+    assert f"shard-000001.tar: image {row['key']}: its features are not those that were written" in error_line(done)
+    done = train(*arguments, "--skip-corrupt")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"warning: skipped: {copy}/shard-000001.tar: image {row['key']}") == 1
+    header, *rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    skipped = [int(cells[header.index("skipped")]) for cells in rows]
+    triples = len(row["texts"])
+    assert sum(skipped) in range(triples * 3, triples * 4 + 1)  # 200 places: three epochs and a half of 57 triples
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(shards: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    done = train("--shards", shards, "--out", tmp_path / "run", *SETTINGS, "--cache", tmp_path / "file")
+    assert done.returncode == 2
+    assert error_line(done) == (
+        f"error: --cache {tmp_path}/file/corpus: cannot be written: Not a directory; give another --cache"
+    )
