@@ -9,7 +9,7 @@ PEERS := $(VENV)/peers
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium demo test test-slow fuzz bench bench-store bench-scale bench-stream check format clean
+.PHONY: help setup chromium demo test test-slow fuzz bench bench-store bench-scale bench-corpus bench-stream check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -66,6 +66,9 @@ bench-store: setup ## measure verify and index of shards beside plain reading; a
 
 bench-scale: setup ## plan and resume a job of 4.1M images and 6.5M texts; needs 20 GB of disk and some 20 minutes
 	$(BIN)/python bench/scale.py
+
+bench-corpus: setup ## open a corpus of 4.1M images and 6.5M texts: time, memory, order; 5 GB of disk, some 15 minutes
+	$(BIN)/python bench/corpus.py
 
 # mosaicml-streaming wants older versions of numpy and transformers, so it has an environment of its own.
 bench-stream: setup ## measure batches from shards beside webdataset, Oscar's TSV, MDS and litdata; some 20 minutes
