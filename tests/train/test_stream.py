@@ -206,6 +206,32 @@ def test_negatives_of_mixed_folders_are_of_other_images_wherever_these_are(
     assert of_second / len(changed) == pytest.approx(weights, abs=0.06)
 
 
+def test_a_copy_of_an_image_under_another_key_is_no_negative(
+    samples: list[Sample], tokenizer: Tokenizer, tmp_path: Path
+):
+    """The bytes of the file tell: here each image is in both folders."""
+
+    def folder(name: str) -> Path:
+        mine = [
+            dataclasses.replace(s, key=f"{name}-{n}", image=dataclasses.replace(s.image, sha256=f"{n:064x}"))
+            for n, s in enumerate(samples[:5])
+        ]
+        return write_folder(tmp_path / name, mine)
+
+    with open_stream([str(folder("a")), str(folder("b"))], tokenizer=tokenizer, batch_size=8) as stream:
+        corpus = stream.corpus
+    owner = {int(row): int(image) for row, image in zip(corpus.second_row, corpus.image, strict=True)}
+    triples = np.resize(np.arange(len(corpus)), 4000)
+    rows = polluted(corpus, make_pools(corpus, [Fraction(1)] * 2), triples, words(1, SAMPLE, 0, 0, 4000, _WIDTH))
+    pairs = {
+        (int(corpus.image[t]), owner[int(row)])
+        for t, row in zip(triples, rows, strict=True)
+        if row != corpus.second_row[t]
+    }
+    assert len(pairs) > 20
+    assert all(mine % 5 != other % 5 for mine, other in pairs)
+
+
 def test_folders_of_different_detectors_are_not_mixed(shards: Path, tmp_path: Path, samples: list[Sample]):
     wide = [
         dataclasses.replace(s, regions=dataclasses.replace(s.regions, features=np.repeat(s.regions.features, 2, 1)))
