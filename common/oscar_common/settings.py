@@ -193,8 +193,7 @@ class Train:
     )
     read_threads: int | None = setting(
         None,
-        "Threads that read and make batches, which are the same for any number; each takes the memory of one. "
-        "[default: one for each core, at most 4]",
+        "Threads that read and make batches, which are the same for any number. [default: as many as cores, at most 8]",
         low=1,
     )
     cache: str | None = setting(

@@ -3,12 +3,12 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +28,9 @@ from oscar_train.tars import Tars
 from oscar_train.tokens import Tokenizer, load_tokenizer
 from oscar_train.triples import IGNORED, MAX_TOKENS, TextBatch, assemble, make_pools
 
-THREADS = 4  # that make batches, at most, unless more are asked for: each has memory for one of its own
+THREADS = 8  # that make batches, at most, unless more are asked for
+LEAST = 16  # rows of a batch that are worth a thread of their own
 WINDOW = 64  # shards that are shuffled together
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +65,17 @@ class Room:
 
     batch: Batch
     slots: Slots
+
+    def __len__(self) -> int:
+        return len(self.slots.counts)
+
+    def rows(self, begin: int, end: int) -> "Room":
+        """Return some rows of this room; they are the same memory."""
+        part = slice(begin, end)
+        return Room(
+            batch=Batch(**{f.name: getattr(self.batch, f.name)[part] for f in fields(Batch)}),
+            slots=Slots(**{f.name: getattr(self.slots, f.name)[part] for f in fields(Slots)}),
+        )
 
 
 def make_room(size: int, feature_dim: int, pin: bool = False) -> Room:
@@ -137,55 +147,81 @@ class Stream:
 
     def triples(self, step: int) -> Ints:
         """Return the triples of this rank's share of a step, int64 [B / R]."""
-        return np.concatenate([triples for _, _, triples in self._segments(step)])
+        return self._triples(self._position(step), self.size)
 
     def text(self, step: int) -> TextBatch:
         """Return the text of a step's triples."""
-        parts = [assemble(self.corpus, self._pools, t, self.seed, epoch, p) for epoch, p, t in self._segments(step)]
-        return TextBatch(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(TextBatch)})
+        return self._text(self._position(step), self.size)
 
     def batch(self, step: int, room: Room) -> Batch:
         """Return the batch of a step, which lies in `room`."""
-        triples = self.triples(step)
-        images = self.corpus.image[triples]
-        self.reader.read(images, room.slots)
-        self._write_text(step, room.batch)
-        room.batch.triples.numpy()[:] = triples
-        self.reader.z(images, room.slots, room.batch.z.numpy())
-        np.less(np.arange(MAX_REGIONS), room.slots.counts[:, None], out=room.batch.region_mask.numpy())
-        if not room.slots.readable.all():
-            self._leave_out(room.batch, ~room.slots.readable)
+        self._make(self._position(step), room)
         return room.batch
-
-    def features(self, step: int, room: Room) -> Tensor:
-        """Return the features of a step alone, float16 [B / R, 50, P], which lie in `room`."""
-        self.reader.read(self.corpus.image[self.triples(step)], room.slots)
-        return room.batch.features
 
     def batches(self, first: int, end: int) -> Iterator[Batch]:
         """Yield the batches of steps `first` to `end`, made ahead."""
-        return self._ahead(self.batch, first, end)
+        for room in self._ahead(self._make, first, end):
+            yield room.batch
 
     def regions(self, first: int, end: int) -> Iterator[Tensor]:
         """Yield the features of steps `first` to `end` alone, float16 [B / R, 50, P], read ahead."""
-        return self._ahead(self.features, first, end)
+        for room in self._ahead(self._read, first, end):
+            yield room.batch.features
 
-    def _segments(self, step: int) -> Iterator[tuple[int, int, Ints]]:
-        begin = step * self.batch_size + self._first
-        return self._order.segments(begin, begin + self.size)
+    def _position(self, step: int) -> int:
+        """Return where this rank's share of a step begins in the endless sequence."""
+        return step * self.batch_size + self._first
 
-    def _ahead(self, make: Callable[[int, Room], T], first: int, end: int) -> Iterator[T]:
-        """Make batches in several threads, each a whole one: fewer hands that ask for the interpreter's lock."""
-        rooms = [self.room() for _ in range(self.threads + 1)]
-        steps = range(first, end)
+    def _triples(self, position: int, count: int) -> Ints:
+        return np.concatenate([triples for _, _, triples in self._order.segments(position, position + count)])
+
+    def _text(self, position: int, count: int) -> TextBatch:
+        segments = self._order.segments(position, position + count)
+        parts = [assemble(self.corpus, self._pools, t, self.seed, epoch, place) for epoch, place, t in segments]
+        return TextBatch(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(TextBatch)})
+
+    def _read(self, position: int, room: Room) -> Ints:
+        """Read the regions of as many triples as `room` has rows; return their images."""
+        triples = self._triples(position, len(room))
+        room.batch.triples.numpy()[:] = triples
+        images: Ints = self.corpus.image[triples]
+        self.reader.read(images, room.slots)
+        return images
+
+    def _make(self, position: int, room: Room) -> None:
+        """Make as many triples as `room` has rows."""
+        images, batch = self._read(position, room), room.batch
+        text = self._text(position, len(room))
+        for f in fields(TextBatch):
+            getattr(batch, f.name).numpy()[:] = getattr(text, f.name)
+        self.reader.z(images, room.slots, batch.z.numpy())
+        np.less(np.arange(MAX_REGIONS), room.slots.counts[:, None], out=batch.region_mask.numpy())
+        if not room.slots.readable.all():
+            self._leave_out(batch, ~room.slots.readable)
+
+    def _ahead(self, make: Callable[[int, Room], object], first: int, end: int) -> Iterator[Room]:
+        """Yield the rooms of steps, filled by several threads: each makes some rows of a batch, as its text and its
+        regions in one go, so that few hands ask for the interpreter's lock; and there are as few rooms as will do, so
+        that they stay in the processor's cache if they can."""
+        parts = max(1, min(self.threads, self.size // LEAST))
+        depth = -(-self.threads // parts)
+        edges = [self.size * part // parts for part in range(parts + 1)]
+        rooms = [self.room() for _ in range(depth + 1)]
+        pieces = [[(begin, room.rows(begin, end)) for begin, end in pairwise(edges)] for room in rooms]
         with ThreadPoolExecutor(self.threads, "stream") as makers, self._fetching() as tell:
-            coming = deque(makers.submit(make, step, rooms[step % len(rooms)]) for step in steps[: self.threads])
-            for step in steps:
+
+            def begun(step: int) -> list[Future[object]]:
+                position = self._position(step)
+                return [makers.submit(make, position + row, piece) for row, piece in pieces[step % len(rooms)]]
+
+            coming = deque(map(begun, range(first, min(first + depth, end))))
+            for step in range(first, end):
                 tell(step)
-                made = coming.popleft().result()
-                if (later := step + self.threads) < end:
-                    coming.append(makers.submit(make, later, rooms[later % len(rooms)]))
-                yield made
+                if step + depth < end:
+                    coming.append(begun(step + depth))
+                for part in coming.popleft():
+                    part.result()
+                yield rooms[step % len(rooms)]
 
     @contextmanager
     def _fetching(self) -> Iterator[Callable[[int], None]]:
@@ -214,11 +250,6 @@ class Stream:
             if self.corpus.tar_bytes[list(needed)].sum() > limit:
                 break
         return list(needed)
-
-    def _write_text(self, step: int, batch: Batch) -> None:
-        text = self.text(step)
-        for name in ("input_ids", "token_type_ids", "attention_mask", "mlm_labels", "match_labels"):
-            getattr(batch, name).numpy()[:] = getattr(text, name)
 
     def _leave_out(self, batch: Batch, rows: npt.NDArray[np.bool_]) -> None:
         """Leave triples whose image was skipped out of both losses."""
@@ -256,7 +287,7 @@ def open_stream(
         tokenizer: bert-base-uncased's, unless another is given.
         texts: overlays made by `oscar-shards texts`.
         mix: a weight for each folder.
-        threads: that make batches; one for each core, at most 4, unless it is said.
+        threads: that make batches; one for each core, at most 8, unless it is said.
         cache, cache_size: folder for token ids and fetched shards, and the most GB of these.
 
     Raises:
