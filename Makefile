@@ -67,7 +67,7 @@ bench-store: setup ## measure verify and index of shards beside plain reading; a
 bench-scale: setup ## plan and resume a job of 4.1M images and 6.5M texts; needs 20 GB of disk and some 20 minutes
 	$(BIN)/python bench/scale.py
 
-bench-corpus: setup ## open a corpus of 4.1M images and 6.5M texts: time, memory, order; 5 GB of disk, some 15 minutes
+bench-corpus: setup ## open a corpus of 4.1M images and 6.5M texts: time, memory, order; 4 GB of disk, some 10 minutes
 	$(BIN)/python bench/corpus.py
 
 # mosaicml-streaming wants older versions of numpy and transformers, so it has an environment of its own.
