@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 10000
 .PHONY: help setup chromium demo test test-slow fuzz bench bench-store bench-scale bench-corpus bench-stream check format clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup: $(STAMP) ## make a virtual environment in .venv with every dependency and detectron2
 

@@ -40,7 +40,7 @@ class Fetch:
 class Fetches:
     """What is being fetched, by number. `begin` and `end` count who uses it: after the last one nothing is waited for.
 
-    It can also be used without; then there is no stopping it.
+    It can also be used without them; then there is no stopping it.
     """
 
     def __init__(self) -> None:
@@ -48,6 +48,7 @@ class Fetches:
         self._under_way: dict[int, Fetch] = {}
         self._users = 0
         self._stopped = False
+        self._stopper = 0  # the thread that did
         self._said = -SILENCE
 
     def begin(self) -> None:
@@ -59,13 +60,7 @@ class Fetches:
         """Count one user less; with the last one, all who wait get Stopped."""
         with self._changed:
             self._users -= 1
-            self._stopped = self._users == 0
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Wait for nothing any more."""
-        with self._changed:
-            self._stopped = True
+            self._stopped, self._stopper = self._users == 0, threading.get_ident()
             self._changed.notify_all()
 
     def check(self) -> None:
@@ -85,6 +80,8 @@ class Fetches:
             Exception: what `work` raised, to all who wait.
         """
         with self._changed:
+            if threading.get_ident() == self._stopper:  # it is back, and whom it stopped is gone
+                self._stopped = False
             fetch = self._under_way.get(number)
             if fetch is None:
                 fetch = self._under_way[number] = Fetch()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import AdamW
@@ -206,9 +205,9 @@ def make_optimizer(model: nn.Module, settings: Train) -> AdamW:
 
 def describe(corpus: Corpus) -> str:
     """Say what is trained on."""
-    images = len(np.unique(corpus.image))
-    without = f"; {corpus.textless:,} images have no text and are left out" if corpus.textless else ""
-    return f"{len(corpus):,} triples of {images:,} images{without}"
+    textless = corpus.textless
+    without = f"; {textless:,} images have no text and are left out" if textless else ""
+    return f"{len(corpus):,} triples of {len(corpus.images.shard) - textless:,} images{without}"
 
 
 def _save(run: Run, step: int) -> Checkpoint:

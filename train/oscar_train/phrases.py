@@ -109,7 +109,8 @@ def set_of(rows: Ragged) -> Words:
 
 def _sums(row: Ints, code: npt.NDArray[np.integer], hashes: Words | None, rows: int) -> Words:
     """Sum the hashes of the different codes of each row; `hashes` by code, else the codes are hashed here."""
-    pairs = np.unique(row << 32 | code.astype(np.int64))
+    pairs = np.sort(row << 32 | code.astype(np.int64))
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # as np.unique, which takes three times as long
     codes = pairs & 0xFFFFFFFF
     sums = np.zeros(rows, np.uint64)
     np.add.at(sums, pairs >> 32, spread(codes.astype(np.uint64)) if hashes is None else hashes[codes])

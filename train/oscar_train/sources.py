@@ -170,6 +170,8 @@ def _fetched_index(remote: RemoteFolder, tar: Path) -> tuple[int, Iterator[pa.Re
 
     def parse(content: bytes) -> tuple[int, list[pa.RecordBatch]]:
         tar_bytes, rows = open_index(pa.py_buffer(content), tar)
+        if tar_bytes < 0:
+            raise ValueError(f"its index {index_path(tar).name} does not say how long it is; run: oscar-shards index")
         return tar_bytes, list(rows)
 
     try:

@@ -69,10 +69,6 @@ class Tars:
         """Say that they are not; after the last one, nothing is fetched or waited for until the next begins."""
         self._fetches.end()
 
-    def close(self) -> None:
-        """Let all go who wait for a tar; for ever."""
-        self._fetches.close()
-
     @contextmanager
     def open(self, shard: int) -> Iterator[int]:
         """Yield a handle to read a tar with.
@@ -165,8 +161,11 @@ class Tars:
         assert remote is not None
 
         def attempt(path: Path) -> None:
-            self._fetches.check()
-            remote.download(source.tars[number], path, size)
+            try:
+                remote.download(source.tars[number], path, size)
+            except RemoteError:
+                self._fetches.check()  # no further try if nobody waits
+                raise
             if fault := self._fault(path, shard):
                 raise Corrupt(source.named(number), fault)
 
@@ -188,17 +187,17 @@ class Tars:
             with Window(path) as window:
                 for entry in entries(window, members(window)):
                     if entry.faults:
-                        return f"image {entry.key}: {entry.faults[0]}"
+                        return f"{entry.key} in it: {entry.faults[0]}"
 
                     def xxh3(span: Span) -> int:
                         return window.xxh3((span.begin, span.end))
 
                     found = places(entry, window.xxh3(*entry.frame()), xxh3)
                     if expected.pop(entry.begin, None) not in (None, _comparable(found)):
-                        return f"image {entry.key} is not the one of the index (checksum)"
+                        return f"{entry.key} in it is not what the index says (checksum)"
         except TarFault as error:
             return str(error)
-        return f"{len(expected)} images of the index are not there" if expected else None
+        return f"{len(expected)} images of the index are not in it" if expected else None
 
     def _expected(self, shard: int) -> dict[int, tuple[int, ...]]:
         """Return what the index says of the images of a shard, as far as it can be true, by the offset of each."""

@@ -36,7 +36,7 @@ class Tokenizer:
         """Tokenise texts, without special tokens; at most `width` tokens of each are kept."""
         core = self.backend.backend_tokenizer
         chunks = (list(texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK))
-        encoded = (core.encode_batch(chunk, add_special_tokens=False) for chunk in chunks)
+        encoded = (core.encode_batch_fast(chunk, add_special_tokens=False) for chunk in chunks)
         return concatenated(ragged([e.ids[:width] for e in chunk]) for chunk in encoded)
 
     def save(self, folder: Path) -> None:
