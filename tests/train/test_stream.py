@@ -59,6 +59,23 @@ def test_batches_do_not_depend_on_ranks_and_threads(
         assert_equal(whole, undisturbed[step], step)
 
 
+@pytest.mark.parametrize(("threads", "least"), [(3, 4), (4, 4), (5, 1)])
+def test_batches_do_not_depend_on_how_threads_share_them(
+    shards: Path,
+    tokenizer: Tokenizer,
+    undisturbed: list[Copy],
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    least: int,
+):
+    monkeypatch.setattr("oscar_train.stream.LEAST", least)
+    with opened(shards, tokenizer, threads=threads) as stream:
+        batches = [copied(batch) for batch in stream.batches(0, STEPS)]
+        assert len({batch.features.data_ptr() for batch in stream.batches(0, STEPS)}) == 2
+    for step, batch in enumerate(batches):
+        assert_equal(batch, undisturbed[step], step)
+
+
 def test_twenty_interruptions_change_nothing(shards: Path, tokenizer: Tokenizer, undisturbed: list[Copy]):
     chance = random.Random(5)
     step = 0

@@ -29,7 +29,7 @@ from oscar_train.tokens import Tokenizer, load_tokenizer
 from oscar_train.triples import IGNORED, MAX_TOKENS, TextBatch, assemble, make_pools
 
 THREADS = 8  # that make batches, at most, unless more are asked for
-LEAST = 16  # rows of a batch that are worth a thread of their own
+LEAST = 128  # rows of a batch that are worth a thread of their own: numpy is slow with fewer
 WINDOW = 64  # shards that are shuffled together
 
 
@@ -200,9 +200,11 @@ class Stream:
             self._leave_out(batch, ~room.slots.readable)
 
     def _ahead(self, make: Callable[[int, Room], object], first: int, end: int) -> Iterator[Room]:
-        """Yield the rooms of steps, filled by several threads: each makes some rows of a batch, as its text and its
-        regions in one go, so that few hands ask for the interpreter's lock; and there are as few rooms as will do, so
-        that they stay in the processor's cache if they can."""
+        """Yield the rooms of steps, filled by several threads.
+
+        Each makes rows of a batch in one go, text and regions, so that few hands ask for the interpreter's lock: a
+        share of a large batch, so that memory does not grow with the threads, or a small one whole.
+        """
         parts = max(1, min(self.threads, self.size // LEAST))
         depth = -(-self.threads // parts)
         edges = [self.size * part // parts for part in range(parts + 1)]
