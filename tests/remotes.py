@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 from urllib.parse import unquote
+from urllib.request import Request, urlopen
 
 BUCKET = "bucket"
 
@@ -51,6 +52,7 @@ class Server:
     times: how often a fault still happens, by file name; without an entry always.
     requests: (method, file name) of all requests; "" is the listing.
     elsewhere: where Fault.REDIRECT leads.
+    dead: set when it is to close every connection without an answer.
     """
 
     url: str
@@ -58,6 +60,7 @@ class Server:
     times: dict[str, int] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     elsewhere: str = ""
+    dead: threading.Event = field(default_factory=threading.Event)
     stopped: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -67,6 +70,8 @@ class Server:
 
     def fault(self, name: str) -> Fault | None:
         """The fault of a request, which uses up one of its times."""
+        if self.dead.is_set():
+            return Fault.RESET
         with self.lock:
             if name not in self.faults or self.times.get(name) == 0:
                 return None
@@ -202,6 +207,7 @@ def s3(folder: Path) -> Iterator[str]:
     }
     try:
         with mock.patch.dict(os.environ, environment):
+            urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()  # of other tests' buckets
             _client().create_bucket(Bucket=BUCKET)
             for path in sorted(folder.iterdir()):
                 put(path.name, path.read_bytes())

@@ -90,7 +90,7 @@ class ShardCache:
     @property
     def flag(self) -> str:
         """What messages about the limit begin with."""
-        return f"--cache-size {self.limit / 1e9:.12g}"
+        return f"--cache-size {_decimal(self.limit)}"
 
     def open(self, name: str, size: int) -> Held | None:
         """Return the file of that name and size; None if it is not there. The caller closes it."""
@@ -291,7 +291,11 @@ def cost(size: int) -> int:
 def gigabytes(size: int) -> str:
     """Return bytes as --cache-size has them: in GB, to four digits, rounded up so that it is enough."""
     digits = 10 ** max(len(str(size)) - 4, 0)
-    return f"{-(-size // digits) * digits / 1e9:.12g}"
+    return _decimal(-(-size // digits) * digits)
+
+
+def _decimal(size: int) -> str:
+    return f"{size / 1e9:.9f}".rstrip("0").rstrip(".")
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class RemoteFolder:
         return retried(lambda: self._read(name, limit), self.at(name))
 
     def parsed(self, name: str, limit: int, parse: Callable[[bytes], T]) -> T:
-        """Return what `parse` makes of a small file. What it refuses is read again: it may have been damaged on its way.
+        """Return what `parse` makes of a small file. What it refuses is read again: the way may have damaged it.
 
         Raises:
             RemoteError, OperationError: see `read`.
@@ -202,11 +202,12 @@ class RemoteFolder:
         options = {"block_size": 0} if self._is_http or self.url.startswith("hf:") else {}  # one request for it all
         if self._is_http:
             options["size"] = size  # else it asks before it reads
-        end = time.monotonic() + _seconds(size)
+        began, count = time.monotonic(), 0
         with self.fs.open(path, "rb", **options) as file:
             while piece := file.read(PIECE):
                 yield piece
-                if time.monotonic() > end:
+                count += len(piece)
+                if time.monotonic() - began > _seconds(count):
                     raise TimeoutError(f"it sends fewer than {SLOWEST:,} bytes a second")
 
 

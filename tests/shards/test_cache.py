@@ -3,18 +3,18 @@
 import errno
 import os
 import signal
-import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support import until
+from watching import taken, watched
 
 from oscar_common.errors import OperationError, UsageError
 from oscar_shards import cache as cache_module
@@ -51,47 +51,6 @@ def never(path: Path) -> None:
 
 def names(cache: ShardCache) -> list[str]:
     return sorted(path.name for path in cache.folder.iterdir() if path.name != ".lock")
-
-
-def scan(folder: Path) -> dict[tuple[str, int], tuple[int, int]]:
-    """The bytes that `ls` and `du` see of each file, by name and inode."""
-    found = {}
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            if stat.S_ISREG((at := path.lstat()).st_mode):
-                found[path.name, at.st_ino] = at.st_size, at.st_blocks * 512
-    return found
-
-
-def taken(folder: Path) -> int:
-    """The bytes of all files that were there at one instant, as `ls` or `du` sees them, whichever is more.
-
-    A file may go and another come while the folder is read. Two readings that say the same show what was there between
-    them.
-    """
-    found, again = scan(folder), scan(folder)
-    while found != again:
-        found, again = again, scan(folder)
-    return max(sum(size for size, _ in found.values()), sum(size for _, size in found.values()))
-
-
-@contextmanager
-def watched(folder: Path) -> Iterator[list[int]]:
-    """Look at the size of a folder for as long as the block runs."""
-    sizes: list[int] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            sizes.append(taken(folder))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield sizes
-    finally:
-        over.set()
-        thread.join()
 
 
 def run(code: str, *arguments: object) -> "subprocess.Popen[str]":
