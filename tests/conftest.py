@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,15 +12,16 @@ import torch
 from small_detectors import state_of
 from support import photo
 
-from oscar_common.files import cache_folder
+CACHE = tempfile.TemporaryDirectory(prefix="oscar-test-cache-")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of this run's own, for the commands in this process and in others."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield cache_folder(None)
+def pytest_configure() -> None:
+    """Give the commands of this run, in this process and in others, a cache of their own."""
+    os.environ["XDG_CACHE_HOME"] = CACHE.name
+
+
+def pytest_unconfigure() -> None:
+    CACHE.cleanup()
 
 
 @pytest.fixture(scope="session")

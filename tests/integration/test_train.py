@@ -220,6 +220,6 @@ def test_help_and_wrong_flags_answer_without_importing_torch():
     assert shown.returncode == 0
     for part in ("--batch-size", "--init", "Examples:", "Pre-train Oscar"):
         assert part in shown.stdout
-    wrong = train("--warmup-step", "8")
+    wrong = train("--weight-decai", "8")
     assert wrong.returncode == 2
-    assert error_line(wrong) == "error: No such option '--warmup-step'. Did you mean '--warmup-steps'?"
+    assert error_line(wrong) == "error: No such option '--weight-decai'. Did you mean '--weight-decay'?"

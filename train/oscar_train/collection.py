@@ -57,13 +57,15 @@ def collect(
     total = sum(source.manifest.plan.num_images for source in sources)
     with (
         closing(Writer(folder, np.min_scalar_type(tokenizer.size))) as writer,
-        meter("images", total, refusal="shards left out") as shown,
+        meter("images' texts", total, refusal="shards left out") as shown,
     ):
         for source in sources:
             writer.begin_source()
             images, triples = writer.images, writer.triples
             for number in range(len(source.tars)):
                 tar_bytes, batches = _opened(source, number, refuse)
+                if not skip_corrupt:
+                    source.check_size(number, tar_bytes)
                 writer.begin_shard(tar_bytes)
                 for rows in batches:
                     texts_of = rows.column("texts")

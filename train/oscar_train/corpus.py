@@ -7,6 +7,7 @@ them takes a second whatever their size, and the processes of a machine share th
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from oscar_common.files import TEMPORARY, hold, release, replacing_folder
 from oscar_train.arrays import digest, mapped, seal
 from oscar_train.collection import collect
 from oscar_train.ragged import Ints, Ragged
-from oscar_train.sources import FLAG, UNKNOWN, Source, warn
+from oscar_train.sources import FLAG, Source, warn
 from oscar_train.tokens import Tokenizer
 
 FORMAT = 1
@@ -140,7 +141,10 @@ def open_corpus(
     for line in meta["left_out"]:
         warn(f"left out: {line}")
     corpus = _mapped(folder, meta, sources, tokenizer)
-    _check(corpus, skip_corrupt)
+    if not skip_corrupt:  # else reading finds out
+        for shard, tar_bytes in enumerate(corpus.tar_bytes.tolist()):
+            source, number = corpus.place(shard)
+            source.check_size(number, tar_bytes)
     return corpus
 
 
@@ -183,8 +187,11 @@ def _alone(folder: Path) -> Iterator[None]:
     lock = folder.with_name(f"{folder.name}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        while (handle := hold(lock)) is None:
+        if (handle := hold(lock)) is None:
+            print("waiting for another process that makes the token ids", file=sys.stderr, flush=True)
+        while handle is None:
             time.sleep(POLL_SECONDS)
+            handle = hold(lock)
     except OSError as error:
         raise UsageError(f"--cache {lock.parent}: cannot be written: {error.strerror}; give another --cache") from None
     try:
@@ -223,16 +230,3 @@ def _mapped(folder: Path, meta: dict[str, Any], sources: list[Source], tokenizer
         **{name: array(name) for name in ("second_row", "second_set", "image", "kind", "shard_triples")},
         **{name: array(name) for name in ("shard_images", "source_shards", "tar_bytes")},
     )
-
-
-def _check(corpus: Corpus, skip_corrupt: bool) -> None:
-    """Check that the tars are there and as long as their indexes say; with `skip_corrupt` reading finds out."""
-    if skip_corrupt:
-        return
-    sizes = [size for source in corpus.sources for size in source.sizes]
-    for shard, (size, said) in enumerate(zip(sizes, corpus.tar_bytes.tolist(), strict=True)):
-        if size not in (None, UNKNOWN, said):
-            raise UsageError(
-                f"{FLAG}: {corpus.shard_name(shard)} has {size} bytes, its index says {said}: it is cut or changed; "
-                "delete it and run its oscar-extract command again, or go on without: --skip-corrupt"
-            )

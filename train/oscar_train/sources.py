@@ -62,6 +62,19 @@ class Source:
         except ValueError as error:
             raise ValueError(f"{error}{self.suspect(number)}") from None
 
+    def check_size(self, number: int, tar_bytes: int) -> None:
+        """Check that a tar is as long as its index says.
+
+        Raises:
+            UsageError: it is not; reads would go to the wrong bytes.
+        """
+        if (size := self.sizes[number]) not in (None, UNKNOWN, tar_bytes):
+            raise UsageError(
+                f"{FLAG}: {self.named(number)} has {size} bytes, its index says {tar_bytes}: it is cut or changed"
+                f"{self.suspect(number)}; delete it and run its oscar-extract command again, or go on without: "
+                "--skip-corrupt"
+            )
+
     def suspect(self, number: int) -> str:
         """Return `suspect` of a shard; "" if it lies behind a URL."""
         return "" if self.folder is None else suspect(self.folder / self.tars[number])
