@@ -1,5 +1,6 @@
 """Folders of shards at URLs: every fault of a server gives the right bytes or one clear error, in a bounded time."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -249,6 +250,27 @@ def test_small_files_are_tried_again_too(fault: Fault, server: Server, folder: P
     assert there.stamp("manifest.json").size == 17
     server.faults[""], server.times[""] = fault, 2
     assert TAR in there.listing()
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_small_file_that_trickles_is_given_up(server: Server) -> None:
+    """However many bytes it might have had."""
+    server.faults["manifest.json"], began = Fault.SLOW, time.monotonic()
+    with pytest.raises(RemoteError, match="it sends fewer than 1,048,576 bytes a second; gave up after 5 tries"):
+        open_remote(server.url).read("manifest.json", 1 << 40)
+    assert time.monotonic() - began < SECONDS
+
+
+@pytest.mark.parametrize(("times", "asked"), [(0, 1), (1, 2), (2, 2)])
+def test_a_small_file_that_makes_no_sense_is_read_again(times: int, asked: int, server: Server) -> None:
+    server.faults["manifest.json"], server.times["manifest.json"] = Fault.SHORT, times
+    there = open_remote(server.url)
+    if times < 2:
+        assert there.parsed("manifest.json", 99, json.loads) == {"name": "shard"}
+    else:  # the same bytes a second time: they are the server's
+        with pytest.raises(ValueError, match="Expecting value"):
+            there.parsed("manifest.json", 99, json.loads)
+    assert server.gets("manifest.json") == asked
 
 
 def test_a_small_file_without_an_end_is_refused(server: Server) -> None:

@@ -77,6 +77,11 @@ def finished(process: "subprocess.Popen[str]") -> str:
     return out
 
 
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What was wrong or waited for, until now."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith(("warning: ", "waiting "))]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("remote") / "shards", make_samples(IMAGES), EACH)
@@ -121,7 +126,7 @@ def test_batches_over_http_are_those_of_the_folder(
         server.faults[""] = Fault.GONE
     assert read([server.url], cache=str(tmp_path)) == local
     assert [server.gets(tar) for tar in TARS] == [1] * SHARDS
-    assert capsys.readouterr().err == ""
+    assert said(capsys) == []
     asked = len(server.requests)
     assert read([server.url], cache=str(tmp_path)) == local
     again = [name for method, name in server.requests[asked:] if method == "GET"]
@@ -294,9 +299,9 @@ def test_a_copy_that_was_damaged_in_the_cache_is_fetched_again(
     copy.write_bytes(content if spoil == "flip" else content[:-1024])
     assert read([server.url], cache=str(tmp_path)) == local
     assert {tar: server.gets(tar) for tar in TARS} == {tar: 1 + (tar == FAULTY) for tar in TARS}
-    said = capsys.readouterr().err
-    assert spoil == "cut" or f"{server.url}/{FAULTY}: its copy in --cache is damaged" in said
-    assert said.count("\n") == (spoil == "flip")
+    warnings = said(capsys)
+    assert len(warnings) == (spoil == "flip")
+    assert all(f"warning: {server.url}/{FAULTY}: its copy in --cache is damaged" in line for line in warnings)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -322,8 +327,7 @@ def test_with_skip_corrupt_a_lost_tar_is_left_out_alike_by_all_ranks(
             return found
 
     whole = batches(server.url)
-    said = capsys.readouterr().err
-    assert f"skipped: {server.url}/{FAULTY}: image image-016: " in said
+    assert any(f"skipped: {server.url}/{FAULTY}: image image-016: " in line for line in said(capsys))
     assert server.gets(FAULTY) == asked
     assert server.gets("shard-000007.tar") == asked
     expected = batches(str(copy))
@@ -334,6 +338,24 @@ def test_with_skip_corrupt_a_lost_tar_is_left_out_alike_by_all_ranks(
             both = [half[step][name] for half in halves]
             assert whole[step][name][:6].equal(both[0]), (step, name)
             assert whole[step][name][6:].equal(both[1]), (step, name)
+
+
+def test_with_skip_corrupt_an_image_whose_index_contradicts_itself_is_left_out_alone(
+    server: Server, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Its tar is as good as any, and is not fetched again for it."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    index = load_index(copy / FAULTY)
+    width = index.schema.get_field_index("width")
+    changed = index.set_column(
+        width, index.schema.field(width), pa.array([0, *index["width"].to_pylist()[1:]], "int32")
+    )
+    write_index(changed, index_path(copy / FAULTY))
+    expected = read([str(copy)], skip_corrupt=True)
+    with serve(copy) as other:
+        assert read([other.url], cache=str(tmp_path), skip_corrupt=True) == expected
+        assert [other.gets(tar) for tar in TARS] == [1] * SHARDS
+    assert ["image image-016: its index contradicts itself" in line for line in said(capsys)] == [True, True]
 
 
 def test_a_server_that_answers_nothing_any_more_is_an_error_even_with_skip_corrupt(
@@ -434,13 +456,14 @@ def test_a_window_that_does_not_fit_is_told_of_once(
         cache = stream.reader.tars.cache
         assert cache
         assert check_window(stream.corpus, cache, 5)
-        assert capsys.readouterr().err == ""
+        assert said(capsys) == []
         assert not check_window(stream.corpus, cache, 6)
+    (line,) = said(capsys)
     assert re.fullmatch(
         r"warning: --shuffle-window 6: the shards of a window take up to 0\.0001\d+ GB, more than --cache-size "
         r"0\.0001\d+, so they will be fetched again and again; give a smaller --shuffle-window or a larger "
-        r"--cache-size\n",
-        capsys.readouterr().err,
+        r"--cache-size",
+        line,
     )
 
 
@@ -456,9 +479,9 @@ def test_who_waits_long_is_told_for_what(
     server.faults |= dict.fromkeys(TARS, Fault.MUTE)
     server.times |= dict.fromkeys(TARS, 1)
     assert read([server.url], cache=str(tmp_path)) == local
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("waiting")]
-    assert len(said) == 1  # in ten seconds
-    assert re.fullmatch(rf"waiting for {server.url}/shard-00000\d.tar \(0 s so far\)", said[0])
+    lines = [line for line in said(capsys) if line.startswith("waiting")]
+    assert len(lines) == 1  # in ten seconds
+    assert re.fullmatch(rf"waiting for {server.url}/shard-00000\d.tar \(0 s so far\)", lines[0])
 
 
 def only(server: Server, folder: Path, steps: int, fault: Fault, **options: Any) -> None:
