@@ -76,14 +76,15 @@ class Order:
         return np.concatenate(parts)
 
     def shards(self, begin: int, end: int) -> Iterator[list[int]]:
-        """Yield the shards of each window that the positions from `begin` to `end` are in, in the order of need."""
+        """Yield the shards of each window that is needed from position `begin` on, to `end` or a little further."""
         seen: dict[tuple[int, int, int], None] = {}
         while begin < end:
             epoch, place = self.find(begin)
             starts = self._starts(epoch)
             block = int(np.searchsorted(starts, place, "right")) - 1
+            passed = self._passed(epoch, block, place - int(starts[block]))
             for source, first, last in self._pieces(epoch, block):
-                for number, window, _, _ in self._windows(source, first, last):
+                for number, window, _, _ in self._windows(source, first + passed[source], last):
                     if (source, number, window) not in seen:
                         seen[source, number, window] = None
                         yield self._plan(source, number)[0][window * self.window :][: self.window].tolist()
@@ -102,6 +103,14 @@ class Order:
         for source, (times, per) in enumerate(self._shares):
             begin, end = epoch * times // per, (epoch + 1) * times // per
             yield source, begin + (end - begin) * block // blocks, begin + (end - begin) * (block + 1) // blocks
+
+    def _passed(self, epoch: int, block: int, count: int) -> list[int]:
+        """Return how many triples of each source the first places of a block have."""
+        if not count:
+            return [0] * len(self._sizes)
+        sources = np.searchsorted(self._shards[self._sources], self._block(epoch, block)[:count], "right") - 1
+        found: list[int] = np.bincount(sources, minlength=len(self._sizes)).tolist()
+        return found
 
     def _make_block(self, epoch: int, block: int) -> Ints:
         """Return the triples of a block: those of each source in their order, at places drawn for them."""

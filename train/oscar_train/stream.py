@@ -20,17 +20,18 @@ from oscar_common.files import cache_folder
 from oscar_shards.cache import ShardCache
 from oscar_train.ahead import Ahead
 from oscar_train.corpus import Corpus, open_corpus
-from oscar_train.order import BLOCK, Order
+from oscar_train.order import Order
 from oscar_train.ragged import Ints
 from oscar_train.regions import BOX, MAX_REGIONS, RegionReader, Slots, make_slots
 from oscar_train.sources import Source, check_together, open_source
-from oscar_train.tars import Tars
+from oscar_train.tars import Tars, check_window
 from oscar_train.tokens import Tokenizer, load_tokenizer
 from oscar_train.triples import IGNORED, MAX_TOKENS, TextBatch, assemble, make_pools
 
 THREADS = 8  # that make batches, at most, unless more are asked for
 LEAST = 128  # rows of a batch that are worth a thread of their own: numpy is slow with fewer
 WINDOW = 64  # shards that are shuffled together
+SLICE = 4096  # triples after which it is looked whether other shards are needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +211,7 @@ class Stream:
         edges = [self.size * part // parts for part in range(parts + 1)]
         rooms = [self.room() for _ in range(depth + 1)]
         pieces = [[(begin, room.rows(begin, end)) for begin, end in pairwise(edges)] for room in rooms]
-        with ThreadPoolExecutor(self.threads, "stream") as makers, self._fetching() as tell:
+        with ThreadPoolExecutor(self.threads, "stream") as makers, self._fetching(end) as tell:
 
             def begun(step: int) -> list[Future[object]]:
                 position = self._position(step)
@@ -226,28 +227,30 @@ class Stream:
                 yield rooms[step % len(rooms)]
 
     @contextmanager
-    def _fetching(self) -> Iterator[Callable[[int], None]]:
+    def _fetching(self, end: int) -> Iterator[Callable[[int], None]]:
         """Yield what is to be told of each step, so that tars behind URLs are fetched before they are needed."""
         cache = self.reader.tars.cache
         if cache is None:
             yield lambda step: None
             return
-        last = -1
+        last: list[list[int]] = []
         with Ahead(self.reader.tars) as ahead:
 
             def tell(step: int) -> None:
                 nonlocal last
-                if (block := step * self.batch_size // BLOCK) != last:
-                    last = block
-                    ahead.want(self._needed(step, cache.limit))
+                begin = step * self.batch_size
+                if last and begin // SLICE == (begin - self.batch_size) // SLICE:
+                    return
+                if (windows := list(self._order.shards(begin, begin + 1))) != last:
+                    last = windows
+                    ahead.want(self._needed(begin, end * self.batch_size, cache.limit))
 
             yield tell
 
-    def _needed(self, step: int, limit: int) -> list[int]:
-        """Return the shards that are needed from a step on, in order, for an epoch or as many as have `limit` bytes."""
+    def _needed(self, begin: int, end: int, limit: int) -> list[int]:
+        """Return the shards that are needed for some positions, in order: for an epoch, or as many as `limit` bytes."""
         needed: dict[int, None] = {}
-        begin = step * self.batch_size
-        for window in self._order.shards(begin, begin + len(self.corpus)):
+        for window in self._order.shards(begin, min(end, begin + len(self.corpus))):
             needed |= dict.fromkeys(window)
             if self.corpus.tar_bytes[list(needed)].sum() > limit:
                 break
@@ -302,6 +305,8 @@ def open_stream(
     corpus = open_corpus(sources, tokenizer or load_tokenizer(None), folder, overlays, skip_corrupt)
     remote = any(source.remote is not None for source in sources)
     tars = Tars(corpus, ShardCache(folder, round(cache_size * 1e9)) if remote else None)
+    if tars.cache is not None:
+        check_window(corpus, tars.cache, window)
     weights = [Fraction(str(weight)) for weight in mix]
     yield Stream(
         corpus,
