@@ -35,7 +35,7 @@ class Corrupt(RemoteError):
 class _Handle:
     """An open file, closed when nobody has it any more."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
@@ -52,6 +52,7 @@ class Tars:
 
     def __init__(self, corpus: Corpus, cache: ShardCache | None) -> None:
         self.corpus, self.cache = corpus, cache
+        self._places = [corpus.place(shard) for shard in range(len(corpus.tar_bytes))]
         self._opened = lru_cache(maxsize=OPEN)(_Handle)
         self._name = lru_cache(maxsize=None)(self._make_name)
         self._fetches = Fetches()
@@ -77,10 +78,10 @@ class Tars:
             Lost: there is no such tar, or it was damaged each time it was fetched.
             OperationError: it could not be fetched.
         """
-        source, number = self.corpus.place(shard)
+        source, number = self._places[shard]
         if source.folder is not None:
             try:
-                handle = self._opened(source.folder / source.tars[number])
+                handle = self._opened(f"{source.folder}/{source.tars[number]}")
             except FileNotFoundError as error:
                 raise Lost(f"its tar cannot be read: {error.strerror}") from None
             yield handle.number
