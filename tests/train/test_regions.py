@@ -240,6 +240,8 @@ def changed(folder: Path, column: str, row: int, value: object) -> None:
         ("scales_bytes", 8, r"image image-011 has 8 scales_bytes for \d regions, not 0 each"),
         ("scales_offset", 8, r"image image-011 has features as int8, manifest\.json says float16"),
         ("width", 0, "image image-011 has no size"),
+        ("features_offset", 10**9, r"image image-011 has features outside its tar of \d+,\d+ bytes"),
+        ("boxes_offset", -1, r"image image-011 has boxes outside its tar"),
     ],
 )
 def test_an_index_that_contradicts_the_manifest_is_refused_or_skipped(

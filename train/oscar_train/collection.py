@@ -72,7 +72,7 @@ def collect(
                     for overlay in overlays:
                         texts_of = overlay.laid_over(texts_of, writer.images)
                     phrases = phrasing(rows.column("key"), rows.column("tags"), texts_of)
-                    writer.add(rows.column("key"), places(rows, source, number, skip_corrupt), phrases)
+                    writer.add(rows.column("key"), places(rows, source, number, tar_bytes, skip_corrupt), phrases)
                     shown.show(writer.images, len(left_out))
             if writer.triples == triples:
                 raise UsageError(
@@ -160,7 +160,7 @@ class Writer:
         self._add(f"{name}_values", rows.values)
 
 
-def places(rows: pa.RecordBatch, source: Source, number: int, skip_corrupt: bool) -> dict[str, Array]:
+def places(rows: pa.RecordBatch, source: Source, number: int, tar_bytes: int, skip_corrupt: bool) -> dict[str, Array]:
     """Return where the regions of some images lie, and what stands for the bytes of their files.
 
     With `skip_corrupt`, an image whose row contradicts itself or the manifest is marked as unreadable.
@@ -171,7 +171,7 @@ def places(rows: pa.RecordBatch, source: Source, number: int, skip_corrupt: bool
     columns = {name: _numbers(rows, name) for name in PLACES}
     columns["scales_offset"] = rows.column("scales_offset").fill_null(FLOAT16).to_numpy(zero_copy_only=False)
     columns["content"] = np.array([_content(sha) for sha in rows.column("sha256").to_pylist()], np.uint64)
-    for wrong, what in _contradictions(rows, source):
+    for wrong, what in _contradictions(rows, source, tar_bytes):
         if wrong.any() and not skip_corrupt:
             raise UsageError(
                 f"{FLAG}: {source.named(number)}: image {rows.column('key')[int(wrong.argmax())]} {what}; extract it "
@@ -181,7 +181,9 @@ def places(rows: pa.RecordBatch, source: Source, number: int, skip_corrupt: bool
     return columns
 
 
-def _contradictions(rows: pa.RecordBatch, source: Source) -> Iterator[tuple[npt.NDArray[np.bool_], str]]:
+def _contradictions(
+    rows: pa.RecordBatch, source: Source, tar_bytes: int
+) -> Iterator[tuple[npt.NDArray[np.bool_], str]]:
     """Yield which images are wrong, and what to say of the first of them."""
     detector = source.manifest.detector
     if detector.dtype not in DTYPES:
@@ -195,16 +197,13 @@ def _contradictions(rows: pa.RecordBatch, source: Source) -> Iterator[tuple[npt.
     count = _numbers(rows, "num_boxes").astype(np.int64)
     each = {"boxes": 16, "scales": 4 * int8, "features": (1 if int8 else 2) * detector.feature_dim}
     for name, size in each.items():
-        found = _numbers(rows, f"{name}_bytes")
+        begin, found = _numbers(rows, f"{name}_offset"), _numbers(rows, f"{name}_bytes")
         wrong = found != count * size
         n = int(wrong.argmax())
-        yield (
-            wrong,
-            (
-                f"has {found[n]} {name}_bytes for {count[n]} regions, not {size} each (P = {detector.feature_dim} in "
-                "manifest.json)"
-            ),
-        )
+        what = f"has {found[n]} {name}_bytes for {count[n]} regions, not {size} each"
+        yield wrong, f"{what} (P = {detector.feature_dim} in manifest.json)"
+        outside = (begin < 0) | (found < 0) | (found > tar_bytes - begin)
+        yield outside & (tar_bytes >= 0), f"has {name} outside its tar of {tar_bytes:,} bytes"
     yield np.minimum(_numbers(rows, "width"), _numbers(rows, "height")) < 1, "has no size"
 
 
