@@ -338,7 +338,6 @@ def open_again(folder: Path) -> dict[str, Any]:
         "tokenizer, with transformers": timed(stream, "load_tokenizer"),
         "hashes of the cache's files": timed(corpus, "_whole"),
         "mapping": timed(corpus, "_mapped"),
-        "sizes of the tars": timed(corpus, "_check"),
         "stream": timed(stream, "Stream"),
     }
     start = time.perf_counter()
