@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import peers
+import ways as bench_ways
 from machine import machine
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.sample import ImageRecord, Regions, Sample, Text
@@ -50,8 +50,8 @@ from oscar_shards.formats.export import export_shards
 from oscar_shards.index import index_path
 from oscar_shards.manifest import DetectorRecord, Layout, Manifest, PlanRecord, write_manifest
 from oscar_shards.write import shard_path, write_shard
-from peers import ABOUT, BATCH, FEATURE_DIM, LITDATA, MDS, REGIONS, SHARDS, TEXTS, TSV, WAYS, Array, Pass
 from simulated import WORDS
+from ways import ABOUT, BATCH, FEATURE_DIM, LITDATA, MDS, REGIONS, SHARDS, TEXTS, TSV, WAYS, Array, Pass
 
 RESULTS = Path(__file__).parent / "results" / "stream.json"
 PER_SHARD = 500
@@ -129,7 +129,7 @@ def prepare(folder: Path, names: list[str], images: int, times: int, peers_pytho
             raise UsageError(f"--data {folder}: neither empty nor made by this; give another folder, or delete it")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ABOUT).write_text(json.dumps(said))
-    if peers.about(folder) != said:
+    if bench_ways.about(folder) != said:
         raise UsageError(f"--data {folder}: has other numbers of images; give another folder, or delete it")
     makers: dict[str, Callable[[Path], None]] = {
         ONCE: lambda out: make_shards(out, images),
@@ -214,7 +214,7 @@ def make_tsv(once: Path, out: Path, times: int) -> None:
 
 
 def make_of_peer(form: str, once: Path, out: Path, times: int, python: str) -> None:
-    command = [python, str(peers.__file__), "write", form, str(once), str(out), str(times)]
+    command = [python, str(bench_ways.__file__), "write", form, str(once), str(out), str(times)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     if done.returncode:
         raise OperationError(f"{form}: its files could not be written: {done.stderr[-2000:]}")
@@ -247,7 +247,7 @@ class Reader:
 @contextmanager
 def started(way: str, folder: Path, cores: int, python: str) -> Iterator[Reader]:
     """Start a reader on some cores; the end of its input ends it."""
-    command = [python, str(peers.__file__), "serve", way, str(folder), str(cores)]
+    command = [python, str(bench_ways.__file__), "serve", way, str(folder), str(cores)]
     environment, pipe = os.environ | ENVIRONMENT, subprocess.PIPE
     with (
         tempfile.TemporaryFile("w+") as said,
@@ -267,7 +267,7 @@ def measure(folder: Path, names: list[str], cores: int, rounds: int, peers_pytho
         for _ in track(range(rounds + 1), f"rounds on {cores} core(s)", transient=True):
             for reader in readers:
                 seen[reader.way].append(reader.epoch())
-    check(seen, peers.about(folder)["images"])
+    check(seen, bench_ways.about(folder)["images"])
     rates = {name: [p.samples / p.seconds for p in passes[1:]] for name, passes in seen.items()}  # the first warms up
     return {name: summary(name, rates) | {"versions": versions[name]} for name in names}
 

@@ -1,7 +1,7 @@
 """The ways to read batches of 64 images that bench/stream.py measures, and the process that runs one of them.
 
-    python bench/peers.py serve WAY FOLDER CORES          an epoch, and a JSON line of it, for each line that comes in
-    python bench/peers.py write FORMAT FOLDER OUT TIMES   the tars of a folder in a peer's format
+    python bench/ways.py serve WAY FOLDER CORES          an epoch, and a JSON line of it, for each line that comes in
+    python bench/ways.py write FORMAT FOLDER OUT TIMES   the tars of a folder in a peer's format
 
 Apart from the peers it needs numpy and torch only, so it runs in an environment of the peers' own, too. Each way does
 what its library's documentation tells users to do; on several cores, with as many worker processes. Nothing but the
