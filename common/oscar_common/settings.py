@@ -7,6 +7,12 @@ PRESETS = ("detectron2", "bua", "bua-r152", "lxmert", "bua-d2", "vinvl")
 PRECISIONS = ("fp32", "tf32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float16", "int8")
+OBJECTIVES = ("oscar", "oscar-plus", "visualbert")
+VARIANTS = ("paper", "release")
+NEGATIVES = ("typed", "any", "lines")
+TAGS = ("detected", "ground-truth", "none")
+TAG_ORDERS = ("detector", "score", "random")
+SCHEDULES = ("linear", "cosine", "constant")
 LAYOUTS = ("coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa")
 
 
@@ -161,8 +167,14 @@ class Extract:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Stage 2: shards to a checkpoint."""
+    """Stage 2: shards to a checkpoint. Also an entry of `recipes:` in pipelines.yaml."""
 
+    recipe: str | None = setting(
+        None,
+        "Settings to begin with: oscar-base, oscar-large, oscar-plus-base, oscar-plus-large, visualbert or another "
+        "name under `recipes:` in pipelines.yaml, or a YAML file of settings like a run's run.yaml. What a pipeline or "
+        "flag says wins.",
+    )
     shards: list[str] = setting(
         [],
         "Folder of shards made by oscar-extract, or its URL: s3://, gs://, hf://, https://. May be given again: then "
@@ -182,10 +194,45 @@ class Train:
     )
     out: str | None = setting(None, "Folder for checkpoints and logs. The same command again continues what is there.")
     init: str = setting("random:tiny", "Start from: a BERT folder, a hub name, or random:tiny|small|base|large.")
+    objective: str = setting(
+        "oscar",
+        "What is asked of a triple: oscar (are its tags its own?), oscar-plus (are its text and its tags, or answer?) "
+        "or visualbert (is its text?). docs/objectives.md has all of it.",
+        choices=OBJECTIVES,
+    )
+    variant: str = setting(
+        "paper", "As the paper describes the objective, or as the released code does it.", choices=VARIANTS
+    )
+    negatives: str | None = setting(
+        None,
+        "What replaces a text or tags: typed (tags by tags, answers by answers, ...), any (of all triples), or lines "
+        "(also texts for tags). [default: the objective's]",
+        choices=NEGATIVES,
+    )
+    whole_word_masking: bool = setting(False, "Mask all tokens of a word or none.")
+    tags: str | None = setting(
+        None,
+        "Which tags are q: detected, ground-truth (where shards carry them, else detected), or none. [default: "
+        "detected; ground-truth with --variant release; none with --objective visualbert]",
+        choices=TAGS,
+    )
+    tag_budget: int | None = setting(None, "Most tags of an image. [default: as many as 35 tokens hold]", low=1)
+    tag_dedupe: bool = setting(False, "Each tag of an image once.")
+    tag_order: str = setting(
+        "detector",
+        "Tags of an image as the detector has them, by score (highest first), or shuffled, once for all epochs.",
+        choices=TAG_ORDERS,
+    )
+    tag_vocabulary: str | None = setting(None, "File of tags, one a line; all others are left out.")
+    image_layernorm: bool = setting(
+        False, "A LayerNorm on the embedded regions, as Oscar+ has, even if --init has none."
+    )
     steps: int = setting(1000, "Optimiser steps in all.", low=1)
-    batch_size: int = setting(64, "Triples per step, over all devices.", low=2)
+    batch_size: int = setting(64, "Triples per step, over all devices and --accumulate: the global batch.", low=2)
+    accumulate: int = setting(1, "Parts in which each device does its share of a batch: memory for time.", low=1)
     lr: float = setting(1e-4, "Peak learning rate.", low=0)
-    warmup_steps: int = setting(0, "Steps of linear warm-up; then linear decay to 0.", low=0)
+    schedule: str = setting("linear", "The learning rate after the warm-up: down to 0, or constant.", choices=SCHEDULES)
+    warmup_steps: int = setting(0, "Steps of linear warm-up.", low=0)
     weight_decay: float = setting(0.01, "AdamW weight decay; biases and LayerNorm have none.", low=0)
     max_grad_norm: float = setting(10.0, "Clip the gradient's norm to this; 0: no clipping.", low=0)
     shuffle_window: int = setting(
@@ -206,11 +253,28 @@ class Train:
         False, "Count and name shards and images that are gone or damaged, and go on without them."
     )
     seed: int = setting(42, "Seed of order, masks, negatives and dropout.", low=0, high=2**63 - 1)
+    max_skipped: int = setting(
+        20, "End the run once more steps than this were skipped: their loss was no number, or a spike.", low=0
+    )
+    spike: float = setting(
+        3.0, "Skip a step whose loss is more than this times the median of the last 100 steps; 0: never.", low=0
+    )
     checkpoint_every: int = setting(500, "Steps between checkpoints; one is always written at the end.", low=1)
-    keep_checkpoints: int = setting(2, "Keep this many of the newest checkpoints.", low=1)
+    keep: int = setting(2, "Keep this many of the newest checkpoints.", low=1)
     log_every: int = setting(1, "Steps between rows of metrics.csv, TensorBoard points and terminal lines.", low=1)
     overwrite: bool = setting(False, "Delete the checkpoints and logs in --out and start anew.")
     device: str = setting("auto", "Where to train; auto is cuda where there is one.", choices=DEVICES)
+    precision: str = setting(
+        "fp32",
+        "Arithmetic of the network: fp32; or tf32 or bf16, faster on a GPU. Weights and optimizer are always fp32.",
+        choices=PRECISIONS,
+    )
+    compile: bool = setting(
+        False, "Compile the network with torch.compile: a minute or two at the start, then faster; for long runs."
+    )
+    activation_checkpointing: bool = setting(
+        False, "Compute activations again in the backward pass: a third more time, a fraction of the memory."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,5 +291,6 @@ class Catalog:
 
     datasets: dict[str, Dataset] = field(default_factory=dict)
     detectors: dict[str, Detector] = field(default_factory=dict)
+    recipes: dict[str, Train] = field(default_factory=dict)
     clusters: dict[str, dict[str, Any]] = field(default_factory=dict)  # reserved: their schema comes with the executors
     pipelines: dict[str, Pipeline] = field(default_factory=dict)

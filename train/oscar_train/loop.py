@@ -213,7 +213,7 @@ def describe(corpus: Corpus) -> str:
 def _save(run: Run, step: int) -> Checkpoint:
     run.log.settle()  # first: metrics.csv must not end before a checkpoint that a rerun goes on from
     made = checkpoint.save(run.out, step, run.identity, run.model, run.optimizer, run.stream.corpus.tokenizer)
-    checkpoint.prune(run.out, run.settings.keep_checkpoints)
+    checkpoint.prune(run.out, run.settings.keep)
     return made
 
 
