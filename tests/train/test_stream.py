@@ -17,10 +17,13 @@ from small_shards import make_samples, write_folder
 
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.sample import Sample
+from oscar_train.corpus import Corpus
 from oscar_train.draws import SAMPLE, words
+from oscar_train.negatives import make_pools, replaced
+from oscar_train.objectives import MATCHED, OSCAR
 from oscar_train.stream import Batch, Stream, open_stream
 from oscar_train.tokens import Tokenizer
-from oscar_train.triples import _WIDTH, IGNORED, POLLUTED, make_pools, polluted
+from oscar_train.triples import _CANDIDATES, _PART, _WIDTH, IGNORED
 
 STEPS = 30
 Copy = dict[str, torch.Tensor]
@@ -28,6 +31,13 @@ Copy = dict[str, torch.Tensor]
 
 def copied(batch: Batch) -> Copy:
     return {f.name: getattr(batch, f.name).clone() for f in fields(Batch)}
+
+
+def negatives(corpus: Corpus, triples: np.ndarray, weights: list[int], seed: int) -> np.ndarray:
+    """Return whose q each triple gets."""
+    drawn = words(seed, SAMPLE, 0, 0, len(triples), _WIDTH)
+    pools = make_pools(corpus, [Fraction(weight) for weight in weights], OSCAR)
+    return replaced(corpus, pools, OSCAR, triples, drawn[:, _PART], drawn[:, _CANDIDATES]).q
 
 
 def assert_equal(one: Copy, other: Copy, where: object) -> None:
@@ -125,19 +135,19 @@ def test_a_batch_is_what_the_samples_say(shards: Path, samples: list[Sample], to
                 np.testing.assert_array_equal(batch.features[row, :k], sample.regions.features[:k])
                 assert not batch.features[row, k:].any()
                 seen = tokenizer.backend.decode(ids[row][batch.attention_mask[row]])
-                w, q = seen.removeprefix("[CLS]").removesuffix("[SEP]").split("[SEP]")
+                w, _, q = seen.removeprefix("[CLS]").removesuffix("[SEP]").partition("[SEP]")
                 texts = [t.question if t.kind == "qa" else t.text for t in sample.texts]
                 words = [
                     tokenizer.backend.decode(tokenizer.backend(t, add_special_tokens=False)["input_ids"]) for t in texts
                 ]
-                assert any(t.startswith(w.strip()) for t in words)
+                matched = batch.match_labels[row] == OSCAR.label(MATCHED)
                 own = [" ".join(sample.regions.tags), *(t.answer for t in sample.texts if t.kind == "qa")]
-                if batch.match_labels[row] == POLLUTED:
-                    assert (
-                        {*q.split()} != {*own[0].split()} if q.split()[0] not in ("yes", "no", "two") else q not in own
-                    )
-                else:
+                assert any(t.startswith(w.strip()) for t in words) == (matched or bool(q))  # without q, w is replaced
+                if matched:
                     assert any(o.startswith(q.strip()) for o in own)
+                elif q:
+                    answer = q.split()[0] in ("yes", "no", "two")
+                    assert q not in own if answer else {*q.split()} != {*own[0].split()}
 
 
 def test_shapes_and_types(stream: Stream):
@@ -152,6 +162,7 @@ def test_shapes_and_types(stream: Stream):
         "z": ((16, 50, 6), torch.float32),
         "region_mask": ((16, 50), torch.bool),
         "match_labels": ((16,), torch.int64),
+        "dropout_seeds": ((16,), torch.int64),
         "triples": ((16,), torch.int64),
     }
     assert torch.equal(batch.attention_mask, batch.input_ids != 0)
@@ -208,15 +219,13 @@ def test_negatives_of_mixed_folders_are_of_other_images_wherever_these_are(
 ):
     with open_stream([str(shards), str(other_shards)], tokenizer=tokenizer, batch_size=64) as stream:
         corpus = stream.corpus
-    owner = {int(row): int(image) for row, image in zip(corpus.second_row, corpus.image, strict=True)}
     triples = np.resize(np.arange(len(corpus)), 12_000)
-    drawn = words(1, SAMPLE, 0, 0, 12_000, _WIDTH)
-    rows = polluted(corpus, make_pools(corpus, [Fraction(1), Fraction(3)]), triples, drawn)
-    changed = np.flatnonzero(rows != corpus.second_row[triples])
+    found = negatives(corpus, triples, [1, 3], seed=1)
+    changed = np.flatnonzero(found != triples)
     assert len(changed) > 5000
     of_second = 0
     for n in changed:
-        mine, others = int(corpus.image[triples[n]]), owner[int(rows[n])]
+        mine, others = int(corpus.image[triples[n]]), int(corpus.image[found[n]])
         assert corpus.key(mine) != corpus.key(others)
         of_second += others >= 40
     weights = 3 * 20 / (40 + 3 * 20)  # nearly: some images have a question more, some no tags
@@ -237,13 +246,10 @@ def test_a_copy_of_an_image_under_another_key_is_no_negative(
 
     with open_stream([str(folder("a")), str(folder("b"))], tokenizer=tokenizer, batch_size=8) as stream:
         corpus = stream.corpus
-    owner = {int(row): int(image) for row, image in zip(corpus.second_row, corpus.image, strict=True)}
     triples = np.resize(np.arange(len(corpus)), 4000)
-    rows = polluted(corpus, make_pools(corpus, [Fraction(1)] * 2), triples, words(1, SAMPLE, 0, 0, 4000, _WIDTH))
+    found = negatives(corpus, triples, [1, 1], seed=1)
     pairs = {
-        (int(corpus.image[t]), owner[int(row)])
-        for t, row in zip(triples, rows, strict=True)
-        if row != corpus.second_row[t]
+        (int(corpus.image[t]), int(corpus.image[other])) for t, other in zip(triples, found, strict=True) if other != t
     }
     assert len(pairs) > 20
     assert all(mine % 5 != other % 5 for mine, other in pairs)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,15 @@ from oscar_common.files import cache_folder
 from oscar_shards.cache import ShardCache
 from oscar_train.ahead import Ahead
 from oscar_train.corpus import Corpus, open_corpus
+from oscar_train.negatives import make_pools
+from oscar_train.objectives import OSCAR, Objective
 from oscar_train.order import Order
 from oscar_train.ragged import Ints
 from oscar_train.regions import BOX, MAX_REGIONS, RegionReader, Slots, make_slots
 from oscar_train.sources import Source, check_together, open_source
 from oscar_train.tars import Tars, check_window
 from oscar_train.tokens import Tokenizer, load_tokenizer
-from oscar_train.triples import IGNORED, MAX_TOKENS, TextBatch, assemble, make_pools
+from oscar_train.triples import IGNORED, MAX_TOKENS, TextBatch, assemble
 
 THREADS = 8  # that make batches, at most, unless more are asked for
 LEAST = 128  # rows of a batch that are worth a thread of their own: numpy is slow with fewer
@@ -39,8 +42,8 @@ class Batch:
     """B triples. Its memory is used again once the next batch is asked for: copy what is to be kept.
 
     input_ids, token_type_ids, mlm_labels (-100: not to be predicted): int64 [B, 35]. attention_mask: bool [B, 35].
-    features: float16 [B, 50, P]. z: float32 [B, 50, 6]. region_mask: bool [B, 50]. match_labels: int64 [B], 0 matched,
-    1 polluted. triples: int64 [B], their numbers in the corpus.
+    features: float16 [B, 50, P]. z: float32 [B, 50, 6]. region_mask: bool [B, 50]. match_labels: int64 [B], of the
+    objective's classes. dropout_seeds: int64 [B] in [0, 2^32). triples: int64 [B], their numbers in the corpus.
 
     A triple whose image was skipped is in no loss: it has no regions and no text but [CLS], and its labels are -100.
     """
@@ -53,7 +56,12 @@ class Batch:
     z: Tensor
     region_mask: Tensor
     match_labels: Tensor
+    dropout_seeds: Tensor
     triples: Tensor
+
+    def part(self, begin: int, end: int) -> "Batch":
+        """Return some rows; they are the same memory."""
+        return Batch(**{f.name: getattr(self, f.name)[begin:end] for f in fields(self)})
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
@@ -74,7 +82,7 @@ class Room:
         """Return some rows of this room; they are the same memory."""
         part = slice(begin, end)
         return Room(
-            batch=Batch(**{f.name: getattr(self.batch, f.name)[part] for f in fields(Batch)}),
+            batch=self.batch.part(begin, end),
             slots=Slots(**{f.name: getattr(self.slots, f.name)[part] for f in fields(Slots)}),
         )
 
@@ -87,7 +95,7 @@ def make_room(size: int, feature_dim: int, pin: bool = False) -> Room:
 
     batch = Batch(
         **{name: empty(torch.int64, MAX_TOKENS) for name in ("input_ids", "token_type_ids", "mlm_labels")},
-        **{name: empty(torch.int64) for name in ("match_labels", "triples")},
+        **{name: empty(torch.int64) for name in ("match_labels", "dropout_seeds", "triples")},
         attention_mask=empty(torch.bool, MAX_TOKENS),
         features=empty(torch.float16, MAX_REGIONS, feature_dim),
         z=empty(torch.float32, MAX_REGIONS, BOX),
@@ -103,11 +111,12 @@ class Stream:
     its rows rank r of R takes those from r * B / R on. Each epoch is every triple once in an order of its own (of a
     source of weight w: w times). A batch may reach from one epoch into the next, so nothing is dropped, and every rank
     has the same number of batches. What stands at a position, and every mask and negative, is a function of (corpus,
-    seed, weights, window, position): not of B, ranks, threads, or where a run was continued.
+    seed, objective, weights, window, position): not of B, ranks, threads, or where a run was continued.
 
     Args:
         corpus, reader: what is read.
         batch_size: B.
+        objective: what is replaced and masked, and how that is called.
         weights: of the corpus' sources; all 1 if none are given.
         window: shards that are shuffled together.
         rank, ranks: r and R; B is a multiple of R.
@@ -122,6 +131,7 @@ class Stream:
         *,
         seed: int,
         batch_size: int,
+        objective: Objective = OSCAR,
         weights: Sequence[Fraction] = (),
         window: int = WINDOW,
         rank: int = 0,
@@ -133,9 +143,9 @@ class Stream:
             raise UsageError(f"--batch-size {batch_size}: not a multiple of the {ranks} ranks; give one that is")
         weights = tuple(weights) or (Fraction(1),) * len(corpus.sources)
         self.corpus, self.reader, self.seed, self.batch_size, self.pin = corpus, reader, seed, batch_size, pin
-        self.size, self.threads = batch_size // ranks, threads
+        self.size, self.threads, self.objective = batch_size // ranks, threads, objective
         self._first = rank * self.size
-        self._pools = make_pools(corpus, weights)
+        self._pools = make_pools(corpus, weights, objective)
         self._order = Order(seed, corpus.shard_triples, corpus.source_shards, weights, window)
 
     def room(self) -> Room:
@@ -149,6 +159,11 @@ class Stream:
     def triples(self, step: int) -> Ints:
         """Return the triples of this rank's share of a step, int64 [B / R]."""
         return self._triples(self._position(step), self.size)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the keys of the images of a step's whole global batch, in its order."""
+        triples = self._triples(step * self.batch_size, self.batch_size)
+        return [self.corpus.key(image) for image in self.corpus.image[triples].tolist()]
 
     def text(self, step: int) -> TextBatch:
         """Return the text of a step's triples."""
@@ -177,8 +192,10 @@ class Stream:
         return np.concatenate([triples for _, _, triples in self._order.segments(position, position + count)])
 
     def _text(self, position: int, count: int) -> TextBatch:
-        segments = self._order.segments(position, position + count)
-        parts = [assemble(self.corpus, self._pools, t, self.seed, epoch, place) for epoch, place, t in segments]
+        parts = [
+            assemble(self.corpus, self._pools, self.objective, triples, self.seed, epoch, place)
+            for epoch, place, triples in self._order.segments(position, position + count)
+        ]
         return TextBatch(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(TextBatch)})
 
     def _read(self, position: int, room: Room) -> Ints:
@@ -273,6 +290,8 @@ def open_stream(
     batch_size: int,
     seed: int = 42,
     tokenizer: Tokenizer | None = None,
+    objective: Objective = OSCAR,
+    tags: Any = None,
     texts: Sequence[str] = (),
     mix: Sequence[float] = (),
     window: int = WINDOW,
@@ -290,9 +309,12 @@ def open_stream(
         shards: the folders.
         batch_size: of all ranks together.
         tokenizer: bert-base-uncased's, unless another is given.
+        objective: Oscar's, unless another is given.
+        tags: which tags are q; the detected ones, unless something else is said.
         texts: overlays made by `oscar-shards texts`.
         mix: a weight for each folder.
-        threads: that make batches; one for each core, at most 8, unless it is said.
+        threads: that make batches; unless it is said, one for each core that the ranks of this machine leave, at most
+            8.
         cache, cache_size: folder for token ids and fetched shards, and the most GB of these.
 
     Raises:
@@ -302,7 +324,8 @@ def open_stream(
     sources = [place if isinstance(place, Source) else open_source(place, skip_corrupt) for place in shards]
     check_together(sources)
     overlays = [Path(file) for file in texts]
-    corpus = open_corpus(sources, tokenizer or load_tokenizer(None), folder, overlays, skip_corrupt)
+    rule = {} if tags is None else {"tags": tags}
+    corpus = open_corpus(sources, tokenizer or load_tokenizer(None), folder, overlays, skip_corrupt, **rule)
     remote = any(source.remote is not None for source in sources)
     tars = Tars(corpus, ShardCache(folder, round(cache_size * 1e9)) if remote else None)
     if tars.cache is not None:
@@ -313,10 +336,17 @@ def open_stream(
         RegionReader(corpus, tars, skip_corrupt),
         seed=seed,
         batch_size=batch_size,
+        objective=objective,
         weights=weights,
         window=window,
         rank=rank,
         ranks=ranks,
-        threads=threads or min(len(os.sched_getaffinity(0)), THREADS),
+        threads=threads or _threads(ranks),
         pin=pin,
     )
+
+
+def _threads(ranks: int) -> int:
+    """Return how many threads make batches in one of the ranks of this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks > 1 else 1
+    return max(1, min(len(os.sched_getaffinity(0)) // here, THREADS))

@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
@@ -31,6 +35,30 @@ class Tokenizer:
         """Changes with anything that changes tokens."""
         ids = (self.pad, self.cls, self.sep, self.mask, self.size)
         return digest((self.backend.backend_tokenizer.to_str(), ids))
+
+    @cached_property
+    def continues(self) -> npt.NDArray[np.bool_]:
+        """Which tokens belong to the word before (of BERT's those with ##), bool [size]."""
+        found = np.zeros(self.size, bool)
+        found[[number for token, number in self._vocabulary.items() if token.startswith("##")]] = True
+        return found
+
+    @cached_property
+    def words(self) -> npt.NDArray[np.int32]:
+        """The tokens that texts are made of: not the special ones, [unused7] or others in brackets; int32 [n]."""
+        special = set(self.backend.all_special_tokens)
+        numbers = [
+            number
+            for token, number in self._vocabulary.items()
+            if token not in special and not (token.startswith("[") and token.endswith("]"))
+        ]
+        return np.sort(np.array(numbers, np.int32))
+
+    @property
+    def _vocabulary(self) -> dict[str, int]:
+        """The tokens, without those that the library adds of itself."""
+        found: dict[str, int] = self.backend.backend_tokenizer.get_vocab(with_added_tokens=False)
+        return found
 
     def __call__(self, texts: Sequence[str], width: int) -> Ragged:
         """Tokenise texts, without special tokens; at most `width` tokens of each are kept."""
