@@ -16,8 +16,9 @@ from support import until
 from oscar_common.errors import UsageError
 from oscar_common.sample import Sample, Text
 from oscar_train.corpus import META, Corpus, open_corpus
-from oscar_train.phrases import CAPTION, MAX_TEXT, QA, set_of
+from oscar_train.phrases import CAPTION, MAX_TEXT, MAX_W, QA
 from oscar_train.ragged import Ragged, concatenated, ragged
+from oscar_train.sets import set_of
 from oscar_train.sources import open_source
 from oscar_train.tokens import Tokenizer
 
@@ -31,16 +32,16 @@ def test_every_text_is_a_triple_with_its_own_tokens(corpus: Corpus, samples: lis
     assert len(corpus) == len(texts) == 39 * 3 + 10
     assert corpus.textless == 1
 
-    def ids(words: str) -> list[int]:
-        return tokenizer.backend(words, add_special_tokens=False)["input_ids"][:MAX_TEXT]
+    def ids(words: str, limit: int) -> list[int]:
+        return tokenizer.backend(words, add_special_tokens=False)["input_ids"][:limit]
 
     for triple, (row, sample, text) in enumerate(texts):
         q = text.answer if text.kind == "qa" else " ".join(sample.regions.tags)
         assert corpus.image[triple] == row
         assert corpus.key(row) == sample.key
         assert corpus.kind[triple] == (QA if text.kind == "qa" else CAPTION)
-        assert corpus.first[triple].tolist() == ids(text.question if text.kind == "qa" else text.text)
-        assert corpus.second[corpus.second_row[triple]].tolist() == ids(q)
+        assert corpus.first[triple].tolist() == ids(text.question if text.kind == "qa" else text.text, MAX_W)
+        assert corpus.second[corpus.second_row[triple]].tolist() == ids(q, MAX_TEXT)
 
 
 def test_the_sets_of_two_images_are_equal_if_their_tags_are(corpus: Corpus, samples: list[Sample]):

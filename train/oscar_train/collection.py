@@ -19,6 +19,7 @@ from oscar_train.arrays import GrowingArray
 from oscar_train.phrases import CAPTION, QA, Phrases, Phrasing
 from oscar_train.ragged import Ragged
 from oscar_train.sources import FLAG, Source
+from oscar_train.tags import TagRule
 from oscar_train.tokens import Tokenizer
 
 # The arrays, by dtype; those of PLACES are columns of the indexes as they are
@@ -36,13 +37,16 @@ Array = npt.NDArray[Any]
 
 
 def collect(
-    folder: Path, sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], skip_corrupt: bool
-) -> list[str]:
-    """Write the arrays of `oscar_train.corpus.Corpus` into a folder, and return what had to be left out, line by line.
+    folder: Path, sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], skip_corrupt: bool, tags: TagRule
+) -> dict[str, Any]:
+    """Write the arrays of `oscar_train.corpus.Corpus` into a folder.
+
+    Returns:
+        left_out: what had to be, line by line. ground_truth: how many images have such tags for q.
 
     Raises:
-        UsageError: a source has no text; or (without `skip_corrupt`) an index is missing, damaged or contradicts
-            itself.
+        UsageError: a source has no text; no tag is in the vocabulary; or (without `skip_corrupt`) an index is missing,
+            damaged or contradicts itself.
     """
     left_out: list[str] = []
 
@@ -53,7 +57,7 @@ def collect(
 
     overlays = read_overlays(_keys(sources, refuse), texts) if texts else []
     left_out.clear()  # what the keys lack will be met again
-    phrasing = Phrasing(tokenizer)
+    phrasing = Phrasing(tokenizer, tags)
     total = sum(source.manifest.plan.num_images for source in sources)
     with (
         closing(Writer(folder, np.min_scalar_type(tokenizer.size))) as writer,
@@ -71,7 +75,7 @@ def collect(
                     texts_of = rows.column("texts")
                     for overlay in overlays:
                         texts_of = overlay.laid_over(texts_of, writer.images)
-                    phrases = phrasing(rows.column("key"), rows.column("tags"), texts_of)
+                    phrases = phrasing(rows, texts_of)
                     writer.add(rows.column("key"), places(rows, source, number, tar_bytes, skip_corrupt), phrases)
                     shown.show(writer.images, len(left_out))
             if writer.triples == triples:
@@ -80,8 +84,9 @@ def collect(
                     "--captions, or add some with --texts"
                 )
         writer.finish()
+    phrasing.tagging.check()
     _forget_common(folder / "content.npy")
-    return left_out
+    return {"left_out": left_out, "ground_truth": phrasing.tagging.ground_truth}
 
 
 class Writer:

@@ -24,9 +24,10 @@ from oscar_train.arrays import digest, mapped, seal
 from oscar_train.collection import collect
 from oscar_train.ragged import Ints, Ragged
 from oscar_train.sources import FLAG, Source, warn
+from oscar_train.tags import DETECTED, TagRule
 from oscar_train.tokens import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 META = "corpus.json"
 # What a training run can see; the other arrays say where it lies
 SEEN = (
@@ -75,7 +76,7 @@ class Corpus:
     image: int32 [T]. kind: int8 [T], CAPTION or QA.
     pools: per kind, the triples that q may be taken from for another triple: those whose q is not empty.
     shard_triples, shard_images: int64 [S + 1], the first triple and image of each shard. source_shards: int64 [F + 1].
-    tar_bytes: int64 [S]. keys: the images' keys in UTF-8.
+    tar_bytes: int64 [S]. keys: the images' keys in UTF-8. ground_truth: images whose q is tags of the ground truth.
     fingerprint: changes with anything that a training run could see of the shards or the tokenizer.
     """
 
@@ -93,6 +94,7 @@ class Corpus:
     source_shards: Ints
     tar_bytes: Ints
     keys: Ragged
+    ground_truth: int
     fingerprint: str
     tokenizer: Tokenizer
     feature_dim: int
@@ -121,21 +123,26 @@ class Corpus:
 
 
 def open_corpus(
-    sources: list[Source], tokenizer: Tokenizer, cache: Path, texts: Sequence[Path] = (), skip_corrupt: bool = False
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    cache: Path,
+    texts: Sequence[Path] = (),
+    skip_corrupt: bool = False,
+    tags: TagRule = DETECTED,
 ) -> Corpus:
     """Map the corpus of some sources from the cache, made now if it is not there. One process makes it, others wait.
 
     Raises:
-        UsageError: no image has a text; an index is missing, damaged or not what the contract allows; the cache cannot
-            be written.
+        UsageError: no image has a text; an index is missing, damaged or not what the contract allows; no tag is in the
+            vocabulary; the cache cannot be written.
     """
-    folder = cache / "corpus" / _name(sources, tokenizer, texts)
+    folder = cache / "corpus" / _name(sources, tokenizer, texts, tags)
     meta = _whole(folder)
     if meta is None:
         with _alone(folder):
             meta = _whole(folder)  # another process may have made it meanwhile
             if meta is None:
-                meta = _make(folder, sources, tokenizer, texts, skip_corrupt)
+                meta = _make(folder, sources, tokenizer, texts, skip_corrupt, tags)
     if meta["left_out"] and not skip_corrupt:
         raise UsageError(f"{FLAG}: {meta['left_out'][0]}; or go on without it: --skip-corrupt")
     for line in meta["left_out"]:
@@ -149,21 +156,20 @@ def open_corpus(
 
 
 def _make(
-    folder: Path, sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], skip_corrupt: bool
+    folder: Path, sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], skip_corrupt: bool, tags: TagRule
 ) -> dict[str, Any]:
     """Make a corpus in the cache, whole or not at all, and return what is said of it."""
     with replacing_folder(folder) as unfinished:
-        left_out = collect(unfinished, sources, tokenizer, texts, skip_corrupt)
-        seals = {path.name: seal(path) for path in sorted(unfinished.glob("*.npy"))}
-        meta = {"left_out": left_out, "files": seals}
+        meta = collect(unfinished, sources, tokenizer, texts, skip_corrupt, tags)
+        meta["files"] = {path.name: seal(path) for path in sorted(unfinished.glob("*.npy"))}
         (unfinished / META).write_text(json.dumps(meta, indent=1) + "\n")
     return meta
 
 
-def _name(sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path]) -> str:
-    """Return a name that changes with the tokenizer, the indexes and the texts, but not with their place."""
+def _name(sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], tags: TagRule) -> str:
+    """Return a name that changes with the tokenizer, the indexes, the texts and the rule, but not with their place."""
     overlays = [seal(path) for path in texts]
-    return digest((FORMAT, tokenizer.fingerprint, [source.stamp for source in sources], overlays))
+    return digest((FORMAT, tokenizer.fingerprint, [source.stamp for source in sources], overlays, tags))
 
 
 def _whole(folder: Path) -> dict[str, Any] | None:
@@ -224,6 +230,7 @@ def _mapped(folder: Path, meta: dict[str, Any], sources: list[Source], tokenizer
         keys=ragged("key"),
         pools=(array("caption_pool"), array("qa_pool")),
         images=Images(**{f.name: array(f.name) for f in fields(Images)}),
+        ground_truth=meta["ground_truth"],
         fingerprint=digest([meta["files"][f"{name}.npy"] for name in SEEN]),
         tokenizer=tokenizer,
         feature_dim=sources[0].manifest.detector.feature_dim,
