@@ -11,9 +11,9 @@ from oscar_train.corpus import Corpus
 from oscar_train.draws import SAMPLE, words
 from oscar_train.negatives import make_pools
 from oscar_train.objectives import OSCAR, TABLE, Objective
-from oscar_train.phrases import MAX_TEXT
+from oscar_train.phrases import MAX_TEXT, MAX_W
 from oscar_train.ragged import ragged
-from oscar_train.sides import MAX_W, truncated
+from oscar_train.sides import truncated
 from oscar_train.tokens import Tokenizer
 from oscar_train.triples import _WIDTH, IGNORED, MAX_TOKENS, TextBatch, assemble, joined, masked
 

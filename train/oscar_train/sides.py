@@ -6,10 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_train.corpus import Corpus
-from oscar_train.phrases import MAX_TEXT
+from oscar_train.phrases import MAX_TEXT, MAX_W
 from oscar_train.ragged import Ints
-
-MAX_W = MAX_TEXT + 1  # tokens of w where there is no q: of 35 only [CLS] and one [SEP] are taken
 
 Tokens = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]

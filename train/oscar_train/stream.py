@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ from oscar_train.order import Order
 from oscar_train.ragged import Ints
 from oscar_train.regions import BOX, MAX_REGIONS, RegionReader, Slots, make_slots
 from oscar_train.sources import Source, check_together, open_source
+from oscar_train.tags import DETECTED, TagRule
 from oscar_train.tars import Tars, check_window
 from oscar_train.tokens import Tokenizer, load_tokenizer
 from oscar_train.triples import IGNORED, MAX_TOKENS, TextBatch, assemble
@@ -291,7 +291,7 @@ def open_stream(
     seed: int = 42,
     tokenizer: Tokenizer | None = None,
     objective: Objective = OSCAR,
-    tags: Any = None,
+    tags: TagRule | None = None,
     texts: Sequence[str] = (),
     mix: Sequence[float] = (),
     window: int = WINDOW,
@@ -324,8 +324,9 @@ def open_stream(
     sources = [place if isinstance(place, Source) else open_source(place, skip_corrupt) for place in shards]
     check_together(sources)
     overlays = [Path(file) for file in texts]
-    rule = {} if tags is None else {"tags": tags}
-    corpus = open_corpus(sources, tokenizer or load_tokenizer(None), folder, overlays, skip_corrupt, **rule)
+    corpus = open_corpus(
+        sources, tokenizer or load_tokenizer(None), folder, overlays, skip_corrupt, tags=tags or DETECTED
+    )
     remote = any(source.remote is not None for source in sources)
     tars = Tars(corpus, ShardCache(folder, round(cache_size * 1e9)) if remote else None)
     if tars.cache is not None:

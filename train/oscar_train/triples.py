@@ -8,9 +8,9 @@ from oscar_train.corpus import Corpus
 from oscar_train.draws import SAMPLE, below, uniform, words
 from oscar_train.negatives import TRIES, Pools, Words, replaced
 from oscar_train.objectives import MATCHED, WRONG_Q, WRONG_W, Objective
-from oscar_train.phrases import MAX_TEXT
+from oscar_train.phrases import MAX_TEXT, MAX_W
 from oscar_train.ragged import Ints
-from oscar_train.sides import MAX_W, Bools, Sides, Tokens, texts, truncated
+from oscar_train.sides import Bools, Sides, Tokens, texts, truncated
 from oscar_train.tokens import Tokenizer
 
 MAX_TOKENS = MAX_TEXT + 3
