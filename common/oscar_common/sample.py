@@ -62,12 +62,13 @@ class Regions:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image of a shard."""
+    """One image of a shard. gt_tags: what people say is in it, if anybody does; they belong to no region."""
 
     key: str
     image: ImageRecord
     regions: Regions
     texts: list[Text]
+    gt_tags: list[str] = field(default_factory=list)
 
 
 def make_key(image_id: str) -> str:

@@ -22,6 +22,7 @@ LISTS = {
     "tags": pa.list_(pa.string()),
     "scores": pa.list_(pa.float32()),
     "attributes": pa.list_(pa.list_(ATTRIBUTE)),  # a list for every region
+    "gt_tags": pa.list_(pa.string()),  # of the image
     "texts": pa.list_(TEXT),
 }
 CONTENT = pa.schema([*IMAGE, *LISTS.items()])

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,6 +20,7 @@ FEW = 1024  # rows that are taken from an index at once
 ROWS_LIMIT = 1 << 24  # rows of an index that is read a few rows at a time
 BATCH_LIMIT = 256 << 20  # bytes of a few rows: two hundred times what a thousand images have
 BATCH = 4 << 20  # bytes of JSON that are parsed at once
+Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 
 
 def _array_fields(name: str) -> list[tuple[str, pa.DataType]]:
@@ -39,6 +41,8 @@ PLACES = pa.schema(
     ]
 )
 SCHEMA = pa.schema([("key", pa.string()), *CONTENT, *PLACES])
+LATER = SCHEMA.get_field_index("gt_tags")  # the column that the first indexes lacked
+FIRST_SCHEMA = SCHEMA.remove(LATER)
 SIZE = b"oscar.tar_bytes"  # key of the Parquet schema's metadata: the size of the tar, by which a cut is noticed
 
 
@@ -77,9 +81,9 @@ def load_index(tar: Path) -> pa.Table:
     with _reading(path.name, tar):
         size = tar.stat().st_size
         table = read_bounded(path, size // SAMPLE_BYTES, 4 * size + MARGIN)
-    if not table.schema.equals(SCHEMA):
-        raise ValueError(f"its index {path.name} is of another version; run: oscar-shards index {tar}")
-    return table
+    if not _is_known(table.schema):
+        raise ValueError(_other_version(tar))
+    return _with_later(table)
 
 
 def open_index(file: Path | pa.Buffer, tar: Path) -> tuple[int, Iterator[pa.RecordBatch]]:
@@ -92,15 +96,33 @@ def open_index(file: Path | pa.Buffer, tar: Path) -> tuple[int, Iterator[pa.Reco
     """
     with _reading(index_path(tar).name, tar):
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        if not parquet.schema_arrow.equals(SCHEMA):
+        if not _is_known(parquet.schema_arrow):
             parquet.close()
-            raise _Unfit(f"its index {index_path(tar).name} is of another version; run: oscar-shards index {tar}")
+            raise _Unfit(_other_version(tar))
         return size_said(parquet.schema_arrow), _rows_of(parquet, tar)
 
 
 def _rows_of(parquet: pq.ParquetFile, tar: Path) -> Iterator[pa.RecordBatch]:
     with _reading(index_path(tar).name, tar), parquet:
-        yield from _bounded(parquet, ROWS_LIMIT)
+        yield from map(_with_later, _bounded(parquet, ROWS_LIMIT))
+
+
+def _is_known(schema: pa.Schema) -> bool:
+    return any(schema.equals(known) for known in (SCHEMA, FIRST_SCHEMA))
+
+
+def _other_version(tar: Path) -> str:
+    return f"its index {index_path(tar).name} is of another version; run: oscar-shards index {tar}"
+
+
+def _with_later(rows: Rows) -> Rows:
+    """Return rows of an index with empty lists in the column that the first indexes lacked, if it does."""
+    if rows.num_columns == len(SCHEMA):
+        return rows
+    offsets = pa.array(np.zeros(len(rows) + 1, np.int32))
+    columns = [*rows.columns]
+    columns.insert(LATER, pa.ListArray.from_arrays(offsets, pa.array([], pa.string()), type=SCHEMA.types[LATER]))
+    return type(rows).from_arrays(columns, schema=SCHEMA.with_metadata(rows.schema.metadata))
 
 
 @contextmanager

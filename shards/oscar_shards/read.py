@@ -156,6 +156,7 @@ def _sample(window: Window, entry: Entry) -> Sample:
             attributes=content["attributes"],
         ),
         texts=content["texts"],
+        gt_tags=content["gt_tags"],
     )
 
 
@@ -169,6 +170,7 @@ def parse_content(raw: bytes, key: str) -> dict[str, Any]:
             "tags": list(content.get("tags") or ()),
             "scores": list(content.get("scores") or ()),
             "attributes": [[_made(Attribute, a) for a in some] for some in content.get("attributes") or ()],
+            "gt_tags": list(content.get("gt_tags") or ()),
             "texts": [_made(Text, t | {n: str(t[n]) for n in ("id",) if n in t}) for t in content.get("texts") or ()],
         }
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

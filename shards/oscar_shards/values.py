@@ -79,6 +79,7 @@ def check_values(table: pa.Table, boxes: Boxes, manifest: Manifest | None) -> It
     tags = _flat(table["tags"])
     strange = pc.invert(pc.is_in(tags, value_set=known)) if len(known) else pc.is_null(tags)
     checks.append((_rows(table["tags"], strange), "a tag is not of the detector's vocabulary"))
+    checks.append((_rows(table["gt_tags"], pc.is_null(_flat(table["gt_tags"]))), "one of its gt_tags is no text"))
     for wrong, message in checks:
         yield from ((str(table["key"][int(row)]), message) for row in np.flatnonzero(wrong))
 

@@ -106,12 +106,16 @@ def _stored(features: npt.NDArray[Any], dtype: str) -> dict[str, npt.NDArray[Any
 
 
 def sample_json(sample: Sample) -> bytes:
-    """Return the content of KEY.json: image, tags, scores, attributes, texts (fields that are None are left out)."""
+    """Return the content of KEY.json: image, tags, scores, attributes, gt_tags if there are any, texts.
+
+    Fields that are None are left out.
+    """
     content: dict[str, Any] = {
         "image": dataclasses.asdict(sample.image),
         "tags": sample.regions.tags,
         "scores": sample.regions.scores,
         "attributes": [[vars(a) for a in of_region] for of_region in sample.regions.attributes],
+        **({"gt_tags": sample.gt_tags} if sample.gt_tags else {}),
         "texts": [{k: v for k, v in dataclasses.asdict(t).items() if v is not None} for t in sample.texts],
     }
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()

@@ -2,7 +2,7 @@
 
 import binascii
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -92,6 +92,7 @@ def make_sample(
     scores: list[float],
     attributes: list[list[Attribute]],
     texts: list[Text],
+    gt_tags: Sequence[str] = (),
 ) -> Sample:
     """Return the sample of an image: `size` is width and height, boxes [K, 4], features [K, P]; the path is unknown.
 
@@ -108,6 +109,7 @@ def make_sample(
         image=ImageRecord(source=source, id=id, path="", width=size[0], height=size[1], sha256=""),
         regions=Regions(boxes=boxes, features=features, tags=tags, scores=scores, attributes=attributes),
         texts=texts,
+        gt_tags=list(gt_tags),
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,10 +59,11 @@ class OscarRows(LineRows):
             Refused: it is damaged, or nothing says how large the image is.
         """
         numbers = read_features(lines.read(self.spans[row]))
-        label = self.labels[row]
-        objects, size = read_label(lines.read(label)) if label["file"] >= 0 else ([], None)
-        if size is None:
+        place = self.labels[row]
+        label = read_label(lines.read(place)) if place["file"] >= 0 else Label([], [], None)
+        if label.size is None:
             raise Refused("no-size", "nothing says how large the image is: no image_h and image_w in predictions.tsv")
+        objects, size = label.objects, label.size
         features, z = numbers[:, :-POSITION], numbers[:, -POSITION:]
         fits = len(objects) == len(numbers)
         boxes = _rects(objects) if fits else z[:, :4] * np.array([*size, *size], np.float32)
@@ -70,7 +71,7 @@ class OscarRows(LineRows):
         attributes = _attributes(objects, self.vocabulary.attributes) if fits else []
         texts, refused = self._texts(row, lines)
         args = self.ids[row], self.sources[row], size
-        return make_sample(*args, boxes, features, tags, scores, attributes, texts), refused
+        return make_sample(*args, boxes, features, tags, scores, attributes, texts, _truth(label)), refused
 
     def _texts(self, row: int, lines: Lines) -> tuple[list[Text], list[Reject]]:
         texts, refused = [], []
@@ -108,8 +109,16 @@ def read_features(line: bytes) -> Floats:
     return numbers
 
 
-def read_label(line: bytes) -> tuple[list[dict[str, Any]], tuple[int, int] | None]:
-    """Return the objects of a row of predictions, and width and height if it says them.
+class Label(NamedTuple):
+    """A row of predictions: the objects detected, those of the ground truth, and width and height if it says them."""
+
+    objects: list[dict[str, Any]]
+    gt_objects: list[dict[str, Any]]
+    size: tuple[int, int] | None
+
+
+def read_label(line: bytes) -> Label:
+    """Return a row of predictions.
 
     Raises:
         Refused: it is damaged.
@@ -118,13 +127,13 @@ def read_label(line: bytes) -> tuple[list[dict[str, Any]], tuple[int, int] | Non
     if len(fields) < 2:
         raise Refused("label", "predictions: no second field")
     content = _json(fields[1], "predictions", list)
-    objects = content if isinstance(content, list) else content.get("objects", [])
-    if not isinstance(objects, list) or not all(isinstance(o, dict) for o in objects):
-        raise Refused("label", "predictions: no list of objects")
-    size = None
-    if isinstance(content, dict) and "image_h" in content and "image_w" in content:
-        size = _side(content["image_w"]), _side(content["image_h"])
-    return objects, size
+    said = {"objects": content} if isinstance(content, list) else content
+    objects, gt_objects = (said.get(name, []) for name in ("objects", "gt_objects"))
+    for some, name in ((objects, "objects"), (gt_objects, "gt_objects")):
+        if not isinstance(some, list) or not all(isinstance(o, dict) for o in some):
+            raise Refused("label", f"predictions: no list of {name}")
+    size = (_side(said["image_w"]), _side(said["image_h"])) if {"image_h", "image_w"} <= said.keys() else None
+    return Label(objects, gt_objects, size)
 
 
 def _json(field: bytes, name: str, *others: type) -> Any:
@@ -157,6 +166,14 @@ def _tags(objects: list[dict[str, Any]]) -> tuple[list[str], list[float]]:
     if not all(isinstance(t, str) for t in tags) or not all(type(s) in (int, float) for s in scores):
         raise Refused("label", "predictions: an object's class is no text or its conf no number")
     return (tags, scores) if any(tags) else ([], [])
+
+
+def _truth(label: Label) -> list[str]:
+    """Return the classes of the ground truth; an object that has none names nothing."""
+    tags = [o["class"] for o in label.gt_objects if o.get("class")]
+    if not all(isinstance(t, str) for t in tags):
+        raise Refused("label", "predictions: the class of one of gt_objects is no text")
+    return tags
 
 
 def _attributes(objects: list[dict[str, Any]], known: list[str]) -> list[list[Attribute]]:

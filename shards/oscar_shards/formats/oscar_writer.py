@@ -188,7 +188,8 @@ def _label(sample: Sample) -> dict[str, Any]:
     ]
     for one, some in zip(objects, regions.attributes, strict=False):
         one |= {"attributes": [a.name for a in some], "attr_scores": [a.score for a in some]}
-    return {"image_h": sample.image.height, "image_w": sample.image.width, "objects": objects}
+    truth = {"gt_objects": [{"class": tag} for tag in sample.gt_tags]} if sample.gt_tags else {}
+    return {"image_h": sample.image.height, "image_w": sample.image.width, "objects": objects, **truth}
 
 
 def _json(content: Any) -> bytes:

@@ -130,7 +130,8 @@ def _from_sidecar(part: Part, layout: Layout) -> Iterator[Sample | Reject]:
 
 def _sample(key: str, content: dict[str, Any], regions: Regions) -> Sample:
     said = {name: content[name] for name in ("tags", "scores", "attributes")}
-    return Sample(key=key, image=content["image"], texts=content["texts"], regions=dataclasses.replace(regions, **said))
+    others = {name: content[name] for name in ("image", "texts", "gt_tags")}
+    return Sample(key=key, regions=dataclasses.replace(regions, **said), **others)
 
 
 def _reject(path: str, error: Exception) -> Reject:
