@@ -5,7 +5,7 @@ import random
 import shutil
 from collections import Counter
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from oscar_common.sample import Sample
 from oscar_train.corpus import Corpus
 from oscar_train.draws import SAMPLE, words
 from oscar_train.negatives import make_pools, replaced
-from oscar_train.objectives import MATCHED, OSCAR
+from oscar_train.objectives import MATCHED, OSCAR, TABLE
 from oscar_train.stream import Batch, Stream, open_stream
+from oscar_train.tags import TagRule
 from oscar_train.tokens import Tokenizer
 from oscar_train.triples import _CANDIDATES, _PART, _WIDTH, IGNORED
 
@@ -67,6 +68,18 @@ def test_batches_do_not_depend_on_ranks_and_threads(
     for step in range(STEPS):
         whole = {name: torch.cat([share[step][name] for share in shares]) for name in shares[0][step]}
         assert_equal(whole, undisturbed[step], step)
+
+
+@pytest.mark.parametrize("name", TABLE, ids="-".join)
+def test_batches_of_no_objective_depend_on_ranks(shards: Path, tokenizer: Tokenizer, name: tuple[str, str]):
+    options = {"objective": replace(TABLE[name], whole_words=True), "tags": TagRule(budget=2)}
+    with opened(shards, tokenizer, threads=2, **options) as stream:
+        whole = [copied(batch) for batch in stream.batches(5, 9)]
+    for rank in range(4):
+        with opened(shards, tokenizer, threads=3, rank=rank, ranks=4, **options) as stream:
+            for step, batch in enumerate(stream.batches(5, 9)):
+                share = {name: tensor[4 * rank : 4 * rank + 4] for name, tensor in whole[step].items()}
+                assert_equal(copied(batch), share, step)
 
 
 @pytest.mark.parametrize(("threads", "least"), [(3, 4), (4, 4), (5, 1)])
@@ -166,6 +179,43 @@ def test_shapes_and_types(stream: Stream):
         "triples": ((16,), torch.int64),
     }
     assert torch.equal(batch.attention_mask, batch.input_ids != 0)
+
+
+def test_a_part_of_a_batch_is_the_same_memory(stream: Stream):
+    batch = stream.batch(0, stream.room())
+    part = batch.part(4, 10)
+    for f in fields(Batch):
+        assert torch.equal(getattr(part, f.name), getattr(batch, f.name)[4:10])
+    part.dropout_seeds.fill_(7)
+    assert (batch.dropout_seeds == 7).tolist() == [4 <= row < 10 for row in range(16)]
+
+
+def test_keys_are_those_of_all_ranks(shards: Path, samples: list[Sample], tokenizer: Tokenizer):
+    with opened(shards, tokenizer, rank=1, ranks=2) as second, opened(shards, tokenizer) as stream:
+        triples = stream.triples(12)
+        assert stream.keys(12) == second.keys(12) == [samples[i].key for i in stream.corpus.image[triples]]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "here", "threads"),
+    [(6, 4, "2", 3), (6, 1, "2", 6), (2, 8, "8", 1), (64, 8, "2", 8), (5, 2, None, 5)],
+)
+def test_ranks_of_a_machine_share_its_cores(
+    shards: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    ranks: int,
+    here: str | None,
+    threads: int,
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    if here is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    with opened(shards, tokenizer, ranks=ranks) as stream:
+        assert stream.threads == threads
 
 
 def test_features_alone_are_those_of_the_batches(stream: Stream, undisturbed: list[Copy]):
