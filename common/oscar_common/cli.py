@@ -13,30 +13,42 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from oscar_common import __version__
-from oscar_common.config import check_range, load_catalog
-from oscar_common.errors import UsageError, nearest
-from oscar_common.settings import Catalog
+from oscar_common.config import check_range, load_catalog, parse, read_yaml, said_in
+from oscar_common.errors import Stopped, UsageError, nearest
+from oscar_common.settings import Catalog, Train
 
 S = TypeVar("S")
 
 
 def settings_command(
-    stage: str, schema: type[S], help: str, examples: str
+    stage: str,
+    schema: type[S],
+    help: str,
+    examples: str,
+    resumed: Callable[[Path], S] | None = None,
 ) -> Callable[[Callable[[S, Catalog], None]], click.Command]:
     """Make a click command of `function(settings, catalog)` whose flags are the fields of `schema`.
 
-    A value is, in this order: the flag, the key under `pipelines.NAME.<stage>` (with `--pipeline NAME`), the default.
+    A value is, in this order: the flag, the key under `pipelines.NAME.<stage>` (with `--pipeline NAME`), that of the
+    recipe (where `schema` has such a field, and it is said), the default. With `resumed`, which returns the settings of
+    a folder that an earlier command wrote, `--resume FOLDER` takes the pipeline's place.
     """
 
     def decorate(function: Callable[[S, Catalog], None]) -> click.Command:
-        def callback(pipeline: str | None, pipelines: str | None, **flags: Any) -> None:
+        def callback(pipeline: str | None, pipelines: str | None, resume: str | None = None, **flags: Any) -> None:
             catalog = load_catalog(Path(pipelines) if pipelines else None)
-            function(_resolve(schema, stage, catalog, pipeline, flags), catalog)
+            said = _said(schema, flags)
+            if resume is not None and resumed is not None:
+                _refuse_with_resume({"pipeline": pipeline, **said})
+                begin = resumed(Path(resume))
+            else:
+                begin = _pipeline(catalog, pipeline, stage) if pipeline is not None else schema()
+            function(_resolve(catalog, begin, said), catalog)
 
         command = click.Command(
             name=f"oscar-{stage}",
             callback=callback,
-            params=[*_PIPELINE_OPTIONS, *_options(schema)],
+            params=[*_PIPELINE_OPTIONS, *([_RESUME_OPTION] if resumed else []), *_options(schema)],
             help=help,
             epilog="\b\nExamples:\n" + examples,
             context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
@@ -47,7 +59,10 @@ def settings_command(
 
 
 def run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
-    """Run a command: exit 0, or one line on stderr and exit 2 (bad input), 1 (trouble) or 130 (Ctrl-C)."""
+    """Run a command: exit 0, or one line on stderr and exit 2 (bad input), 1 (trouble) or 128 + a signal's number.
+
+    Of processes that torchrun started, one a machine speaks of bad input, and only the first of signals.
+    """
     # How long torch's threads spin before they sleep, read when torch is imported. By default they spin so long that
     # two jobs on two cores run at a tenth of their speed; this costs a twentieth of it when nothing else runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -55,6 +70,8 @@ def run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
         sys.exit(command.main(arguments, standalone_mode=False) or 0)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
+    except Stopped as error:
+        _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command again continues", 130)
     except OSError as error:
@@ -64,7 +81,11 @@ def run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    speaks = rank == "0" or code == 1 or (code == 2 and os.environ.get("LOCAL_RANK") == "0")
+    if speaks:
+        place = "" if rank == "0" else f"rank {rank}: "
+        print(f"error: {place}{' '.join(message.split())}\n", end="", file=sys.stderr, flush=True)  # in one piece
     sys.exit(code)
 
 
@@ -72,6 +93,9 @@ _PIPELINE_OPTIONS = [
     click.Option(["--pipeline"], metavar="NAME", help="Take settings from `pipelines:` in pipelines.yaml; flags win."),
     click.Option(["--pipelines"], metavar="FILE", help="[default: ./pipelines.yaml, else the one that is installed]"),
 ]
+_RESUME_OPTION = click.Option(
+    ["--resume"], metavar="RUN", help="Go on with the run in this folder, wherever it was made, with its own settings."
+)
 
 
 def _options(schema: type[Any]) -> list[click.Option]:
@@ -84,28 +108,57 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> click.Option:
     if typing.get_origin(hint) is types.UnionType:
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
     several = typing.get_origin(hint) is list
+    flag = f"--{field.name.replace('_', '-')}"
     choices = field.metadata["choices"]
     default = f" [default: {field.default}]" if field.default not in (None, False, dataclasses.MISSING) else ""
     return click.Option(
-        [f"--{field.name.replace('_', '-')}", field.name],
+        [f"{flag}/--no-{flag[2:]}" if hint is bool else flag, field.name],
         type=click.Choice(choices) if choices else typing.get_args(hint)[0] if several else hint,
-        is_flag=hint is bool,
         multiple=several,
         default=None,
         help=field.metadata["help"] + default,
     )
 
 
-def _resolve(schema: type[S], stage: str, catalog: Catalog, pipeline: str | None, flags: dict[str, Any]) -> S:
-    base = schema()
-    if pipeline is not None:
-        if pipeline not in catalog.pipelines:
-            raise UsageError(f"--pipeline: no pipeline {pipeline!r}{nearest(pipeline, catalog.pipelines)}")
-        base = getattr(catalog.pipelines[pipeline], stage)
-    given = {
+def _said(schema: type[Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that were given, checked."""
+    said = {
         name: list(flag) if isinstance(flag, tuple) else flag for name, flag in flags.items() if flag not in (None, ())
     }
-    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
-        if field.name in given:
-            check_range(given[field.name], f"--{field.name.replace('_', '-')}", field)
-    return dataclasses.replace(base, **given)  # type: ignore[type-var]
+    for field in dataclasses.fields(schema):
+        if field.name in said:
+            check_range(said[field.name], f"--{field.name.replace('_', '-')}", field)
+    return said
+
+
+def _pipeline(catalog: Catalog, name: str, stage: str) -> Any:
+    if name not in catalog.pipelines:
+        raise UsageError(f"--pipeline: no pipeline {name!r}{nearest(name, catalog.pipelines)}")
+    return getattr(catalog.pipelines[name], stage)
+
+
+def _refuse_with_resume(said: dict[str, Any]) -> None:
+    for name in ("pipeline", "recipe", "out", "overwrite"):
+        if said.get(name):
+            raise UsageError(f"--resume: the run has its own settings and folder; it cannot be given with --{name}")
+
+
+def _resolve(catalog: Catalog, begin: S, said: dict[str, Any]) -> S:
+    """Return settings of which a recipe's values are the lowest layer, and flags the highest."""
+    recipe = said.get("recipe") or getattr(begin, "recipe", None)
+    if recipe is not None:
+        begin = dataclasses.replace(_recipe(catalog, recipe), **said_in(begin))
+    return dataclasses.replace(begin, **said)  # type: ignore[type-var]
+
+
+def _recipe(catalog: Catalog, name: str) -> Any:
+    """Return the settings of a recipe: an entry of pipelines.yaml, or a file."""
+    if name in catalog.recipes:
+        recipe = catalog.recipes[name]
+    elif Path(name).is_file():
+        recipe = parse(Train, read_yaml(Path(name), "--recipe"), name)
+    else:
+        raise UsageError(f"--recipe {name}: no such file, and no recipe of this name{nearest(name, catalog.recipes)}")
+    if recipe.recipe is not None:
+        raise UsageError(f"--recipe {name}: it names another recipe, {recipe.recipe!r}; copy what it should have")
+    return recipe

@@ -15,6 +15,7 @@ from oscar_common.errors import UsageError, nearest
 from oscar_common.settings import Catalog
 
 FILE = "pipelines.yaml"
+_SAID = "_said"  # attribute of what `parse` made: the names that were said
 S = TypeVar("S")
 
 
@@ -27,14 +28,21 @@ def load_catalog(path: Path | None = None) -> Catalog:
     place = path or Path(FILE)
     if not path and not place.is_file():
         return installed_catalog()
+    return parse(Catalog, read_yaml(place, "--pipelines"), str(place))
+
+
+def read_yaml(path: Path, flag: str) -> Any:
+    """Read a YAML file; an empty one is an empty mapping.
+
+    Raises:
+        UsageError: no such file, or no YAML.
+    """
     try:
-        text = place.read_text()
-        content = yaml.safe_load(text) or {}
+        return yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        raise UsageError(f"{place}: {error.strerror}; give an existing file with --pipelines") from None
+        raise UsageError(f"{path}: {error.strerror}; give an existing file with {flag}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(Catalog, content, str(place))
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def installed_catalog() -> Catalog:
@@ -56,9 +64,16 @@ def parse(schema: type[S], content: Any, place: str) -> S:
     for name in required:
         if name not in content:
             raise UsageError(f"{place}: key {name!r} is missing")
-    return schema(
+    made = schema(
         **{name: value(hints[name], given, f"{place}: {name}", fields[name]) for name, given in content.items()}
     )
+    object.__setattr__(made, _SAID, tuple(content))
+    return made
+
+
+def said_in(settings: Any) -> dict[str, Any]:
+    """Return those values of parsed settings that were said, and are not just defaults."""
+    return {name: getattr(settings, name) for name in getattr(settings, _SAID, ())}
 
 
 def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") -> Any:

@@ -1,6 +1,7 @@
-"""The two ways a command can fail: bad input (exit 2) and trouble while working (exit 1)."""
+"""How a command can end early: bad input (exit 2), trouble while working (exit 1), a signal (128 and its number)."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 import click
@@ -16,6 +17,17 @@ class OperationError(click.ClickException):
     """Good input, but the work failed (disk full, too many rejects, NaN loss); exit code 1."""
 
     exit_code = 1
+
+
+class Stopped(BaseException):
+    """A signal ended the work; the exit code is the one that a shell gives a process that the signal killed.
+
+    No Exception, so that nothing that deals with errors takes it for one.
+    """
+
+    def __init__(self, message: str, cause: signal.Signals) -> None:
+        super().__init__(f"stopped by {cause.name} {message}")
+        self.exit_code = 128 + cause
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

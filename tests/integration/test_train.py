@@ -1,53 +1,26 @@
 """`oscar-train` as a user runs it: a real kill, a real full disk, real mistakes."""
 
-import csv
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from running import has_row, launch, rows, wait
 from small_shards import make_samples, write_folder
 from support import error_line, train
 
-# One thread: on a busy machine two that wait for each other take many times as long, and sums may round differently.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SETTINGS = ("--init", "random:tiny", "--steps", "16", "--batch-size", "8", "--lr", "1e-3", "--checkpoint-every", "5")
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("train") / "shards", make_samples(20))
-
-
-def launch(*arguments: object, **keywords: object) -> "subprocess.Popen[str]":
-    line = [sys.executable, "-m", "oscar_train", *map(str, arguments)]
-    return subprocess.Popen(line, text=True, stdout=-1, stderr=-1, env=ENVIRONMENT, **keywords)
-
-
-def rows(out: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv without the one column that is a measurement."""
-    with (out / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in csv.DictReader(file)]
-
-
-def wait(process: "subprocess.Popen[str]", reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not reached():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def has_row(out: Path, step: int) -> bool:
-    path = out / "metrics.csv"
-    return path.exists() and f"\n{step}," in path.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +41,7 @@ def test_logs_and_checkpoints_are_where_they_should_be(undisturbed: Path):
         "checkpoint-000015",
         "checkpoint-000016",
         "metrics.csv",
+        "run.yaml",
         "tensorboard",
     ]
     losses = [float(row["mlm_loss"]) for row in rows(undisturbed)]
@@ -99,7 +73,7 @@ def test_killed_and_continued_equals_undisturbed(shards: Path, undisturbed: Path
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "going on after step 5 of 16" in printed
-    assert errors.startswith("error: stopped by SIGTERM; step ")
+    assert re.fullmatch(r"error: stopped by SIGTERM after step \d+, which is saved; .* continues\n", errors)
     torch.set_num_threads(2)  # the others have one; the checkpoint says so
     done = train(*arguments)
     assert torch.get_num_threads() == 1
@@ -143,7 +117,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_half(shards: Path, 
     assert process.returncode == 1, errors
     assert errors.count("\n") == 1
     assert "checkpoint-000002: cannot be written" in errors
-    assert sorted(p.name for p in out.iterdir()) == ["metrics.csv", "tensorboard"]
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.csv", "run.yaml", "tensorboard"]
 
 
 def test_an_other_run_in_out_is_not_continued_and_not_deleted(shards: Path, undisturbed: Path):

@@ -11,7 +11,8 @@ from oscar_common.errors import UsageError
 from oscar_common.settings import Train
 from oscar_train import checkpoint
 from oscar_train.checkpoint import Checkpoint
-from oscar_train.loop import make_optimizer, update
+from oscar_train.ranks import Ranks
+from oscar_train.step import Workshop, gradient, open_workshop, update
 from oscar_train.stream import Stream
 from oscar_train.weights import build, open_init
 
@@ -21,26 +22,46 @@ RUN = {**checkpoint.identity(Train()), "corpus": "abc"}
 @pytest.fixture
 def made(stream: Stream, tmp_path: Path) -> Checkpoint:
     """The checkpoint of a model after one step."""
-    model, optimizer = fresh()
-    update(model, optimizer, stream.batch(0, stream.room()), 10.0, 1)
-    return checkpoint.save(tmp_path, 1, RUN, model, optimizer, stream.corpus.tokenizer)
+    shop = fresh()
+    gradient(shop, stream.batch(0, stream.room()))
+    update(shop, 1e-3)
+    guard = {"skipped": 2, "losses": [1 / 3, 2e-9]}
+    return checkpoint.save(tmp_path, 1, RUN, shop.model, shop.optimizer, stream.corpus.tokenizer, ranks=3, guard=guard)
 
 
-def fresh(seed: int = 1):
+def fresh(seed: int = 1) -> Workshop:
     model, _ = build(open_init("random:tiny"), feature_dim=24, seed=seed)
-    return model, make_optimizer(model, Train(lr=1e-3))
+    return open_workshop(model, Train(), Ranks(0, 1, torch.device("cpu")))
 
 
 def test_model_and_optimizer_come_back_to_the_bit(made: Checkpoint, stream: Stream):
     batch = stream.batch(1, stream.room())
     ends = []
     for seed in (8, 9):  # whatever was there before
-        model, optimizer = fresh(seed)
-        checkpoint.load(made, model, optimizer)
-        torch.manual_seed(0)
-        update(model, optimizer, batch, 10.0, 2)
-        ends.append(model.state_dict())
+        shop = fresh(seed)
+        checkpoint.load(made, shop.model, shop.optimizer)
+        torch.manual_seed(seed)  # nothing is drawn from it
+        gradient(shop, batch)
+        update(shop, 1e-3)
+        ends.append(shop.model.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_guard_and_the_number_of_ranks_come_back(made: Checkpoint, tmp_path: Path):
+    found = checkpoint.at(tmp_path, 1)
+    assert found == made
+    assert (found.ranks, found.guard) == (3, {"skipped": 2, "losses": [1 / 3, 2e-9]})
+
+
+def test_threads_come_back_only_with_as_many_ranks(made: Checkpoint):
+    record = json.loads((made.folder / "trainer.json").read_text())
+    (made.folder / "trainer.json").write_text(json.dumps({**record, "threads": 2}))
+    two, shop = checkpoint.read(made.folder)[0], fresh()
+    checkpoint.load(two, shop.model, shop.optimizer, ranks=1)
+    assert torch.get_num_threads() == 1
+    checkpoint.load(two, shop.model, shop.optimizer, ranks=3)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
 
 
 def test_the_folder_is_one_that_bert_users_know(made: Checkpoint):

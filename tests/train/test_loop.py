@@ -2,17 +2,20 @@
 
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from oscar_common.errors import OperationError, UsageError
+from oscar_common.errors import Stopped, UsageError
 from oscar_common.settings import Train
-from oscar_train.loop import make_optimizer, schedule, stop_signals, update
 from oscar_train.metrics import COLUMNS, Row, open_log
 from oscar_train.model import OscarForPreTraining
+from oscar_train.ranks import Ranks
+from oscar_train.signals import watched_signals
+from oscar_train.step import Workshop, gradient, make_optimizer, open_workshop, rate, rehearse, schedule, update
 from oscar_train.stream import Stream
 from oscar_train.weights import build, open_init
 
@@ -22,22 +25,33 @@ def model() -> OscarForPreTraining:
     return build(open_init("random:tiny"), feature_dim=24, seed=1)[0]
 
 
+def workshop(model: OscarForPreTraining, **settings: object) -> Workshop:
+    return open_workshop(model, Train(**settings), Ranks(0, 1, torch.device("cpu")))
+
+
 def test_both_losses_of_one_batch_fall_to_nothing(model: OscarForPreTraining, stream: Stream):
-    optimizer = make_optimizer(model, Train(lr=2e-3))
+    shop = workshop(model)
     small = Stream(stream.corpus, stream.reader, seed=42, batch_size=8)
     batch = small.batch(0, small.room())
-    torch.manual_seed(0)
-    outcomes = [update(model, optimizer, batch, 10.0, step) for step in range(50)]
-    assert outcomes[0].mlm_loss.item() == pytest.approx(math.log(30522), abs=0.3)
-    assert outcomes[0].match_loss.item() == pytest.approx(math.log(2), abs=0.1)
-    assert outcomes[-1].mlm_loss.item() < 2
-    assert outcomes[-1].match_loss.item() < 0.2
+    results = []
+    for _ in range(50):
+        results.append(gradient(shop, batch))
+        update(shop, 2e-3)
+    assert results[0].mlm_loss == pytest.approx(math.log(30522), abs=0.3)
+    assert results[0].match_loss == pytest.approx(math.log(2), abs=0.1)
+    assert results[-1].mlm_loss < 2
+    assert results[-1].match_loss < 0.2
 
 
 def test_the_learning_rate_rises_and_falls_linearly():
     factors = [schedule(step, 4, 12) for step in range(12)]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     assert schedule(0, 0, 10) == 1
+    assert [schedule(step, 0, 4, "cosine") for step in range(4)] == pytest.approx(
+        [1, 0.853553, 0.5, 0.146447], abs=1e-6
+    )
+    assert [schedule(step, 1, 4, "constant") for step in range(4)] == [0.5, 1, 1, 1]
+    assert rate(Train(lr=1e-3, steps=12, warmup_steps=4, schedule="cosine"), 1) == pytest.approx(2e-4)
 
 
 def test_biases_and_layer_norms_are_not_decayed(model: OscarForPreTraining):
@@ -49,22 +63,66 @@ def test_biases_and_layer_norms_are_not_decayed(model: OscarForPreTraining):
     assert len(free["params"]) + len(decayed["params"]) == len(names)
 
 
-def test_a_loss_that_is_no_number_stops_before_the_model_changes(model: OscarForPreTraining, stream: Stream):
-    before = {name: p.clone() for name, p in model.named_parameters()}
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_parts_and_recomputing_change_only_the_rounding(stream: Stream, compile: bool):
+    if compile and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    batch, ends = stream.batch(0, stream.room()), []
+    for settings in ({}, {"accumulate": 4, "activation_checkpointing": True, "compile": compile}):
+        shop = workshop(build(open_init("random:tiny"), 24, 1)[0], **settings)
+        result = gradient(shop, batch)
+        ends.append((result, [p.grad for p in shop.model.parameters()]))
+    (one, plain), (other, parts) = ends
+    assert other.loss == pytest.approx(one.loss, rel=1e-5)
+    assert other.norm == pytest.approx(one.norm, rel=1e-4)
+    for a, b in zip(plain, parts, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-6)
+
+
+def test_bf16_keeps_weights_and_losses_in_float32(model: OscarForPreTraining, stream: Stream):
+    batch = stream.batch(0, stream.room())
+    exact = gradient(workshop(model), batch)
+    rounded = gradient(workshop(model, precision="bf16"), batch)
+    assert rounded.loss == pytest.approx(exact.loss, rel=5e-3)
+    assert rounded.loss != exact.loss
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_what_is_no_number_is_seen_with_its_triple(model: OscarForPreTraining, stream: Stream):
     batch = stream.batch(0, stream.room())
     batch.features[3, 0, 0] = math.inf
-    with pytest.raises(OperationError, match=r"step 7: loss nan .* damaged features"):
-        update(model, make_optimizer(model, Train()), batch, 10.0, 7)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    result = gradient(workshop(model), batch)
+    assert not math.isfinite(result.loss)
+    assert [n for n, finite in enumerate(result.finite) if not finite] == [3]
 
 
-def test_the_first_signal_waits_for_the_step_and_the_second_does_not():
-    with stop_signals() as stopped:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stopped == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+def test_the_rehearsal_leaves_no_trace_and_runs_the_most_that_can_come(model: OscarForPreTraining, stream: Stream):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    shop, most = workshop(model, accumulate=2), []
+    shop.model.cls.predictions.register_forward_pre_hook(lambda head, inputs: most.append(len(inputs[0])))
+    rehearse(shop, stream.room().batch)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    assert not shop.optimizer.state
+    for batch in stream.batches(0, 10):
+        gradient(shop, batch)
+    assert len(most) == 21
+    assert most[0] == 8 * 5 >= max(most[1:])
+
+
+def test_signals_wait_for_the_step_and_the_third_ctrl_c_does_not():
+    before = signal.getsignal(signal.SIGUSR1)
+    with watched_signals() as stop:
+        with stop.deferred():
+            for each in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), each)
+            assert stop.cause == signal.SIGUSR1
+            with pytest.raises(Stopped, match="stopped by SIGUSR1 at once") as stopped:
+                os.kill(os.getpid(), signal.SIGINT)
+        assert stopped.value.exit_code == 138
+        with pytest.raises(Stopped, match="before the first step"):
+            os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def row(step: int) -> Row:
@@ -83,7 +141,10 @@ def test_logs_have_the_columns_promised_and_are_cut_where_a_run_goes_on(
         for step in range(1, 7):
             log.add(row(step))
     whole = lines(tmp_path)
-    assert whole[0] == "step,epoch,loss,mlm_loss,match_loss,mlm_accuracy,match_accuracy,lr,skipped,samples_per_second"
+    assert whole[0] == (
+        "step,epoch,loss,mlm_loss,match_loss,mlm_accuracy,match_accuracy,lr,grad_norm,skipped,skipped_steps,"
+        "samples_per_second"
+    )
     assert whole[3].startswith("3,1,0.428571429,")
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("7,2,0.99")  # a row cut by a kill

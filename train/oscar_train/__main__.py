@@ -1,29 +1,42 @@
 """oscar-train: from a folder of shards to a pre-trained Oscar."""
 
+from pathlib import Path
+
 from oscar_common.cli import run, settings_command
 from oscar_common.errors import OperationError
 from oscar_common.settings import Catalog, Train
 from oscar_train.arguments import check
+from oscar_train.run_folder import resumed
+from oscar_train.signals import Stop, watched_signals
 
 HELP = """Pre-train Oscar on shards made by oscar-extract.
 
 Reads (caption, object tags, regions) triples, hides 15 % of the tokens, swaps the tags of half the triples, and trains
-a BERT to find both out. Writes checkpoints in the layout of Hugging Face, metrics.csv and TensorBoard logs to --out.
+a BERT to find both out; --recipe and --objective name other ways. Writes checkpoints in the layout of Hugging Face,
+metrics.csv and TensorBoard logs to --out.
 
-The same command again continues from the newest checkpoint, to the same numbers as a run that was never stopped.
+The same command again, or --resume OUT, continues from the newest checkpoint, to the same numbers as a run that was
+never stopped. SIGTERM and SIGUSR1 end a run after the step at hand, with a checkpoint and exit code 143 or 138.
 """
 EXAMPLES = """  oscar-train --shards shards --out run --init random:tiny --steps 200 --lr 1e-3
-  oscar-train --shards shards --out run --init bert-base-uncased --batch-size 768 --steps 1000000
+  oscar-train --shards shards --out run --recipe oscar-base
+  torchrun --nproc-per-node 8 -m oscar_train --shards shards --out run --recipe oscar-plus-base --precision bf16
+  oscar-train --resume run
   oscar-train --shards shards --texts more.parquet --out run
   oscar-train --shards s3://bucket/coco --shards s3://bucket/cc --mix 2 --mix 1 --cache /scratch/cache --out run
   oscar-train --pipeline demo
 """
 
 
-@settings_command("train", Train, HELP, EXAMPLES)
+@settings_command("train", Train, HELP, EXAMPLES, resumed)
 def command(settings: Train, catalog: Catalog) -> None:
     """Check the arguments, open the shards, and only then import torch."""
     out = check(settings)
+    with watched_signals() as stop:
+        _train(settings, out, stop)
+
+
+def _train(settings: Train, out: Path, stop: Stop) -> None:
     from oscar_train.sources import check_together, open_source
 
     sources = [open_source(place, settings.skip_corrupt) for place in settings.shards]
@@ -33,10 +46,11 @@ def command(settings: Train, catalog: Catalog) -> None:
     from oscar_train.loop import train
 
     try:
-        train(settings, sources, out)
+        train(settings, sources, out, stop)
     except torch.cuda.OutOfMemoryError:
         raise OperationError(
-            f"--batch-size {settings.batch_size}: does not fit the GPU's memory; give a smaller one"
+            f"--batch-size {settings.batch_size}: does not fit the GPU's memory in --accumulate {settings.accumulate} "
+            "parts; give more, or --activation-checkpointing, or a smaller --batch-size"
         ) from None
 
 

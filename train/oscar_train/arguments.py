@@ -1,5 +1,6 @@
 """The command's arguments, checked before anything slow is imported."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from oscar_common.errors import UsageError, nearest
 from oscar_common.settings import Train
 
 RANDOM = "random:"
+CHECKPOINT = "checkpoint-"  # of folders' names
 SIZES = {  # layers, hidden size, heads; the inner size is four times the hidden size
     "tiny": (2, 128, 2),
     "small": (4, 512, 8),
@@ -32,11 +34,23 @@ def check(settings: Train) -> Path:
     for texts in settings.texts:
         if not Path(texts).is_file():
             raise UsageError(f"--texts {texts}: no such file; give one that oscar-shards texts wrote")
-    _check_init(settings.init)
     out = Path(settings.out)
+    if settings.overwrite or not any(out.glob(f"{CHECKPOINT}*")):  # else the checkpoint has all that is needed
+        _check_init(settings.init)
+    _check_ranks(settings)
     if (nearest_file := next((p for p in (out, *out.parents) if p.exists()), None)) and not nearest_file.is_dir():
         raise UsageError(f"--out {out}: {nearest_file} is a file; give a folder")
     return out
+
+
+def _check_ranks(settings: Train) -> None:
+    """Refuse a batch that cannot be spread evenly."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.batch_size % (ranks * settings.accumulate):
+        raise UsageError(
+            f"--batch-size {settings.batch_size}: not a multiple of {ranks} ranks times --accumulate "
+            f"{settings.accumulate}; give one that is"
+        )
 
 
 def _check_init(init: str) -> None:

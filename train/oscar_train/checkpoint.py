@@ -2,7 +2,7 @@
 
 config.json  model.safetensors  vocab.txt  tokenizer.json  tokenizer_config.json    the model, as BERT folders have it
 optimizer.pt                                                                        AdamW's moments
-trainer.json                                  step, the settings that decide the numbers, size and XXH3-64 of each file
+trainer.json    step, the settings that decide the numbers, what the guard remembers, size and XXH3-64 of each file
 """
 
 import json
@@ -20,45 +20,76 @@ from torch.optim import Optimizer
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.files import TEMPORARY, replacing_folder, temporary
 from oscar_common.settings import Train
+from oscar_train import run_folder
+from oscar_train.arguments import CHECKPOINT
+from oscar_train.guard import Guard
 from oscar_train.model import OscarForPreTraining
+from oscar_train.objectives import choose_objective
 from oscar_train.tokens import Tokenizer
 
-PREFIX = "checkpoint-"
 RECORD = "trainer.json"
 DECISIVE = (
-    *("init", "steps", "batch_size", "lr", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
-    *("mix", "shuffle_window"),
+    *("init", "objective", "variant", "negatives", "whole_word_masking", "image_layernorm"),
+    *("steps", "batch_size", "lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "precision", "spike"),
+    *("seed", "mix", "shuffle_window"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole checkpoint on disk. run: the decisive settings and the fingerprint of the corpus. threads: how many torch
-    had; another number adds up in another order and rounds differently."""
+    """A whole checkpoint on disk.
+
+    run: the decisive settings and the fingerprint of the corpus. ranks, threads: how many there were, and torch had;
+    another number adds up in another order and rounds differently. guard: its state.
+    """
 
     folder: Path
     step: int
     run: dict[str, Any]
+    ranks: int
     threads: int
+    guard: dict[str, Any]
+
+
+def folder(out: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is."""
+    return out / f"{CHECKPOINT}{step:06d}"
 
 
 def identity(settings: Train) -> dict[str, Any]:
     """Return the settings that decide the numbers of a run; the others may change from one start to the next."""
     values = {name: getattr(settings, name) for name in DECISIVE}
     values["mix"] = " ".join(map(str, settings.mix))
-    return {**values, "init": str(Path(settings.init))}  # a slash at its end makes no difference
+    values["negatives"] = choose_objective(settings).negatives
+    init = Path(settings.init)
+    return {**values, "init": str(init.resolve() if init.is_dir() else init)}
 
 
 def save(
-    out: Path, step: int, run: dict[str, Any], model: OscarForPreTraining, optimizer: Optimizer, tokenizer: Tokenizer
+    out: Path,
+    step: int,
+    run: dict[str, Any],
+    model: OscarForPreTraining,
+    optimizer: Optimizer,
+    tokenizer: Tokenizer,
+    *,
+    ranks: int = 1,
+    guard: dict[str, Any] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint.
 
     Raises:
         OperationError, OSError: the disk is full or cannot be written; nothing is left under the final name.
     """
-    folder = out / f"{PREFIX}{step:06d}"
-    with replacing_folder(folder) as unfinished:
+    place = folder(out, step)
+    record = {
+        "step": step,
+        "run": run,
+        "ranks": ranks,
+        "threads": torch.get_num_threads(),
+        "guard": guard or Guard(0, 0).state(),
+    }
+    with replacing_folder(place) as unfinished:
         try:
             # Tied weights share memory, which safetensors refuses; Oscar's checkpoints hold both names.
             weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
@@ -68,14 +99,12 @@ def save(
             tokenizer.save(unfinished)
         except (RuntimeError, SafetensorError) as error:  # what the two libraries make of a full disk
             raise OperationError(
-                f"{folder}: cannot be written ({str(error).splitlines()[0]}); the disk may be full: free some space; "
+                f"{place}: cannot be written ({str(error).splitlines()[0]}); the disk may be full: free some space; "
                 "the same command again continues"
             ) from None
         files = {path.name: _seal(path) for path in sorted(unfinished.iterdir())}
-        made = Checkpoint(folder=folder, step=step, run=run, threads=torch.get_num_threads())
-        record = {"step": step, "run": run, "threads": made.threads, "files": files}
-        (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    return made
+        (unfinished / RECORD).write_text(json.dumps({**record, "files": files}, indent=1) + "\n")
+    return read(place)[0]
 
 
 def check_space(out: Path, model: OscarForPreTraining) -> None:
@@ -94,9 +123,13 @@ def check_space(out: Path, model: OscarForPreTraining) -> None:
         )
 
 
-def load(checkpoint: Checkpoint, model: OscarForPreTraining, optimizer: Optimizer) -> None:
-    """Put a checkpoint's numbers into the model and the optimizer; nothing in it is executed. Sets torch's threads."""
-    torch.set_num_threads(checkpoint.threads)
+def load(checkpoint: Checkpoint, model: OscarForPreTraining, optimizer: Optimizer, ranks: int = 1) -> None:
+    """Put a checkpoint's numbers into the model and the optimizer; nothing in it is executed.
+
+    Torch gets as many threads as it had, if there are as many ranks.
+    """
+    if ranks == checkpoint.ranks:
+        torch.set_num_threads(checkpoint.threads)
     model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
     optimizer.load_state_dict(torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
@@ -108,7 +141,7 @@ def newest(out: Path) -> tuple[Checkpoint | None, list[str]]:
         UsageError: there are checkpoints, but none is whole.
     """
     damages: list[str] = []
-    for folder in sorted(out.glob(f"{PREFIX}*"), key=lambda f: (len(f.name), f.name), reverse=True):
+    for folder in sorted(out.glob(f"{CHECKPOINT}*"), key=lambda f: (len(f.name), f.name), reverse=True):
         try:
             return _whole(folder), damages
         except ValueError as error:
@@ -133,15 +166,15 @@ def agree(checkpoint: Checkpoint | None, run: dict[str, Any]) -> None:
         instead = f"give another --out, or --overwrite to start anew; {checkpoint.folder} is at step {checkpoint.step}"
         if name == "corpus":
             raise UsageError(
-                f"--shards and --texts: their content is not what the run in --out began with ({before}, now {value}); "
-                f"{instead}"
+                f"--shards and --texts: their content is not what the run in --out began with ({before}, now {value}), "
+                f"or other --tags are chosen from it; {instead}"
             )
         raise UsageError(f"--{name.replace('_', '-')} {value}: the run in --out began with {before}; {instead}")
 
 
 def prune(out: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, each by a rename first, so that none is ever half there."""
-    folders = sorted(out.glob(f"{PREFIX}*"), key=lambda f: (len(f.name), f.name))
+    folders = sorted(out.glob(f"{CHECKPOINT}*"), key=lambda f: (len(f.name), f.name))
     for folder in folders[:-keep]:
         shutil.rmtree(temporary(folder), ignore_errors=True)
         folder.replace(temporary(folder))
@@ -150,31 +183,50 @@ def prune(out: Path, keep: int) -> None:
 
 def sweep(out: Path, everything: bool = False) -> None:
     """Delete what a killed run left unfinished; with `everything`, its checkpoints and logs too, and nothing else."""
-    for path in [*out.glob(f"{TEMPORARY}{PREFIX}*"), *(out.glob(f"{PREFIX}*") if everything else ())]:
+    for path in [*out.glob(f"{TEMPORARY}{CHECKPOINT}*"), *(out.glob(f"{CHECKPOINT}*") if everything else ())]:
         shutil.rmtree(path)
     if everything:
-        (out / "metrics.csv").unlink(missing_ok=True)
+        for name in ("metrics.csv", run_folder.FILE, run_folder.VOCABULARY):
+            (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "tensorboard", ignore_errors=True)
+
+
+def at(out: Path, step: int) -> Checkpoint:
+    """Return the checkpoint of a step, which another process found to be whole."""
+    return read(folder(out, step))[0]
+
+
+def read(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """Return a checkpoint by its record, and the seal of each file.
+
+    Raises:
+        ValueError: there is no record that makes sense.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        guard = {"skipped": int(record["guard"]["skipped"]), "losses": list(map(float, record["guard"]["losses"]))}
+        made = Checkpoint(
+            folder=folder,
+            step=int(record["step"]),
+            run=dict(record["run"]),
+            ranks=int(record["ranks"]),
+            threads=int(record["threads"]),
+            guard=guard,
+        )
+        return made, dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{RECORD} is missing or unreadable") from None
 
 
 def _whole(folder: Path) -> Checkpoint:
     """Read a checkpoint's record and compare each file with it; ValueError says what is wrong."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        step, threads, run, files = (
-            int(record["step"]),
-            int(record["threads"]),
-            dict(record["run"]),
-            dict(record["files"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{RECORD} is missing or unreadable") from None
+    made, files = read(folder)
     for name, seal in files.items():
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
         if (found := _seal(folder / name)) != seal:
             raise ValueError(f"{name} has {found['bytes']} bytes, written were {seal['bytes']}, or its content changed")
-    return Checkpoint(folder=folder, step=step, run=run, threads=threads)
+    return made
 
 
 def _seal(path: Path) -> dict[str, Any]:

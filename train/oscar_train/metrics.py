@@ -23,8 +23,8 @@ FILE = "metrics.csv"
 class Row:
     """One step. All but `samples_per_second` are functions of the run's settings and shards.
 
-    Losses before the update; epoch (from 0) is that of the step's first triple; skipped: triples that are in no loss
-    because their image could not be read.
+    Losses before the update; epoch (from 0) is that of the step's first triple; grad_norm before it is clipped;
+    skipped: triples that are in no loss because their image could not be read; skipped_steps: of the run so far.
     """
 
     step: int
@@ -35,7 +35,9 @@ class Row:
     mlm_accuracy: float
     match_accuracy: float
     lr: float
+    grad_norm: float
     skipped: int
+    skipped_steps: int
     samples_per_second: float
 
 

@@ -3,17 +3,23 @@
 Parameter names are those of the released checkpoints (microsoft/Oscar), so weights go both ways.
 """
 
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertPooler, BertPredictionHeadTransform
 
 from oscar_train.arguments import SIZES
+from oscar_train.dropout import Seeds, TripleDropout
 from oscar_train.regions import BOX
 from oscar_train.stream import Batch
 from oscar_train.triples import IGNORED
+
+ATTENTION = "triples"  # the name under which transformers finds `attend`
 
 
 def random_config(size: str, vocab_size: int) -> BertConfig:
@@ -39,12 +45,30 @@ def oscar_config(bert: BertConfig, feature_dim: int) -> BertConfig:
     ):
         setattr(bert, name, getattr(bert, name, default))
     bert.architectures = ["OscarForPreTraining"]
-    bert._attn_implementation = "sdpa"
+    bert._attn_implementation = ATTENTION
     return bert
 
 
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **rest: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers' BERT asks for it: [B, heads, T, D] to [B, T, heads, D].
+
+    In training it is written out, because torch's own takes no mask for its dropout.
+    """
+    if module.training and module.dropout.p:
+        weights = (query @ key.transpose(2, 3) * scaling + mask).softmax(-1)
+        hidden = module.dropout(weights.to(value.dtype)) @ value
+    else:
+        hidden = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return hidden.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
 class OscarModel(nn.Module):
-    """The encoder of text and regions."""
+    """The encoder of text and regions. recompute: whether the backward pass computes activations again."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -56,6 +80,9 @@ class OscarModel(nn.Module):
         self.use_img_layernorm = bool(config.use_img_layernorm)
         if self.use_img_layernorm:
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.img_layer_norm_eps)
+        self.recompute = False
+        self._seeds = Seeds()
+        _make_dropouts_stateless(self, self._seeds)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the last hidden states of T text tokens and R regions, [B, T + R, H].
@@ -63,6 +90,7 @@ class OscarModel(nn.Module):
         A region is Linear([v'; z]), with a LayerNorm if the configuration has it (Oscar section 3; VinVL's code), and
         has neither position nor token type. Every token sees every other, [PAD] and empty regions excepted.
         """
+        self._seeds.of_batch = batch.dropout_seeds
         text = self.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids)
         regions = self.img_embedding(torch.cat([batch.features.to(text.dtype), batch.z.to(text.dtype)], -1))
         if self.use_img_layernorm:
@@ -70,8 +98,22 @@ class OscarModel(nn.Module):
         hidden = torch.cat([text, self.dropout(regions)], 1)
         seen = torch.cat([batch.attention_mask, batch.region_mask], 1)
         unseen = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
-        unseen = unseen.masked_fill(~seen, torch.finfo(hidden.dtype).min)
-        return self.encoder(hidden, attention_mask=unseen[:, None, None, :])[0]  # type: ignore[no-any-return]
+        unseen = unseen.masked_fill(~seen, torch.finfo(hidden.dtype).min)[:, None, None, :]
+        for layer in self.encoder.layer:
+            if self.recompute and self.training:
+                hidden = checkpoint(layer, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, unseen)
+        return hidden
+
+
+def _make_dropouts_stateless(model: nn.Module, seeds: Seeds) -> None:
+    """Replace every dropout by one whose masks belong to the triples."""
+    site = count()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, TripleDropout(child.p, seeds, next(site)))
 
 
 class MaskedTokenHead(nn.Module):

@@ -1,4 +1,4 @@
-"""The pre-training objective, L_MTL + L_C (Oscar section 3.1), and how often the model is right."""
+"""The pre-training loss, L_MTL + L_C (Oscar section 3.1), and how often the model is right."""
 
 from dataclasses import dataclass
 
@@ -21,29 +21,42 @@ class Outcome:
     match_accuracy: Tensor
 
 
-def evaluate(words: Tensor, pairs: Tensor, batch: Batch) -> Outcome:
-    """Compare scores with the truth.
+def counts(batch: Batch) -> Tensor:
+    """Return what the losses are means over: the masked tokens and the triples that are not skipped, float32 [2]."""
+    return torch.stack([(labels != IGNORED).sum() for labels in (batch.mlm_labels, batch.match_labels)]).float()
 
-    The masked-token loss is the mean over the masked tokens of the whole batch (0 if there are none), the contrastive
-    loss the mean over its triples, without those that were skipped.
+
+def sums(words: Tensor, pairs: Tensor, batch: Batch) -> Tensor:
+    """Compare scores with the truth, as sums, which those of other parts of the batch can be added to.
 
     Args:
         words: [M, vocabulary] for the batch's M masked tokens.
-        pairs: [B, classes]; class 0 is matched.
+        pairs: [B, classes].
         batch: where the labels are.
+
+    Returns:
+        float32 [4]: both losses, masked tokens that are right, triples that are right.
     """
     labels = batch.mlm_labels[batch.mlm_labels != IGNORED]
-    tokens = max(len(labels), 1)
-    mlm_loss = cross_entropy(words.float(), labels, reduction="sum") / tokens
-    triples = (batch.match_labels != IGNORED).sum().clamp(min=1)
-    match_loss = cross_entropy(pairs.float(), batch.match_labels, ignore_index=IGNORED, reduction="sum") / triples
+    mlm_loss = cross_entropy(words.float(), labels, reduction="sum")
+    match_loss = cross_entropy(pairs.float(), batch.match_labels, ignore_index=IGNORED, reduction="sum")
     with torch.no_grad():
-        mlm_accuracy = (words.argmax(-1) == labels).sum() / tokens
-        match_accuracy = (pairs.argmax(-1) == batch.match_labels).sum() / triples
+        right = (words.argmax(-1) == labels).sum(), (pairs.argmax(-1) == batch.match_labels).sum()
+    return torch.stack([mlm_loss, match_loss, *(r.float() for r in right)])
+
+
+def outcome(totals: Tensor, numbers: Tensor) -> Outcome:
+    """Turn sums and counts of a whole batch into means: over its masked tokens, and over its triples (0 of none)."""
+    means = totals / numbers.clamp(min=1).repeat(2)
     return Outcome(
-        loss=mlm_loss + match_loss,
-        mlm_loss=mlm_loss,
-        match_loss=match_loss,
-        mlm_accuracy=mlm_accuracy,
-        match_accuracy=match_accuracy,
+        loss=means[0] + means[1],
+        mlm_loss=means[0],
+        match_loss=means[1],
+        mlm_accuracy=means[2],
+        match_accuracy=means[3],
     )
+
+
+def evaluate(words: Tensor, pairs: Tensor, batch: Batch) -> Outcome:
+    """Compare scores with the truth, for a batch that is in one part; see `sums`."""
+    return outcome(sums(words, pairs, batch), counts(batch))

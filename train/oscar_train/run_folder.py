@@ -1,0 +1,67 @@
+"""What a run folder holds beside checkpoints and logs: run.yaml, the settings, so that it needs nothing else to go on.
+
+The file is a recipe, too: `oscar-train --recipe RUN/run.yaml` begins another run with the same settings.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oscar_common.config import parse, read_yaml
+from oscar_common.errors import UsageError
+from oscar_common.files import replacing
+from oscar_common.settings import Train
+
+FILE, VOCABULARY = "run.yaml", "tag_vocabulary.txt"
+PATHS = ("shards", "texts", "tag_vocabulary", "init", "cache", "out")  # settings that may name files and folders
+
+
+def write_settings(out: Path, settings: Train) -> None:
+    """Write the settings of a run; paths of files that are there become absolute. A vocabulary is copied, too."""
+    values = dataclasses.asdict(settings)
+    if settings.tag_vocabulary is not None:
+        content = Path(settings.tag_vocabulary).read_bytes()
+        with replacing(out / VOCABULARY) as file:
+            file.write(content)
+        values["tag_vocabulary"] = str(out / VOCABULARY)
+    values |= {name: _each(values[name], lambda path: str(path.resolve())) for name in PATHS}
+    values |= {"recipe": None, "overwrite": False}  # what a recipe said is among the values
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    with replacing(out / FILE) as file:
+        file.write(f"# Settings of this run: oscar-train --resume {out}\n{text}".encode())
+
+
+def resumed(folder: Path) -> Train:
+    """Return the settings of a run folder, which may have been moved.
+
+    What they name and is no longer there is looked for where it was as seen from the run folder: a folder moved
+    together with its shards finds them.
+
+    Raises:
+        UsageError: it is no run folder.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        what = f"no {FILE} there; give a folder that oscar-train wrote" if folder.is_dir() else "no such folder"
+        raise UsageError(f"--resume {folder}: {what}")
+    settings = parse(Train, read_yaml(path, "--resume"), str(path))
+    before = settings.out or str(folder)
+
+    def moved(path: Path) -> str:
+        found = folder / os.path.relpath(path, before) if path.is_absolute() else path
+        return str(found.resolve() if not path.exists() and found.exists() else path)
+
+    values = {name: _each(getattr(settings, name), moved, missing=True) for name in PATHS}
+    return dataclasses.replace(settings, **{**values, "out": str(folder), "overwrite": False})
+
+
+def _each(value: Any, change: Any, missing: bool = False) -> Any:
+    """Change a path, or each of several; what is none (a URL, a hub name) stays, and what is not there unless asked."""
+    if isinstance(value, list):
+        return [_each(item, change, missing) for item in value]
+    if value is None or "://" in value or not (missing or Path(value).exists()):
+        return value
+    return change(Path(value))

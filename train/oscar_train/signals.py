@@ -1,0 +1,53 @@
+"""Signals that end a run early: SIGTERM and SIGUSR1 of schedulers, SIGINT of people."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from oscar_common.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+IMPATIENT = 3  # so many Ctrl-C end a run at once (torchrun passes on each one that the terminal has sent already)
+
+
+class Stop:
+    """What has arrived. Outside `deferred`, a signal ends what is going on at once, by an exception."""
+
+    def __init__(self) -> None:
+        self._arrived: list[signal.Signals] = []
+        self._defers = False
+
+    @property
+    def cause(self) -> signal.Signals | None:
+        """The first signal that arrived, if any."""
+        return self._arrived[0] if self._arrived else None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note signals, for the loop to see between two steps."""
+        self._defers = True
+        try:
+            yield
+        finally:
+            self._defers = False
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal in."""
+        self._arrived.append(signal.Signals(number))
+        if not self._defers:
+            raise Stopped("before the first step; the same command again continues", self._arrived[0])
+        if self._arrived.count(signal.SIGINT) == IMPATIENT:
+            raise Stopped("at once; the same command again continues from the last checkpoint", self._arrived[0])
+
+
+@contextmanager
+def watched_signals() -> Iterator[Stop]:
+    """Watch for signals as long as the block lasts."""
+    stop = Stop()
+    before = {each: signal.signal(each, stop.note) for each in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
