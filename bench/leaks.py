@@ -8,7 +8,7 @@ nothing: "yes" may be replaced by "yes". Here each triple is drawn many times, a
 pools; counted are the kinds of what replaces w and q, and the candidates of other images that are turned away because
 they are the same set of tokens.
 
-Unless --shards names a folder, a corpus is made with the kinds of Oscar+'s (VinVL, table 17: 72 % captions, 28 %
+Unless --shards names a folder, a corpus is made with the kinds of Oscar+'s (of 8.85M texts 72 % captions, 28 %
 questions). Its captions are those of a COCO file, or of random words; its tag lists have 10 to 50 names of Visual
 Genome's 1,600 classes, by Zipf's law; of its answers a quarter is yes or no, the rest is one of 3,000 words, by Zipf's
 law (so rejected answers are only as true as that; kinds are not touched by it). The numbers go to
