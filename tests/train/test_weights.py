@@ -12,7 +12,7 @@ from transformers import BertForPreTraining, BertModel
 
 from oscar_common.errors import UsageError
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
-from oscar_train.weights import build, fill, open_init, read_weights
+from oscar_train.weights import build, fill, modules, open_init, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def test_real_minilm_weights_fill_the_encoder(minilm: Path):
             assert torch.equal(ours[f"bert.{name}"], tensor), name
     assert model.config.num_hidden_layers == 6
     assert "22,899" in line
-    assert "random: bert.img_embedding, cls.predictions, cls.predictions.transform, cls.seq_relationship" in line
+    random = "bert.img_embedding, cls.predictions, cls.predictions.transform.LayerNorm, cls.predictions.transform.dense"
+    assert line.endswith(f"; random: {random}, cls.seq_relationship")
 
 
 def test_a_bert_with_heads_fills_all_but_the_regions(bert: Path):
@@ -75,6 +76,81 @@ def test_an_oscar_checkpoint_fills_everything_and_other_features_leave_their_lay
         other = OscarForPreTraining(oscar_config(random_config("tiny", 30522), feature_dim))
         filled = fill(other, model.state_dict(), "test")
         assert set(other.state_dict()) - filled == rest
+
+
+def saved(folder: Path, bert: Path, weights: dict[str, torch.Tensor], **config: object) -> Path:
+    """A folder of torch's old format, as microsoft/Oscar writes one."""
+    folder.mkdir()
+    content = json.loads((bert / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in content.items() if k != "model_type"}))
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    return folder
+
+
+def oscar(classes: int = 2, image_norm: int = 0) -> dict[str, torch.Tensor]:
+    config = oscar_config(random_config("tiny", 30522), 10)
+    config.num_contrast_classes, config.use_img_layernorm = classes, image_norm
+    torch.manual_seed(4)
+    return {name: torch.randn_like(tensor) for name, tensor in OscarForPreTraining(config).state_dict().items()}
+
+
+@pytest.mark.parametrize(("classes", "image_norm"), [(2, 0), (3, 1)])
+def test_an_old_oscar_folder_is_taken_as_its_weights_are(bert: Path, tmp_path: Path, classes: int, image_norm: int):
+    """Its config.json may say nothing of LayerNorm and classes, or the wrong thing (run_retrieval.py writes 1)."""
+    weights = oscar(classes, image_norm)
+    del weights["cls.predictions.decoder.weight"]
+    for name, config in (("silent", {}), ("wrong", {"use_img_layernorm": 1 - image_norm, "num_contrast_classes": 2})):
+        folder = saved(tmp_path / name, bert, {f"module.{n}": t for n, t in weights.items()}, **config)
+        model, line = build(open_init(str(folder)), feature_dim=10, seed=0)
+        assert line.endswith("parameters; random: none")
+        assert all(torch.equal(model.state_dict()[n], t) for n, t in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("classes", "order"),
+    [
+        (("matched", "polluted"), [0, 1]),
+        (("polluted", "matched"), [1, 0]),
+        (("matched", "wrong q", "wrong w"), [0, 1, 2]),
+        (("matched", "wrong w", "wrong q"), [0, 2, 1]),
+    ],
+)
+def test_the_heads_rows_go_where_their_classes_are(
+    bert: Path, tmp_path: Path, classes: tuple[str, ...], order: list[int]
+):
+    weights = oscar(len(classes))
+    folder = saved(tmp_path / "m", bert, weights)
+    model, line = build(open_init(str(folder)), feature_dim=10, seed=0, classes=classes)
+    assert line.endswith("random: none")
+    head = model.cls.seq_relationship
+    assert torch.equal(head.weight, weights["cls.seq_relationship.weight"][order])
+    assert torch.equal(head.bias, weights["cls.seq_relationship.bias"][order])
+    assert model.config.contrast_classes == list(classes)
+    # A checkpoint of ours says which is which, and comes back in the order that is asked for
+    model.config.to_json_file(tmp_path / "m" / "config.json", use_diff=False)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    again, _ = build(open_init(str(folder)), feature_dim=10, seed=0, classes=tuple(sorted(classes)))
+    row = sorted(classes).index("matched")
+    assert torch.equal(again.cls.seq_relationship.weight[row], weights["cls.seq_relationship.weight"][0])
+
+
+def test_what_is_lost_extra_or_of_another_shape_is_listed(bert: Path, tmp_path: Path):
+    weights = oscar(2) | {
+        "classifier.weight": torch.zeros(3, 4),
+        "bert.encoder.layer.7.output.dense.bias": torch.ones(2),
+    }
+    for name in list(weights):
+        if name.startswith(("bert.encoder.layer.1.", "bert.pooler")):
+            del weights[name]
+    folder = saved(tmp_path / "m", bert, weights)
+    classes = ("matched", "wrong w", "wrong q")
+    _, line = build(open_init(str(folder)), 12, seed=0, classes=classes, image_layernorm=True)
+    assert line.split("; ")[1:] == [
+        "random: bert.LayerNorm, bert.encoder.layer.1 (16 tensors), bert.pooler.dense, cls.seq_relationship",
+        "random, as other shapes are in the file: bert.img_embedding.weight (here 128 x 18)",
+        "in the file and not used: bert.encoder.layer.7 (1 tensors), classifier",
+    ]
+    assert modules(f"a.layer.{n}.x" for n in (0, 1, 2, 5)) == ["a.layer.0-2,5 (4 tensors)"]
 
 
 def test_our_checkpoints_text_side_opens_in_stock_transformers(bert: Path, tmp_path: Path):

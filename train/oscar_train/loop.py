@@ -68,7 +68,13 @@ def train(settings: Train, sources: list[Source], out: Path, stop: Stop) -> None
                 if ranks.first:
                     print(f"complete: all {last.step} steps are done; the model is in {last.folder}")
                 return
-            model, origin = build(start, stream.corpus.feature_dim, settings.seed)
+            model, origin = build(
+                start,
+                stream.corpus.feature_dim,
+                settings.seed,
+                classes=choose_objective(settings).classes,
+                image_layernorm=settings.image_layernorm,
+            )
             if ranks.first:
                 checkpoint.check_space(out, model)
                 if settings.overwrite:

@@ -1,7 +1,11 @@
 """Where the weights begin: a BERT or Oscar folder, a hub name, or random ones."""
 
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -11,11 +15,16 @@ from transformers import BertConfig
 from oscar_common.errors import UsageError
 from oscar_train.arguments import RANDOM
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
+from oscar_train.objectives import MATCHED, WRONG, WRONG_Q, WRONG_W
 from oscar_train.tokens import FILES, Tokenizer, has_tokenizer, load_tokenizer
 from oscar_train.triples import MAX_TOKENS
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TIED = "cls.predictions.decoder.weight"
+HEAD = "cls.seq_relationship"
+IMAGE_NORM = "bert.LayerNorm.weight"
+UNNAMED = {2: (MATCHED, WRONG), 3: (MATCHED, WRONG_Q, WRONG_W)}  # classes of heads whose config.json names none
+ENCODER = ("embeddings.", "encoder.", "pooler.", "img_embedding.", "LayerNorm.")  # of names without `bert.`
 WORDS = "bert.embeddings.word_embeddings.weight"
 
 
@@ -56,34 +65,82 @@ def open_init(init: str) -> Start:
     return Start(init=init, folder=folder, config=config, tokenizer=tokenizer)
 
 
-def build(start: Start, feature_dim: int, seed: int) -> tuple[OscarForPreTraining, str]:
-    """Make the model, and say in one line what was filled from where.
+def build(
+    start: Start,
+    feature_dim: int,
+    seed: int,
+    *,
+    classes: tuple[str, ...] | None = None,
+    image_layernorm: bool = False,
+) -> tuple[OscarForPreTraining, str]:
+    """Make the model, and say in one line what was filled from where, what is random and what was not used.
+
+    Args:
+        start: the folder.
+        feature_dim: of the regions, P.
+        seed: of the random weights.
+        classes: names of the contrastive classes in the order of their labels, into which the head's rows are put; None
+            takes the head as it is.
+        image_layernorm: whether regions have a LayerNorm even if the folder's have none.
 
     Raises:
         UsageError: the weights cannot be read, or have other shapes than the configuration says.
     """
+    config, weights = start.config, {}
+    if start.folder is not None:
+        weights = _described(config, read_weights(start.init, start.folder))
+    if classes is not None:
+        _order_classes(config, weights, classes)
+    config.use_img_layernorm = int(bool(getattr(config, "use_img_layernorm", 0)) or image_layernorm)
     torch.manual_seed(seed)
-    model = OscarForPreTraining(oscar_config(start.config, feature_dim))
-    total = sum(p.numel() for p in model.parameters())
+    model = OscarForPreTraining(oscar_config(config, feature_dim))
+    total = f"{start.init}: {sum(p.numel() for p in model.parameters()):,} parameters"
     if start.folder is None:
-        return model, f"{start.init}: {total:,} parameters, all random"
-    filled = fill(model, read_weights(start.init, start.folder), f"--init {start.init}")
-    rest = sorted({".".join(n.split(".")[:-1][:3]) for n in _names(model) if n not in filled})
-    return model, f"{start.init}: {total:,} parameters; random: {', '.join(rest) or 'none'}"
+        return model, f"{total}, all random"
+    filled = fill(model, weights, f"--init {start.init}")
+    lost, extra = _names(model).keys() - filled, {name for name in weights.keys() - filled if not _means_nothing(name)}
+    unfit = {f"{name} (here {_shape(_names(model)[name])})" for name in lost & weights.keys()}
+    parts = {
+        "random": modules(lost - weights.keys()),
+        "random, as other shapes are in the file": sorted(unfit),
+        "in the file and not used": modules(extra - lost),
+    }
+    said = [f"{what}: {', '.join(some) or 'none'}" for what, some in parts.items() if some or what == "random"]
+    return model, "; ".join([total, *said])
+
+
+def modules(names: Iterable[str]) -> list[str]:
+    """Return the modules that some tensors belong to, with their number, neighbouring layers together: all are told.
+
+    `bert.pooler.dense`; `bert.encoder.layer.6-11 (96 tensors)`.
+    """
+    counts: Counter[str] = Counter()
+    layers: dict[str, set[int]] = {}
+    for name in names:
+        if found := re.match(r"(.*\.layer)\.(\d+)\.", name):
+            counts[found[1]] += 1
+            layers.setdefault(found[1], set()).add(int(found[2]))
+        else:
+            counts[name.rpartition(".")[0] or name] += 1
+    said = []
+    for module, count in sorted(counts.items()):
+        numbers = f".{_runs(layers[module])}" if module in layers else ""
+        said.append(f"{module}{numbers} ({count} tensors)" if numbers else module)
+    return said
 
 
 def fill(model: OscarForPreTraining, weights: dict[str, Tensor], place: str) -> set[str]:
     """Copy weights into a model by name; return the names that were filled.
 
-    Names may lack `bert.`, and may say gamma and beta for a LayerNorm's weight and bias. Oscar's own parts are taken
-    only if their shapes fit (other features, or another number of classes, leave them random).
+    Names are as `read_weights` returns them. Oscar's own parts are taken only if their shapes fit (other features, or
+    another number of classes, leave them random).
 
     Raises:
         UsageError: a part of BERT has another shape, or nothing fits at all.
     """
     own = _names(model)
     filled = set()
-    for name, tensor in ((_renamed(n), t) for n, t in weights.items()):
+    for name, tensor in weights.items():
         if name not in own or name == TIED:
             continue
         if own[name].shape == tensor.shape:
@@ -96,8 +153,56 @@ def fill(model: OscarForPreTraining, weights: dict[str, Tensor], place: str) -> 
     return filled | {TIED}
 
 
+def _described(config: BertConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Let the configuration say what the weights show: old checkpoints' say less, and some the wrong thing."""
+    if any(name.startswith("bert.img_embedding") for name in weights):
+        config.use_img_layernorm = int(IMAGE_NORM in weights)
+    if (head := weights.get(f"{HEAD}.weight")) is not None:
+        config.num_contrast_classes = len(head)
+    return weights
+
+
+def _order_classes(config: Any, weights: dict[str, Tensor], classes: tuple[str, ...]) -> None:
+    """Put the rows of the contrastive head into the order of some classes; drop it if it has others.
+
+    Checkpoints of this project name theirs. Otherwise row 0 is "matched", as it is in BERT's next-sentence head and in
+    released Oscars, and of three the order is that of the released code.
+    """
+    rows = getattr(config, "num_contrast_classes", 2)
+    theirs = tuple(getattr(config, "contrast_classes", None) or UNNAMED.get(rows, ()))
+    for name in (f"{HEAD}.weight", f"{HEAD}.bias"):
+        if name not in weights:
+            continue
+        if set(theirs) == set(classes) and len(weights[name]) == len(theirs):
+            weights[name] = weights[name][[theirs.index(each) for each in classes]]
+    config.num_contrast_classes, config.contrast_classes = len(classes), list(classes)
+    if set(theirs) != set(classes):
+        weights.pop(f"{HEAD}.weight", None)
+        weights.pop(f"{HEAD}.bias", None)
+
+
+def _means_nothing(name: str) -> bool:
+    """Say whether a tensor of a file is a duplicate, or a buffer that old versions saved."""
+    return name == TIED or name.endswith(("position_ids", "token_type_ids")) or name == "cls.predictions.decoder.bias"
+
+
+def _runs(numbers: set[int]) -> str:
+    """Return whole numbers as text, neighbours together: 0-2,5."""
+    ordered = sorted(numbers)
+    begins = [n for n in ordered if n - 1 not in numbers]
+    ends = [n for n in ordered if n + 1 not in numbers]
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(begins, ends, strict=True))
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))
+
+
 def read_weights(init: str, folder: Path) -> dict[str, Tensor]:
     """Read model.safetensors, else pytorch_model.bin (tensors only: nothing in it is executed).
+
+    Names become Oscar's: old files say gamma and beta for a LayerNorm's weight and bias, some begin with `module.`, and
+    those of a bare encoder lack `bert.`.
 
     Raises:
         UsageError: neither is there, or it cannot be read.
@@ -107,9 +212,10 @@ def read_weights(init: str, folder: Path) -> dict[str, Tensor]:
         raise UsageError(f"--init {init}: {folder} has neither of {', '.join(WEIGHTS)}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return loaded
+            loaded = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return {_renamed(name): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
     except Exception as error:  # what a damaged file raises is not documented by either library
         raise UsageError(f"--init {init}: {path} cannot be read: {error}") from None
 
@@ -119,8 +225,8 @@ def _names(model: OscarForPreTraining) -> dict[str, Tensor]:
 
 
 def _renamed(name: str) -> str:
-    name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-    return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
+    name = name.removeprefix("module.").replace(".gamma", ".weight").replace(".beta", ".bias")
+    return f"bert.{name}" if name.startswith(ENCODER) else name
 
 
 def _read_config(init: str, folder: Path) -> BertConfig:
