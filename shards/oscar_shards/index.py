@@ -122,7 +122,7 @@ def _with_later(rows: Rows) -> Rows:
     offsets = pa.array(np.zeros(len(rows) + 1, np.int32))
     columns = [*rows.columns]
     columns.insert(LATER, pa.ListArray.from_arrays(offsets, pa.array([], pa.string()), type=SCHEMA.types[LATER]))
-    return type(rows).from_arrays(columns, schema=SCHEMA.with_metadata(rows.schema.metadata))
+    return type(rows).from_arrays(columns, schema=rows.schema.insert(LATER, SCHEMA.field(LATER)))
 
 
 @contextmanager

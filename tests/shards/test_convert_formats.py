@@ -31,7 +31,7 @@ BOTTOM_UP = ["image_id", "image_w", "image_h", "num_boxes", "boxes", "features"]
 
 
 def rich_samples():
-    """Samples with attributes, odd ids, unicode, no tags."""
+    """Samples with attributes, odd ids, unicode, no tags, ground truth."""
     samples = make_samples(23)
     for n, sample in enumerate(samples):
         k = len(sample.regions.boxes)
@@ -41,7 +41,9 @@ def rich_samples():
             regions = dataclasses.replace(regions, tags=[], scores=[])
         image = dataclasses.replace(sample.image, id=["a_b/c.jpg", "ö\t\n", "5", '"', "qa"][n % 5], source=f"s{n // 5}")
         extra = Text(kind="caption", source="ü", id="ß", text="Zeile\nTab\t 🐞 \"x\" \\ \u2028 'y'")
-        samples[n] = dataclasses.replace(sample, regions=regions, image=image, texts=[*sample.texts, extra])
+        truth = ["größe 🐞", "a\tb", "cat", "cat"][: n % 5] if n % 3 else []
+        texts = [*sample.texts, extra]
+        samples[n] = dataclasses.replace(sample, regions=regions, image=image, texts=texts, gt_tags=truth)
     return samples
 
 

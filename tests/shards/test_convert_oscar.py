@@ -221,6 +221,48 @@ def test_released_files_are_read_without_anything_of_ours(tmp_path):
         assert all(t.source == source for t in got.texts)
 
 
+def test_ground_truth_is_where_oscars_trainer_looks_for_it_and_comes_back(tmp_path):
+    truth = [["traffic light", "größe", "cat", "cat"] if n % 2 else [] for n in range(6)]
+    samples = [renamed(s, "coco", f"{n}") for n, s in enumerate(make_samples(6))]
+    samples = [dataclasses.replace(s, gt_tags=tags) for s, tags in zip(samples, truth, strict=True)]
+    _, out = export(tmp_path, samples)
+    for name in ("predictions_gt.tsv", "predictions.tsv"):
+        labels = TextLines(out / "coco" / name)
+        said = [json.loads(labels[n][1]) for n in range(6)]
+        assert ["gt_objects" in one for one in said] == [bool(tags) for tags in truth]
+        assert " ".join(one["class"] for one in said[1]["gt_objects"]) == "traffic light größe cat cat"
+    bare(out)
+    assert shards("import", "oscar", out / "corpus.yaml", "--out", tmp_path / "back").returncode == 0
+    back = list(read_samples(tmp_path / "back/shard-000000.tar"))
+    assert [s.gt_tags for s in back] == truth
+    assert [s.regions.tags for s in back] == [s.regions.tags for s in samples]
+
+
+@pytest.mark.parametrize(
+    ("gt_objects", "read"),
+    [([{"class": "ski", "rect": [0, 0, 1, 1]}, {"rect": [1]}, {"class": ""}], ["ski"]), ([], []),
+     ({"class": "ski"}, "no list of gt_objects"), (["ski"], "no list of gt_objects"), (None, "no list of gt_objects"),
+     ([{"class": 5}], "the class of one of gt_objects is no text")],
+)  # fmt: skip
+def test_what_others_say_of_the_ground_truth_is_read_or_its_row_refused(tmp_path, gt_objects, read):
+    samples = [renamed(s, "coco", f"{n}") for n, s in enumerate(make_samples(3))]
+    _, out = export(tmp_path, samples)
+    bare(out)
+    rows = [line.split("\t") for line in (out / "coco/predictions.tsv").read_text().splitlines()]
+    rows[1][1] = json.dumps(json.loads(rows[1][1]) | {"gt_objects": gt_objects})
+    for name in ("predictions_gt.tsv", "predictions.tsv"):
+        (out / "coco" / name).write_text("".join(f"{a}\t{b}\n" for a, b in rows))
+    done = shards("import", "oscar", out / "coco", "--out", tmp_path / "back")
+    found = {s.image.id: s.gt_tags for s in read_samples(tmp_path / "back/shard-000000.tar")}
+    if isinstance(read, str):
+        assert done.returncode == 1
+        assert read in error_line(done)
+        assert found == {"0": [], "2": []}
+    else:
+        assert done.returncode == 0, done.stderr
+        assert found == {"0": [], "1": read, "2": []}
+
+
 def test_a_features_file_alone_is_read_with_the_tags_beside_it(tmp_path):
     samples = [renamed(s, "coco", f"{n}") for n, s in enumerate(make_samples(9))]
     _, out = export(tmp_path, samples)

@@ -71,7 +71,9 @@ def with_checksums(data: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, bytes]:
-    tar = write_tar(tmp_path_factory.mktemp("fuzz") / "a.tar", joined(sample(1), sample(2, k=0), sample(3)))
+    tar = write_tar(
+        tmp_path_factory.mktemp("fuzz") / "a.tar", joined(sample(1), sample(2, k=0), sample(3, gt_tags=["ski"]))
+    )
     index = index_path(tar)
     pq.write_table(index_tar(tar), index, compression="zstd", write_page_checksum=True)
     return tar, tar.read_bytes(), index.read_bytes()
@@ -134,7 +136,9 @@ json_like = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=5)
         | st.dictionaries(
-            st.sampled_from(["image", "tags", "scores", "attributes", "texts", "id", "width", "kind", "name"])
+            st.sampled_from(
+                ["image", "tags", "scores", "attributes", "gt_tags", "texts", "id", "width", "kind", "name"]
+            )
             | st.text(),
             inner,
             max_size=5,

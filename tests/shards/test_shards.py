@@ -5,17 +5,23 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 import xxhash
+from support import run_here
 
 from oscar_common.errors import UsageError
 from oscar_common.sample import Attribute, ImageRecord, Regions, Sample, Text, make_key
-from oscar_shards.index import index_path, index_tar
+from oscar_shards.__main__ import command as oscar_shards
+from oscar_shards.index import FIRST_SCHEMA, SCHEMA, index_path, index_tar, load_index, open_index, write_index
 from oscar_shards.manifest import DetectorRecord, Layout, Manifest, PlanRecord, write_manifest
-from oscar_shards.read import open_folder, read_boxes, read_features, read_rejects
+from oscar_shards.read import open_folder, read_boxes, read_features, read_index, read_rejects, read_samples
+from oscar_shards.reindex import reindex
 from oscar_shards.stats import count
+from oscar_shards.verify import check
 from oscar_shards.write import Reject, shard_path, write_shard
 
 P = 16
@@ -113,6 +119,47 @@ def test_pyarrow_reads_the_indexes_as_one_table(folder):
     path, samples = folder
     files = [str(p) for p in sorted(path.glob("s-??????.parquet"))]
     assert ds.dataset(files).to_table().column("key").to_pylist() == [s.key for s in samples]
+
+
+def test_ground_truth_is_in_the_json_and_the_index_of_the_images_that_have_some(tmp_path, rng):
+    samples = [make_sample(rng, n) for n in range(3)]
+    write_shard(shard_path(tmp_path, "plain", 0), samples, LAYOUT)
+    samples[1] = dataclasses.replace(samples[1], gt_tags=["Käfer", "ski", "ski"])
+    tar = shard_path(tmp_path, "s", 0)
+    write_shard(tar, samples, LAYOUT)
+    usual = ["image", "tags", "scores", "attributes", "texts"]
+    said = [r["json"] for r in webdataset.WebDataset(str(tar), shardshuffle=False).decode()]
+    assert [list(s) for s in said] == [usual, [*usual[:4], "gt_tags", "texts"], usual]
+    assert [s.gt_tags for s in read_samples(tar)] == [[], ["Käfer", "ski", "ski"], []]
+    assert load_index(tar)["gt_tags"].to_pylist() == [[], ["Käfer", "ski", "ski"], []]
+    rows, plain = load_index(tar), load_index(shard_path(tmp_path, "plain", 0))
+    assert rows["frame_xxh3"][0] == plain["frame_xxh3"][0]  # the others' bytes are as they would be without
+
+
+def test_an_index_from_before_the_ground_truth_is_read_by_all_that_read_indexes(folder):
+    path, _ = folder
+    newer = {tar: load_index(tar) for tar in sorted(path.glob("*.tar"))}
+    faults = {(tar, quick): check(tar, quick).faults for tar in newer for quick in (False, True)}
+    older, _ = newer  # the other stays as it is
+    write_index(newer[older].drop_columns(["gt_tags"]), index_path(older))
+    assert pq.read_schema(index_path(older)).equals(FIRST_SCHEMA)
+    for tar, table in newer.items():
+        assert load_index(tar).equals(table)
+        assert load_index(tar).schema.metadata == table.schema.metadata
+        for file in (index_path(tar), pa.py_buffer(index_path(tar).read_bytes())):
+            tar_bytes, rows = open_index(file, tar)
+            assert tar_bytes == tar.stat().st_size
+            assert pa.Table.from_batches(rows).equals(table)
+        for quick in (False, True):
+            assert check(tar, quick).faults == faults[tar, quick]
+        assert read_index(tar).equals(table)
+    assert open_folder(path).table["gt_tags"].to_pylist() == [[]] * 8
+    assert count(list(newer)).images == 8
+    for command, *options in (("stats",), ("stats", "--html", path / "a.html"), ("show", "--html", path / "b.html")):
+        done = run_here(oscar_shards, command, path, *options)
+        assert done.returncode == 0, done.stderr
+    reindex([path], None, 1)
+    assert all(pq.read_schema(index_path(tar)).equals(SCHEMA) for tar in newer)
 
 
 def test_the_index_can_be_made_again_from_the_tar(folder):

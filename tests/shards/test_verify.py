@@ -127,11 +127,12 @@ def test_after_a_damage_the_other_images_are_checked_still(folder):
 def test_an_index_that_says_something_else_is_named(folder):
     tar = folder / "shard-000000.tar"
     table = pq.read_table(index_path(tar))
-    tags = table["tags"].to_pylist()
-    tags[2] = ["zebra"] * len(tags[2])
-    table = table.set_column(table.schema.get_field_index("tags"), table.schema.field("tags"), [tags])
-    pq.write_table(table, index_path(tar))
-    assert faults(tar) == [("image-002", "not what the index says: tags")]
+    for name in ("tags", "gt_tags"):
+        tags = table[name].to_pylist()
+        tags[2] = ["zebra"] * max(len(tags[2]), 1)
+        changed = table.set_column(table.schema.get_field_index(name), table.schema.field(name), [tags])
+        pq.write_table(changed, index_path(tar))
+        assert faults(tar) == [("image-002", f"not what the index says: {name}")]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,9 @@ WRONG = {
     "it has not as many attributes as boxes": {"attributes": [[]]},
     "a score is not between 0 and 1": {"scores": [0.5, 0.5, 1.5]},
     "a tag is not of the detector's vocabulary": {"tags": ["cat", "unicorn", "cat"]},
+    "one of its gt_tags is no text": {"gt_tags": ["cat", None]},
+    "json: gt_tags is str instead of a list": {"gt_tags": "cat"},
+    "json: Expected bytes, got a 'int' object": {"gt_tags": ["cat", 5]},
     "a text is no caption, and no question with answer": {"texts": [{"kind": "qa", "question": "what?"}]},
     "features are float16 [3, 9]; in this folder they are float16 [K, 8]": {
         "features.npy": npy(np.zeros((3, 9), np.float16))
