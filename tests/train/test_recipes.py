@@ -95,6 +95,7 @@ def test_a_run_folder_moved_with_its_shards_finds_them(tmp_path: Path):
         tag_vocabulary=str(old / "tags.txt"),
         init=str(old / "bert"),
         out=str(old / "run"),
+        cache=str(tmp_path / "fast-disk"),
         lr=3e-5,
         recipe="oscar-base",
     )
@@ -107,7 +108,7 @@ def test_a_run_folder_moved_with_its_shards_finds_them(tmp_path: Path):
     assert found.tag_vocabulary == str(new / "run" / "tag_vocabulary.txt")
     assert Path(found.tag_vocabulary).read_text() == "cat\n"
     assert (found.init, found.out, found.lr, found.recipe) == (str(new / "bert"), str(new / "run"), 3e-5, None)
-    assert found.read_threads == 3
+    assert (found.read_threads, found.cache) == (3, None)
     again = resolve("--recipe", new / "run" / "run.yaml", "--out", "x")
     assert (again.lr, again.out) == (3e-5, "x")
     assert set(yaml.safe_load((new / "run" / "run.yaml").read_text())) == set(Train.__dataclass_fields__)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 4  # 64-bit words that Philox4x64 makes from one value of its counter
-SHARDS, WINDOW, MIX, SAMPLE, DROPOUT = range(5)  # what a stream is for; each has its own key
+SHARDS, WINDOW, MIX, SAMPLE = range(4)  # what a stream is for; each has its own key
 
 
 def words(
@@ -50,8 +50,3 @@ def permutation(
     keys.sort()
     keys &= number
     return keys.view(np.int64)
-
-
-def dropout_seed(seed: int, step: int) -> int:
-    """Return the seed that torch gets before a step, so that its dropout does not depend on the steps before."""
-    return int(words(seed, DROPOUT, 0, step, 1, BLOCK)[0, 0] >> np.uint64(1))

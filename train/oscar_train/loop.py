@@ -85,6 +85,8 @@ def train(settings: Train, sources: list[Source], out: Path, stop: Stop) -> None
             with _open_log(out, last, settings, ranks) as log:
                 run = Run(settings, out, identity, stream, shop, guard, log)
                 run.say(describe(stream.corpus))
+                if settings.tags == "ground-truth" and ranks.first and not stream.corpus.ground_truth:
+                    warn("--tags ground-truth: no image of --shards has any; all q are tags of the detector")
                 run.say(f"{origin if last is None else last.folder}; on {_place(ranks)}")
                 _train(run, last, stop)
 
@@ -203,7 +205,8 @@ def describe(corpus: Corpus) -> str:
     """Say what is trained on."""
     textless = corpus.textless
     without = f"; {textless:,} images have no text and are left out" if textless else ""
-    return f"{len(corpus):,} triples of {len(corpus.images.shard) - textless:,} images{without}"
+    truth = f"; q are ground-truth tags of {corpus.ground_truth:,} images" if corpus.ground_truth else ""
+    return f"{len(corpus):,} triples of {len(corpus.images.shard) - textless:,} images{without}{truth}"
 
 
 def _save(run: Run, step: int) -> None:

@@ -55,6 +55,8 @@ def resumed(folder: Path) -> Train:
         return str(found.resolve() if not path.exists() and found.exists() else path)
 
     values = {name: _each(getattr(settings, name), moved, missing=True) for name in PATHS}
+    if values["cache"] and not Path(values["cache"]).exists():
+        values["cache"] = None  # it was another machine's
     return dataclasses.replace(settings, **{**values, "out": str(folder), "overwrite": False})
 
 

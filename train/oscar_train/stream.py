@@ -64,8 +64,8 @@ class Batch:
         return Batch(**{f.name: getattr(self, f.name)[begin:end] for f in fields(self)})
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """Return the batch on a device; from pinned memory the copies may still be under way."""
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
