@@ -1,0 +1,124 @@
+"""The released model, re-created from its facts (tests/peers/bert_img.py), and ours on its weights are one model."""
+
+import json
+from dataclasses import asdict, fields
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from peers import bert_img
+from peers.bert_img import BertImgForPreTraining, Sizes
+from torch import Tensor
+
+from oscar_train.model import OscarForPreTraining
+from oscar_train.objective import evaluate
+from oscar_train.stream import Batch
+from oscar_train.triples import IGNORED
+from oscar_train.weights import build, open_init
+
+FEATURES, TOKENS, REGIONS = 18, 35, 50
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(395))]
+CASES = [
+    pytest.param(size, norm, classes, id=f"{name}-{'LayerNorm' if norm else 'plain'}-{classes} classes")
+    for (name, size), norm, classes in product((("tiny", TINY), ("four layers", SMALL)), (0, 1), (2, 3))
+]
+
+
+def released(size: dict[str, int], norm: int, classes: int) -> tuple[BertImgForPreTraining, Sizes]:
+    """The reference with random weights: norms and biases, too, are far from 1 and 0."""
+    sizes = Sizes(
+        **size,
+        vocab_size=len(VOCABULARY),
+        img_feature_dim=FEATURES + 6,
+        use_img_layernorm=norm,
+        img_layer_norm_eps=1e-5,  # not that of the other norms
+        num_contrast_classes=classes,
+    )
+    model = BertImgForPreTraining(sizes)
+    draw = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        one = 1.0 if name.endswith("LayerNorm.weight") else 0.0
+        parameter.data = one + 0.1 * torch.randn(parameter.shape, generator=draw)
+    return model, sizes
+
+
+def write(folder: Path, model: BertImgForPreTraining, sizes: Sizes) -> Path:
+    """The folder that its training script would have left."""
+    torch.save(model.state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / "config.json").write_text(json.dumps({**asdict(sizes), "hidden_act": "gelu", "torchscript": False}))
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in VOCABULARY))
+    return folder
+
+
+def random_batch(classes: int, rows: int = 6) -> Batch:
+    """Texts and regions of all lengths: the first row is full, the second as short as can be."""
+    draw = torch.Generator().manual_seed(3)
+
+    def numbers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=draw)
+
+    words, regions = numbers(TOKENS, rows) + 1, numbers(REGIONS, rows) + 1
+    words[0], regions[0], words[1], regions[1] = TOKENS, REGIONS, 3, 1
+    seen = torch.arange(TOKENS) < words[:, None]
+    chosen = seen & (torch.rand(rows, TOKENS, generator=draw) < 0.2)
+    chosen[:, 1] = True
+    batch = {
+        "input_ids": numbers(len(VOCABULARY), rows, TOKENS) * seen,
+        "token_type_ids": numbers(2, rows, TOKENS) * seen,
+        "attention_mask": seen,
+        "mlm_labels": numbers(len(VOCABULARY), rows, TOKENS).where(chosen, torch.tensor(IGNORED)),
+        "features": torch.randn(rows, REGIONS, FEATURES, generator=draw).half(),
+        "z": torch.rand(rows, REGIONS, 6, generator=draw),
+        "region_mask": torch.arange(REGIONS) < regions[:, None],
+        "match_labels": torch.arange(rows) % classes,
+    }
+    return Batch(**{f.name: batch.get(f.name, torch.zeros(rows, dtype=torch.int64)) for f in fields(Batch)})
+
+
+def reference_scores(model: BertImgForPreTraining, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores at the masked positions, of the pairs, and both losses."""
+    features = torch.cat([batch.features.float(), batch.z], -1)
+    seen = torch.cat([batch.attention_mask, batch.region_mask], 1).float()
+    words, pairs = model(batch.input_ids, batch.token_type_ids, seen, features)
+    labels = batch.mlm_labels.masked_fill(batch.mlm_labels == IGNORED, bert_img.IGNORED)
+    labels = torch.cat([labels, torch.full((len(labels), REGIONS), bert_img.IGNORED)], 1)
+    return words[labels != bert_img.IGNORED], pairs, *bert_img.losses(words, pairs, labels, batch.match_labels)
+
+
+def load(folder: Path) -> OscarForPreTraining:
+    model, line = build(open_init(str(folder)), FEATURES, seed=99)
+    assert line.endswith("random: none")
+    return model.eval()
+
+
+@pytest.mark.parametrize(("size", "norm", "classes"), CASES)
+def test_scores_losses_and_gradients_are_the_releases(tmp_path: Path, size: dict[str, int], norm: int, classes: int):
+    theirs, sizes = released(size, norm, classes)
+    ours, batch = load(write(tmp_path, theirs, sizes)), random_batch(classes)
+    expected = reference_scores(theirs, batch)
+    words, pairs = ours(batch)
+    outcome = evaluate(words, pairs, batch)
+    got = (words, pairs, outcome.mlm_loss, outcome.match_loss)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    outcome.loss.backward()
+    (expected[2] + expected[3]).backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert all(gradient.abs().max() > 1e-4 for name, gradient in gradients.items() if ".key.bias" not in name)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, gradients.pop(name), rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert not gradients
+
+
+@pytest.mark.parametrize(("size", "norm", "classes"), CASES)
+def test_the_weights_are_taken_as_they_are(tmp_path: Path, size: dict[str, int], norm: int, classes: int):
+    theirs, sizes = released(size, norm, classes)
+    ours = load(write(tmp_path, theirs, sizes)).state_dict()
+    assert list(ours) == list(theirs.state_dict())
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours[name], tensor), name
