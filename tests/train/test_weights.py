@@ -12,7 +12,8 @@ from transformers import BertForPreTraining, BertModel
 
 from oscar_common.errors import UsageError
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
-from oscar_train.weights import build, fill, modules, open_init, read_weights
+from oscar_train.state import TIED, WORDS, modules, read_weights
+from oscar_train.weights import build, fill, open_init
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,10 @@ def test_real_minilm_weights_fill_the_encoder(minilm: Path):
             assert torch.equal(ours[f"bert.{name}"], tensor), name
     assert model.config.num_hidden_layers == 6
     assert "22,899" in line
-    random = "bert.img_embedding, cls.predictions, cls.predictions.transform.LayerNorm, cls.predictions.transform.dense"
-    assert line.endswith(f"; random: {random}, cls.seq_relationship")
+    assert line.endswith(
+        "; random: bert.img_embedding (2 tensors), cls.predictions (1 tensor), cls.predictions.transform.LayerNorm "
+        "(2 tensors), cls.predictions.transform.dense (2 tensors), cls.seq_relationship (2 tensors)"
+    )
 
 
 def test_a_bert_with_heads_fills_all_but_the_regions(bert: Path):
@@ -50,7 +53,7 @@ def test_a_bert_with_heads_fills_all_but_the_regions(bert: Path):
     for name, tensor in model.state_dict().items():
         if "img_embedding" not in name:
             assert torch.equal(tensor, theirs[name]), name
-    assert line.endswith("random: bert.img_embedding")
+    assert line.endswith("parameters; random: bert.img_embedding (2 tensors)")
 
 
 def test_old_names_and_pickled_tensors_are_read(bert: Path, tmp_path: Path):
@@ -91,7 +94,8 @@ def oscar(classes: int = 2, image_norm: int = 0) -> dict[str, torch.Tensor]:
     config = oscar_config(random_config("tiny", 30522), 10)
     config.num_contrast_classes, config.use_img_layernorm = classes, image_norm
     torch.manual_seed(4)
-    return {name: torch.randn_like(tensor) for name, tensor in OscarForPreTraining(config).state_dict().items()}
+    state = {name: torch.randn_like(tensor) for name, tensor in OscarForPreTraining(config).state_dict().items()}
+    return state | {TIED: state[WORDS]}
 
 
 @pytest.mark.parametrize(("classes", "image_norm"), [(2, 0), (3, 1)])
@@ -138,6 +142,9 @@ def test_what_is_lost_extra_or_of_another_shape_is_listed(bert: Path, tmp_path: 
     weights = oscar(2) | {
         "classifier.weight": torch.zeros(3, 4),
         "bert.encoder.layer.7.output.dense.bias": torch.ones(2),
+        "bert.embeddings.position_ids": torch.arange(512)[None],
+        TIED: torch.zeros(30522, 128),  # not what it is a copy of elsewhere
+        "steps": torch.tensor(7),
     }
     for name in list(weights):
         if name.startswith(("bert.encoder.layer.1.", "bert.pooler")):
@@ -146,11 +153,50 @@ def test_what_is_lost_extra_or_of_another_shape_is_listed(bert: Path, tmp_path: 
     classes = ("matched", "wrong w", "wrong q")
     _, line = build(open_init(str(folder)), 12, seed=0, classes=classes, image_layernorm=True)
     assert line.split("; ")[1:] == [
-        "random: bert.LayerNorm, bert.encoder.layer.1 (16 tensors), bert.pooler.dense, cls.seq_relationship",
-        "random, as other shapes are in the file: bert.img_embedding.weight (here 128 x 18)",
-        "in the file and not used: bert.encoder.layer.7 (1 tensors), classifier",
+        "INCOMPLETE, random instead: bert.encoder.layer.1 (16 tensors)",
+        "random: bert.LayerNorm (2 tensors), bert.pooler.dense (2 tensors), cls.seq_relationship (2 tensors)",
+        "random, as the file has other shapes: bert.img_embedding.weight (file [128, 16], here [128, 18])",
+        "in the file and not used: bert.encoder.layer.7 (1 tensor), classifier (1 tensor), "
+        "cls.predictions.decoder (1 tensor), steps (1 tensor)",
     ]
     assert modules(f"a.layer.{n}.x" for n in (0, 1, 2, 5)) == ["a.layer.0-2,5 (4 tensors)"]
+
+
+def test_a_fine_tuned_oscar_brings_its_encoder(bert: Path, tmp_path: Path):
+    """ImageBertForSequenceClassification: a classifier, and no pre-training heads."""
+    weights = {name: tensor for name, tensor in oscar(2, 1).items() if name.startswith("bert.")}
+    extra = {"classifier.0.weight": torch.ones(2, 2), "classifier.2.bias": torch.ones(2)}
+    folder = saved(tmp_path / "m", bert, weights | extra, num_labels=3129, output_attentions=True, pruned_heads={})
+    model, line = build(open_init(str(folder)), feature_dim=10, seed=0, classes=("polluted", "matched"))
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in weights.items())
+    assert line.split("; ")[1:] == [
+        "random: cls.predictions (1 tensor), cls.predictions.transform.LayerNorm (2 tensors), "
+        "cls.predictions.transform.dense (2 tensors), cls.seq_relationship (2 tensors)",
+        "in the file and not used: classifier.0 (1 tensor), classifier.2 (1 tensor)",
+    ]
+
+
+def test_a_start_can_be_built_from_twice(bert: Path, tmp_path: Path):
+    start = open_init(str(saved(tmp_path / "m", bert, oscar())))
+    one, other = (build(start, 10, seed=0, classes=("polluted", "matched"))[0] for _ in range(2))
+    assert torch.equal(one.cls.seq_relationship.weight, other.cls.seq_relationship.weight)
+
+
+@pytest.mark.parametrize("form", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_weights_in_several_files_are_read(bert: Path, tmp_path: Path, form: str):
+    weights, files = load_file(bert / "model.safetensors"), {}
+    for number, name in enumerate(sorted(weights)):
+        files.setdefault(f"part-{number % 3}{Path(form[: -len('.index.json')]).suffix}", {})[name] = weights[name]
+    for file, part in files.items():
+        save_file(part, tmp_path / file) if file.endswith("safetensors") else torch.save(part, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+    (tmp_path / form).write_text(json.dumps(index))
+    read, whole = read_weights("x", tmp_path), read_weights("x", bert)
+    assert read.keys() == whole.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in whole.items())
+    (tmp_path / form).write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    with pytest.raises(UsageError, match=r"'../other.safetensors' is no name of a file beside it"):
+        read_weights("x", tmp_path)
 
 
 def test_our_checkpoints_text_side_opens_in_stock_transformers(bert: Path, tmp_path: Path):
@@ -207,6 +253,16 @@ def broken(bert: Path, folder: Path, how: str) -> str:
             config.write_text(json.dumps({**content, "max_position_embeddings": 20}))
         case "foreign vocabulary":
             (folder / "vocab.txt").write_text("a\nb\n")
+        case "quantised" | "twice" | "no words":
+            state = load_file(weights)
+            name = "bert.pooler.dense.weight"
+            if how == "quantised":
+                state[name] = state[name].char()
+            elif how == "twice":
+                state[f"module.{name}"] = torch.zeros(1)
+            else:
+                del state[WORDS]
+            save_file(state, weights)
     return str(folder)
 
 
@@ -214,7 +270,7 @@ def broken(bert: Path, folder: Path, how: str) -> str:
     ("how", "message"),
     [
         ("no config", "has no config.json"),
-        ("no weights", "has neither of model.safetensors, pytorch_model.bin"),
+        ("no weights", "has none of model.safetensors, model.safetensors.index.json, pytorch_model.bin"),
         ("cut weights", "model.safetensors cannot be read"),
         ("no JSON", "config.json cannot be read"),
         ("no BERT", "a gpt2 model; only BERT"),
@@ -223,6 +279,9 @@ def broken(bert: Path, folder: Path, how: str) -> str:
         ("large vocabulary", "the shipped vocabulary has 30522 entries, its weights 31102"),
         ("few positions", "20 positions and 2 token types; Oscar needs 35 and 2"),
         ("foreign vocabulary", "it is not BERT's"),
+        ("quantised", "bert.pooler.dense.weight is torch.int8; give weights that are not quantised"),
+        ("twice", "has bert.pooler.dense.weight under two names"),
+        ("no words", "not those of a BERT"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(bert: Path, tmp_path: Path, how: str, message: str):
