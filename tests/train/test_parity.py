@@ -11,6 +11,9 @@ from peers import bert_img
 from peers.bert_img import BertImgForPreTraining, Sizes
 from torch import Tensor
 
+from oscar_common.settings import Train
+from oscar_train import checkpoint
+from oscar_train.export import export
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objective import evaluate
 from oscar_train.stream import Batch
@@ -116,9 +119,18 @@ def test_scores_losses_and_gradients_are_the_releases(tmp_path: Path, size: dict
 
 
 @pytest.mark.parametrize(("size", "norm", "classes"), CASES)
-def test_the_weights_are_taken_as_they_are(tmp_path: Path, size: dict[str, int], norm: int, classes: int):
+def test_the_weights_come_back_unchanged(tmp_path: Path, size: dict[str, int], norm: int, classes: int):
+    """From its folder into our model, from there into a checkpoint, and from that into a folder for it."""
     theirs, sizes = released(size, norm, classes)
-    ours = load(write(tmp_path, theirs, sizes)).state_dict()
-    assert list(ours) == list(theirs.state_dict())
+    start = open_init(str(write(tmp_path, theirs, sizes)))
+    ours, _ = build(start, FEATURES, seed=99)
+    run = {**checkpoint.identity(Train()), "corpus": "abc"}
+    checkpoint.save(tmp_path / "run", 1, run, ours, torch.optim.SGD(ours.parameters()), start.tokenizer)
+    export(tmp_path / "run", "oscar", tmp_path / "out", overwrite=False)
+    state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert list(state) == list(theirs.state_dict())
     for name, tensor in theirs.state_dict().items():
-        assert torch.equal(ours[name], tensor), name
+        assert torch.equal(state[name], tensor), name
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == (tmp_path / "vocab.txt").read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == config | asdict(sizes)

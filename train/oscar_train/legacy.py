@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
+from torch.serialization import INT_SIZE, LONG_SIZE, MAGIC_NUMBER, PROTOCOL_VERSION, SHORT_SIZE
 
 PICKLE = 2  # the protocol
-SIZES = {name: struct.calcsize(f"={name[0]}") for name in ("short", "int", "long")}
+SIZES = {"short": SHORT_SIZE, "int": INT_SIZE, "long": LONG_SIZE}
 
 
 def write_tensors(path: Path, tensors: "OrderedDict[str, Tensor]") -> None:
@@ -30,7 +30,7 @@ def write_tensors(path: Path, tensors: "OrderedDict[str, Tensor]") -> None:
         def persistent_id(self, thing: Any) -> tuple[object, ...] | None:
             if not isinstance(thing, torch.TypedStorage):
                 return None
-            address = thing.data_ptr()
+            address = thing._untyped_storage.data_ptr()  # that of TypedStorage warns
             return "storage", torch.FloatStorage, keys[address], "cpu", stored[address].numel(), None
 
     machine = {"protocol_version": PROTOCOL_VERSION, "little_endian": sys.byteorder == "little", "type_sizes": SIZES}

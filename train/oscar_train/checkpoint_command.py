@@ -1,0 +1,96 @@
+"""The command `oscar-checkpoint`: look at checkpoints, and write them for others."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from oscar_common import __version__
+from oscar_common.cli import run
+
+HELP = """Look at checkpoints, and write them for others.
+
+FOLDER is a checkpoint of oscar-train, a run (its newest whole checkpoint counts), an export, or a folder of an Oscar,
+VinVL or BERT model.
+"""
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  oscar-checkpoint {line}" for line in lines)
+
+
+class _Folder(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A path; whether it is there is for the command to say, with what to give instead."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(value)
+
+
+FOLDER = _Folder()
+folder = click.argument("path", metavar="FOLDER", type=FOLDER)
+
+
+@click.group(
+    help=HELP,
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+    epilog=_examples(
+        "show run",
+        "export run --format oscar --out exported",
+        "export exported --format hf --out back",
+    ),
+)
+@click.version_option(__version__)
+def command() -> None:
+    """Group the commands."""
+
+
+@command.command(epilog=_examples("show run", "show run/checkpoint-000200", "show vinvl/checkpoint-2000000"))
+@folder
+def show(path: Path) -> None:
+    """Say what a model is: step, sizes, features, classes, whether it is whole, and what it lacks or has too much.
+
+    A checkpoint's files are compared with their sizes and hashes; exit 1 if one differs.
+    """
+    from oscar_train.export import describe, find
+
+    print("\n".join(describe(find(path))))
+
+
+@command.command(
+    epilog=_examples(
+        "export run --format oscar --out exported",
+        "export run/checkpoint-000200 --format hf --out hf --overwrite",
+        "export vinvl/checkpoint-2000000 --format hf --out vinvl-hf",
+    )
+)
+@folder
+@click.option(
+    "--format",
+    type=click.Choice(("oscar", "hf")),
+    required=True,
+    help="oscar: pytorch_model.bin, config.json and vocab.txt, for microsoft/Oscar's fine-tuning. hf: the files that "
+    "Hugging Face has; transformers opens the text side.",
+)
+@click.option("--out", type=FOLDER, required=True, help="Folder for the files.")
+@click.option("--overwrite", is_flag=True, help="Replace an export in --out.")
+def export(path: Path, format: str, out: Path, overwrite: bool) -> None:
+    """Write a model in another form; its weights stay the same to the bit, and --init takes either form."""
+    from oscar_train.export import export as write
+    from oscar_train.state import modules
+
+    model = write(path, format, out, overwrite)
+    print(f"{out}: {model.parameters:,} parameters of {model.folder}")
+    for what, names in (("not in it, as the source has none", model.lost), ("left out", model.extra)):
+        if names:
+            print(f"{what}: {', '.join(modules(names))}")
+
+
+def main() -> None:
+    """Run the command."""
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

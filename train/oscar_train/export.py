@@ -1,0 +1,226 @@
+"""Models on disk: found, described, and written for others: microsoft/Oscar's fine-tuning, and Hugging Face."""
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import BertConfig
+
+from oscar_common.errors import OperationError, UsageError
+from oscar_common.files import replacing_folder
+from oscar_train import checkpoint, run_folder
+from oscar_train.arguments import CHECKPOINT
+from oscar_train.checkpoint import Checkpoint
+from oscar_train.legacy import write_tensors
+from oscar_train.model import oscar_config
+from oscar_train.regions import BOX
+from oscar_train.sources import warn
+from oscar_train.state import IMAGE_NORM, PICKLED, REGIONS, SAFETENSORS, TIED, WEIGHTS, WORDS, fitting, modules, shapes
+from oscar_train.tokens import FILES, Tokenizer
+from oscar_train.weights import classes_of, open_folder, read
+
+CONFIG = "config.json"
+RELEASED = 2048  # features of a region in Oscar's releases
+BERT = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size"),
+    *("initializer_range", "layer_norm_eps"),
+)
+OSCAR = ("img_feature_dim", "img_feature_type", "use_img_layernorm", "img_layer_norm_eps", "num_contrast_classes")
+FIXED: dict[str, object] = {
+    "finetuning_task": None,
+    "num_labels": 2,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "pruned_heads": {},
+    "torchscript": False,
+}
+INSTEAD = "free some space, or give another --out"
+ACTIVATIONS = ("gelu", "relu", "swish")  # that its code knows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model on disk.
+
+    made: the checkpoint of this project that it is, if it is one. tensors: those that Oscar has, under its names and in
+    its order, of any floating-point type; the tied one is the word embedding. lost, extra: names of those that Oscar
+    has and the file lacks, and of those that only the file has.
+    """
+
+    folder: Path
+    made: Checkpoint | None
+    config: BertConfig
+    tokenizer: Tokenizer
+    tensors: "OrderedDict[str, Tensor]"
+    lost: list[str]
+    extra: list[str]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has; the tied ones once."""
+        return sum(tensor.numel() for name, tensor in self.tensors.items() if name != TIED)
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether it is an Oscar, and not a BERT."""
+        return f"{REGIONS}.weight" in self.tensors
+
+
+def find(path: Path) -> Model:
+    """Read a model folder, or the newest whole checkpoint of a run folder.
+
+    Raises:
+        UsageError: neither is there, or it is no BERT.
+        OperationError: it is a checkpoint that is not whole.
+    """
+    made, place = _checkpoint(path), f"FOLDER {path}"
+    folder = path if made is None else made.folder
+    start = open_folder(str(path), folder, place)
+    config, weights = read(start)
+    config = oscar_config(config, (config.img_feature_dim if f"{REGIONS}.weight" in weights else RELEASED + BOX) - BOX)
+    expected = shapes(config)
+    taken = fitting(weights, expected, place) | {TIED: weights[WORDS]}
+    return Model(
+        folder=folder,
+        made=made,
+        config=config,
+        tokenizer=start.tokenizer,
+        tensors=OrderedDict((name, taken[name]) for name in expected if name in taken),
+        lost=[name for name in expected if name not in taken],
+        extra=[name for name in weights if name not in taken or name == TIED],
+    )
+
+
+def describe(model: Model) -> list[str]:
+    """Say what a model is, a line each."""
+    config: Any = model.config
+    has_norm = f"{IMAGE_NORM}.weight" in model.tensors
+    entries = {
+        "format": _format(model),
+        "step": "unknown" if model.made is None else f"{model.made.step:,}",
+        "parameters": f"{model.parameters:,}",
+        "sizes": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads, "
+        f"inner {config.intermediate_size}, {config.max_position_embeddings} positions",
+        "features": f"{config.img_feature_dim - BOX} and {BOX} of the box" if model.has_regions else "none",
+        "image norm": f"LayerNorm, eps {config.img_layer_norm_eps:g}" if has_norm else "none",
+        "classes": _classes(config),
+        "vocabulary": f"{model.tokenizer.size:,} entries, {config.vocab_size:,} rows",
+        "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.tensors.values()})),
+        "whole": "unknown: only oscar-train's checkpoints have seals"
+        if model.made is None
+        else "yes, by size and hash",
+        "missing": ", ".join(modules(model.lost)) or "none",
+        "extra": ", ".join(modules(model.extra)) or "none",
+    }
+    return [f"{name:<12}{value}" for name, value in entries.items()]
+
+
+def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
+    """Write a model as `format`, oscar or hf, to a new folder; nothing that it lacks is made up.
+
+    Raises:
+        UsageError: there is no model, something is in `out`, or the format has no place for it.
+        OperationError: the disk is full; nothing is left in `out`.
+    """
+    _check_out(out, overwrite)
+    model = find(path)
+    if out.exists() and out.samefile(model.folder):
+        raise UsageError(f"--out {out}: the model itself; give another --out")
+    if format == "oscar" and model.config.hidden_act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UsageError(f"--format oscar: microsoft/Oscar has no {model.config.hidden_act} (known: {known}); give hf")
+    tensors = OrderedDict((name, tensor.float().contiguous()) for name, tensor in model.tensors.items())
+    write = {"oscar": _write_oscar, "hf": _write_hf}[format]
+    try:
+        with replacing_folder(out) as folder:
+            write(folder, model, tensors)
+    except OSError as error:
+        kind = UsageError if isinstance(error, PermissionError | NotADirectoryError) else OperationError
+        raise kind(f"--out {out}: cannot be written: {error.strerror}; {INSTEAD}") from None
+    except Exception as error:  # what safetensors and tokenizers make of a full disk
+        raise OperationError(f"--out {out}: cannot be written: {str(error).splitlines()[0]}; {INSTEAD}") from None
+    return model
+
+
+def _checkpoint(path: Path) -> Checkpoint | None:
+    """Return the checkpoint that a folder is, or the newest whole one that it has; None if it is another model's."""
+    if not path.is_dir():
+        raise UsageError(f"FOLDER {path}: no such folder; give that of a model or of a run")
+    if (path / CONFIG).is_file() or (path / checkpoint.RECORD).is_file():
+        return _whole(path) if (path / checkpoint.RECORD).is_file() else None
+    if any(path.glob(f"{CHECKPOINT}*")):
+        try:
+            made, damages = checkpoint.newest(path)
+        except UsageError:
+            see = f"see: oscar-checkpoint show {path}/{CHECKPOINT}*"
+            raise OperationError(f"FOLDER {path}: none of its checkpoints is whole; {see}") from None
+        for damage in damages:
+            warn(damage)
+        return made
+    what = "a run without any checkpoint yet" if (path / run_folder.FILE).is_file() else "neither a model nor a run"
+    raise UsageError(f"FOLDER {path}: {what}; give a folder with {CONFIG} or {CHECKPOINT}*")
+
+
+def _whole(path: Path) -> Checkpoint:
+    try:
+        return checkpoint._whole(path)
+    except ValueError as error:
+        raise OperationError(f"FOLDER {path}: is damaged ({error}); give another checkpoint of the run") from None
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refuse to write over anything but an export, and over that only if it is wanted."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: a file; give a folder")
+    names = {found.name for found in out.iterdir()} if out.exists() else set()
+    if not names:
+        return
+    if not overwrite:
+        raise UsageError(f"--out {out}: not empty; give another --out, or --overwrite")
+    foreign = sorted(names - {CONFIG, SAFETENSORS, PICKLED, *FILES})
+    if foreign or CONFIG not in names or not names & {SAFETENSORS, PICKLED}:
+        what = f"{foreign[0]} is in it" if foreign else f"no {CONFIG} or no weights in it"
+        raise UsageError(f"--overwrite: {out} is no export ({what}); delete it, or give another --out")
+
+
+def _write_oscar(folder: Path, model: Model, tensors: "OrderedDict[str, Tensor]") -> None:
+    """Write what microsoft/Oscar's `from_pretrained` reads. Tied weights are written once, as torch saves them."""
+    config = {name: getattr(model.config, name) for name in (*BERT, *OSCAR)}
+    if named := getattr(model.config, "contrast_classes", None):
+        config["contrast_classes"] = named
+    (folder / CONFIG).write_text(json.dumps({**config, **FIXED}, indent=2, sort_keys=True) + "\n")
+    _write_vocabulary(folder, model.tokenizer)
+    write_tensors(folder / PICKLED, tensors)
+
+
+def _write_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write vocab.txt and whether letters become small; of today's other entries that code takes none."""
+    entries = sorted(tokenizer.backend.get_vocab().items(), key=lambda entry: entry[1])
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in entries), encoding="utf-8")
+    lower = bool(tokenizer.backend.init_kwargs.get("do_lower_case", True))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}) + "\n")
+
+
+def _write_hf(folder: Path, model: Model, tensors: "OrderedDict[str, Tensor]") -> None:
+    """Write what a checkpoint has but for its optimizer. Tied weights are written twice: shared ones are refused."""
+    model.config.to_json_file(folder / CONFIG, use_diff=False)
+    model.tokenizer.save(folder)
+    save_file(tensors | {TIED: tensors[TIED].clone()}, folder / SAFETENSORS, metadata={"format": "pt"})
+
+
+def _format(model: Model) -> str:
+    if model.made is not None:
+        return "checkpoint of oscar-train"
+    file = next(name for name in WEIGHTS if (model.folder / name).is_file())
+    return f"{'Oscar' if model.has_regions else 'BERT, without regions'}, in {file}"
+
+
+def _classes(config: Any) -> str:
+    names = ", ".join(classes_of(config)) or "of unknown names"
+    told = "" if getattr(config, "contrast_classes", None) else ", as in the releases"
+    return f"{config.num_contrast_classes} ({names}{told})"
