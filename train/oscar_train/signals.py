@@ -1,5 +1,6 @@
 """Signals that end a run early: SIGTERM and SIGUSR1 of schedulers, SIGINT of people."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +9,14 @@ from types import FrameType
 from oscar_common.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-IMPATIENT = 3  # so many Ctrl-C end a run at once (torchrun passes on each one that the terminal has sent already)
 
 
 class Stop:
     """What has arrived. Outside `deferred`, a signal ends what is going on at once, by an exception."""
 
     def __init__(self) -> None:
+        # So many Ctrl-C end a run at once; torchrun passes each one on that the terminal has sent to all
+        self._impatient = 2 if int(os.environ.get("WORLD_SIZE", 1)) == 1 else 3
         self._arrived: list[signal.Signals] = []
         self._defers = False
 
@@ -37,7 +39,7 @@ class Stop:
         self._arrived.append(signal.Signals(number))
         if not self._defers:
             raise Stopped("before the first step; the same command again continues", self._arrived[0])
-        if self._arrived.count(signal.SIGINT) == IMPATIENT:
+        if self._arrived.count(signal.SIGINT) >= self._impatient:
             raise Stopped("at once; the same command again continues from the last checkpoint", self._arrived[0])
 
 
