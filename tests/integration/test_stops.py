@@ -7,11 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from running import ENVIRONMENT, finish, has_row, launch, rows, wait
 from small_shards import make_samples, write_folder
+from support import train
 
 SETTINGS = ("--init", "random:tiny", "--batch-size", "8", "--lr", "1e-3", "--device", "cpu", "--steps", "12")
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def complete(*arguments: object) -> str:
+    """Train to the end, in this process."""
+    done = train(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +36,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(launch("--shards", shards, "--out", out, *SETTINGS, "--checkpoint-every", "4"))
+    complete("--shards", shards, "--out", out, *SETTINGS, "--checkpoint-every", "4")
     return out
 
 
@@ -44,7 +58,7 @@ def assert_same(out: Path, other: Path) -> None:
         assert (out / "checkpoint-000012" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_in_a_step_or_a_checkpoint_saves_and_goes_on_exactly(
     shards: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ):
@@ -56,7 +70,7 @@ def test_a_signal_in_a_step_or_a_checkpoint_saves_and_goes_on_exactly(
     line = stop(out, shards, number, lambda: (out / f".tmp-checkpoint-{step:06d}").exists())
     assert f"stopped by {number.name} after step {step}, which is saved" in line
     moved = Path(shutil.move(out, tmp_path / "moved"))
-    finish(launch("--resume", moved, cwd=tmp_path))
+    complete("--resume", moved)
     assert_same(moved, undisturbed)
 
 
@@ -71,18 +85,21 @@ def test_a_signal_while_token_ids_are_made_leaves_nothing_half(shards: Path, und
     assert "error: stopped by SIGTERM " in errors
     assert not list(corpora.glob(".tmp-*"))
     assert not list(out.glob("*/trainer.json")) or "after step" in errors
-    finish(launch("--shards", shards, "--out", out, *SETTINGS, "--checkpoint-every", "4", env=environment))
+    complete("--shards", shards, "--out", out, *SETTINGS, "--checkpoint-every", "4", "--cache", corpora.parent)
     assert_same(out, undisturbed)
 
 
-def test_a_run_and_its_shards_moved_together_go_on_with_resume_alone(shards: Path, undisturbed: Path, tmp_path: Path):
+def test_a_run_and_its_shards_moved_together_go_on_with_resume_alone(
+    shards: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(shards, here / "shards")
-    finish(launch("--shards", "shards", "--out", "run", *SETTINGS, "--checkpoint-every", "4", cwd=here.resolve()))
+    monkeypatch.chdir(here)
+    complete("--shards", "shards", "--out", "run", *SETTINGS, "--checkpoint-every", "4")
+    monkeypatch.chdir(tmp_path)
     shutil.rmtree(here / "run" / "checkpoint-000012")
     here.rename(there)
-    printed, _ = finish(launch("--resume", there / "run", cwd=tmp_path))
-    assert "going on after step 8 of 12" in printed
+    assert "going on after step 8 of 12" in complete("--resume", there / "run")
     assert_same(there / "run", undisturbed)
 
 
