@@ -44,7 +44,7 @@ def released(size: dict[str, int], norm: int, classes: int) -> tuple[BertImgForP
     draw = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         one = 1.0 if name.endswith("LayerNorm.weight") else 0.0
-        parameter.data = one + 0.1 * torch.randn(parameter.shape, generator=draw)
+        parameter.data = one + 0.06 * torch.randn(parameter.shape, generator=draw)
     return model, sizes
 
 
