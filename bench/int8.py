@@ -37,7 +37,7 @@ from oscar_shards.manifest import Layout, write_manifest
 from oscar_shards.quantise import dequantise, quantise
 from oscar_shards.read import ShardFolder, open_folder, read_samples
 from oscar_shards.write import write_shard
-from oscar_train.objective import evaluate
+from oscar_train.losses import evaluate
 from oscar_train.stream import open_stream
 from oscar_train.weights import build, open_init
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu, layer_norm
 from transformers import BertConfig
 
+from oscar_train.losses import evaluate
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
-from oscar_train.objective import evaluate
 from oscar_train.stream import Batch, Stream
 from oscar_train.triples import IGNORED
 

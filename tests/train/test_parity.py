@@ -14,8 +14,8 @@ from torch import Tensor
 from oscar_common.settings import Train
 from oscar_train import checkpoint
 from oscar_train.export import export
+from oscar_train.losses import evaluate
 from oscar_train.model import OscarForPreTraining
-from oscar_train.objective import evaluate
 from oscar_train.stream import Batch
 from oscar_train.triples import IGNORED
 from oscar_train.weights import build, open_init

@@ -143,7 +143,7 @@ def newest(out: Path) -> tuple[Checkpoint | None, list[str]]:
     damages: list[str] = []
     for folder in sorted(out.glob(f"{CHECKPOINT}*"), key=lambda f: (len(f.name), f.name), reverse=True):
         try:
-            return _whole(folder), damages
+            return whole(folder), damages
         except ValueError as error:
             damages.append(f"{folder} is damaged ({error})")
     if damages:
@@ -218,7 +218,7 @@ def read(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         raise ValueError(f"{RECORD} is missing or unreadable") from None
 
 
-def _whole(folder: Path) -> Checkpoint:
+def whole(folder: Path) -> Checkpoint:
     """Read a checkpoint's record and compare each file with it; ValueError says what is wrong."""
     made, files = read(folder)
     for name, seal in files.items():

@@ -168,7 +168,7 @@ def _checkpoint(path: Path) -> Checkpoint | None:
 
 def _whole(path: Path) -> Checkpoint:
     try:
-        return checkpoint._whole(path)
+        return checkpoint.whole(path)
     except ValueError as error:
         raise OperationError(f"FOLDER {path}: is damaged ({error}); give another checkpoint of the run") from None
 

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from oscar_common.settings import Train
+from oscar_train.losses import counts, outcome, sums
 from oscar_train.model import OscarForPreTraining
-from oscar_train.objective import counts, outcome, sums
 from oscar_train.objectives import choose_objective
 from oscar_train.ranks import Ranks
 from oscar_train.stream import Batch
