@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig
@@ -15,7 +17,6 @@ from oscar_common.files import replacing_folder
 from oscar_train import checkpoint, run_folder
 from oscar_train.arguments import CHECKPOINT
 from oscar_train.checkpoint import Checkpoint
-from oscar_train.legacy import write_tensors
 from oscar_train.model import oscar_config
 from oscar_train.regions import BOX
 from oscar_train.sources import warn
@@ -134,7 +135,9 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
     if format == "oscar" and model.config.hidden_act not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UsageError(f"--format oscar: microsoft/Oscar has no {model.config.hidden_act} (known: {known}); give hf")
-    tensors = OrderedDict((name, tensor.float().contiguous()) for name, tensor in model.tensors.items())
+    # Copies, as torch saves all of a memory of which a tensor may be a part
+    tensors = OrderedDict((name, tensor.float().contiguous().clone()) for name, tensor in model.tensors.items())
+    tensors[TIED] = tensors[WORDS]
     write = {"oscar": _write_oscar, "hf": _write_hf}[format]
     try:
         with replacing_folder(out) as folder:
@@ -142,8 +145,8 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
     except OSError as error:
         kind = UsageError if isinstance(error, PermissionError | NotADirectoryError) else OperationError
         raise kind(f"--out {out}: cannot be written: {error.strerror}; {INSTEAD}") from None
-    except Exception as error:  # what safetensors and tokenizers make of a full disk
-        raise OperationError(f"--out {out}: cannot be written: {str(error).splitlines()[0]}; {INSTEAD}") from None
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        raise OperationError(f"--out {out}: cannot be written: {' '.join(str(error).split())}; {INSTEAD}") from None
     return model
 
 
@@ -195,7 +198,7 @@ def _write_oscar(folder: Path, model: Model, tensors: "OrderedDict[str, Tensor]"
         config["contrast_classes"] = named
     (folder / CONFIG).write_text(json.dumps({**config, **FIXED}, indent=2, sort_keys=True) + "\n")
     _write_vocabulary(folder, model.tokenizer)
-    write_tensors(folder / PICKLED, tensors)
+    torch.save(tensors, folder / PICKLED, pickle_protocol=2, _use_new_zipfile_serialization=False)
 
 
 def _write_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:

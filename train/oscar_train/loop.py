@@ -160,6 +160,7 @@ def _train(run: Run, last: Checkpoint | None, stop: Stop) -> None:
             if step % run.settings.checkpoint_every == 0 or step == steps or result.stopped:
                 _save(run, step)
                 if step < steps and (result.stopped or (stop.cause and run.shop.ranks.size == 1)):
+                    run.shop.ranks.gather()
                     saved = f"after step {step}, which is saved; the same command again continues"
                     raise Stopped(saved, stop.cause or signal.SIGTERM)  # it may have reached other ranks alone
             lap = time.monotonic()

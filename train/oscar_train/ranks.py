@@ -31,6 +31,10 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def gather(self) -> None:
+        """Wait until all ranks are here; when one goes, torchrun ends the others."""
+        self.total(torch.zeros(1, device=self.device))
+
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
