@@ -10,7 +10,7 @@ from small_shards import make_samples, write_folder
 from oscar_common.sample import Sample
 from oscar_train.corpus import Corpus
 from oscar_train.stream import Stream, open_stream
-from oscar_train.tokens import Tokenizer, load_tokenizer
+from oscar_train.texts.tokens import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)

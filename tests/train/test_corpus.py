@@ -16,11 +16,11 @@ from support import until
 from oscar_common.errors import UsageError
 from oscar_common.sample import Sample, Text
 from oscar_train.corpus import META, Corpus, open_corpus
-from oscar_train.phrases import CAPTION, MAX_TEXT, MAX_W, QA
-from oscar_train.ragged import Ragged, concatenated, ragged
-from oscar_train.sets import set_of
 from oscar_train.sources import open_source
-from oscar_train.tokens import Tokenizer
+from oscar_train.texts.phrases import CAPTION, MAX_TEXT, MAX_W, QA
+from oscar_train.texts.ragged import Ragged, concatenated, ragged
+from oscar_train.texts.sets import set_of
+from oscar_train.texts.tokens import Tokenizer
 
 
 def load(folder: Path, tokenizer: Tokenizer, cache: Path, skip_corrupt: bool = False) -> Corpus:
@@ -151,7 +151,7 @@ import sys
 from pathlib import Path
 from oscar_train.corpus import open_corpus
 from oscar_train.sources import open_source
-from oscar_train.tokens import load_tokenizer
+from oscar_train.texts.tokens import load_tokenizer
 print(open_corpus([open_source(sys.argv[1], False)], load_tokenizer(None), Path(sys.argv[2])).fingerprint)
 """
 

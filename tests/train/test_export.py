@@ -23,7 +23,7 @@ from oscar_train import checkpoint
 from oscar_train.checkpoint_command import command
 from oscar_train.model import random_config
 from oscar_train.state import WORDS
-from oscar_train.tokens import Tokenizer
+from oscar_train.texts.tokens import Tokenizer
 from oscar_train.weights import build, open_init
 
 oscar_checkpoint = partial(run_here, command)

@@ -10,8 +10,8 @@ from transformers import BertConfig
 
 from oscar_train.losses import evaluate
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
+from oscar_train.sampling.triples import IGNORED
 from oscar_train.stream import Batch, Stream
-from oscar_train.triples import IGNORED
 
 VOCABULARY = 30522
 

@@ -15,15 +15,15 @@ from small_shards import make_samples, write_folder
 from oscar_common.sample import Sample, Text
 from oscar_common.settings import Train
 from oscar_train.corpus import Corpus
-from oscar_train.draws import SAMPLE, words
-from oscar_train.negatives import TRIES, make_pools, replaced
 from oscar_train.objectives import TABLE, Objective, choose_objective, choose_tags
-from oscar_train.phrases import CAPTION
-from oscar_train.sides import Sides
+from oscar_train.sampling.draws import SAMPLE, words
+from oscar_train.sampling.negatives import TRIES, make_pools, replaced
+from oscar_train.sampling.sides import Sides
+from oscar_train.sampling.triples import _CANDIDATES, _PART, _WIDTH, IGNORED, assemble
 from oscar_train.stream import open_stream
-from oscar_train.tags import TagRule
-from oscar_train.tokens import Tokenizer, load_tokenizer
-from oscar_train.triples import _CANDIDATES, _PART, _WIDTH, IGNORED, assemble
+from oscar_train.texts.phrases import CAPTION
+from oscar_train.texts.tags import TagRule
+from oscar_train.texts.tokens import Tokenizer, load_tokenizer
 
 ROWS = 400
 # How often w and q are replaced, the labels of matched, wrong w and wrong q, and what replaces a text

@@ -16,8 +16,8 @@ from oscar_train import checkpoint
 from oscar_train.export import export
 from oscar_train.losses import evaluate
 from oscar_train.model import OscarForPreTraining
+from oscar_train.sampling.triples import IGNORED
 from oscar_train.stream import Batch
-from oscar_train.triples import IGNORED
 from oscar_train.weights import build, open_init
 
 FEATURES, TOKENS, REGIONS = 18, 35, 50

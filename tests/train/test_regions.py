@@ -17,10 +17,10 @@ from oscar_common.sample import Sample
 from oscar_shards.quantise import dequantise, quantise
 from oscar_shards.read import open_folder
 from oscar_train.corpus import Corpus
-from oscar_train.regions import MAX_REGIONS, RegionReader, Slots, make_slots
+from oscar_train.reading.regions import MAX_REGIONS, RegionReader, Slots, make_slots
+from oscar_train.reading.tars import Tars
+from oscar_train.sampling.triples import IGNORED
 from oscar_train.stream import Stream, open_stream
-from oscar_train.tars import Tars
-from oscar_train.triples import IGNORED
 
 
 def slots(size: int) -> Slots:

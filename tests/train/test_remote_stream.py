@@ -30,10 +30,10 @@ from oscar_common.errors import OperationError, UsageError
 from oscar_shards import remote, retries
 from oscar_shards.cache import FOLDER, ShardCache, cost
 from oscar_shards.index import SIZE, index_path, load_index, write_index
-from oscar_train import fetches
+from oscar_train.reading import fetches
+from oscar_train.reading.tars import check_window
+from oscar_train.sampling.triples import IGNORED
 from oscar_train.stream import Batch, Stream, open_stream
-from oscar_train.tars import check_window
-from oscar_train.triples import IGNORED
 
 IMAGES, EACH = 40, 4
 SHARDS = IMAGES // EACH

@@ -18,13 +18,13 @@ from small_shards import make_samples, write_folder
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.sample import Sample
 from oscar_train.corpus import Corpus
-from oscar_train.draws import SAMPLE, words
-from oscar_train.negatives import make_pools, replaced
 from oscar_train.objectives import MATCHED, OSCAR, TABLE
+from oscar_train.sampling.draws import SAMPLE, words
+from oscar_train.sampling.negatives import make_pools, replaced
+from oscar_train.sampling.triples import _CANDIDATES, _PART, _WIDTH, IGNORED
 from oscar_train.stream import Batch, Stream, open_stream
-from oscar_train.tags import TagRule
-from oscar_train.tokens import Tokenizer
-from oscar_train.triples import _CANDIDATES, _PART, _WIDTH, IGNORED
+from oscar_train.texts.tags import TagRule
+from oscar_train.texts.tokens import Tokenizer
 
 STEPS = 30
 Copy = dict[str, torch.Tensor]

@@ -25,7 +25,7 @@ from oscar_train.arguments import CHECKPOINT
 from oscar_train.guard import Guard
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import choose_objective
-from oscar_train.tokens import Tokenizer
+from oscar_train.texts.tokens import Tokenizer
 
 RECORD = "trainer.json"
 DECISIVE = (

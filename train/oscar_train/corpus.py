@@ -20,12 +20,12 @@ import numpy.typing as npt
 
 from oscar_common.errors import UsageError
 from oscar_common.files import TEMPORARY, hold, release, replacing_folder
-from oscar_train.arrays import digest, mapped, seal
-from oscar_train.collection import collect
-from oscar_train.ragged import Ints, Ragged
 from oscar_train.sources import FLAG, Source, warn
-from oscar_train.tags import DETECTED, TagRule
-from oscar_train.tokens import Tokenizer
+from oscar_train.texts.arrays import digest, mapped, seal
+from oscar_train.texts.collection import collect
+from oscar_train.texts.ragged import Ints, Ragged
+from oscar_train.texts.tags import DETECTED, TagRule
+from oscar_train.texts.tokens import Tokenizer
 
 FORMAT = 2
 META = "corpus.json"

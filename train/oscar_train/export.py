@@ -18,10 +18,10 @@ from oscar_train import checkpoint, run_folder
 from oscar_train.arguments import CHECKPOINT
 from oscar_train.checkpoint import Checkpoint
 from oscar_train.model import oscar_config
-from oscar_train.regions import BOX
+from oscar_train.reading.regions import BOX
 from oscar_train.sources import warn
 from oscar_train.state import IMAGE_NORM, PICKLED, REGIONS, SAFETENSORS, TIED, WEIGHTS, WORDS, fitting, modules, shapes
-from oscar_train.tokens import FILES, Tokenizer
+from oscar_train.texts.tokens import FILES, Tokenizer
 from oscar_train.weights import classes_of, open_folder, read
 
 CONFIG = "config.json"

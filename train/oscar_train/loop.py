@@ -22,8 +22,8 @@ from oscar_train.signals import Stop
 from oscar_train.sources import Source, warn
 from oscar_train.step import Result, Workshop, gradient, open_workshop, rate, rehearse, update
 from oscar_train.stream import Stream, open_stream
-from oscar_train.tags import TagRule, tag_rule
-from oscar_train.tokens import Tokenizer
+from oscar_train.texts.tags import TagRule, tag_rule
+from oscar_train.texts.tokens import Tokenizer
 from oscar_train.weights import build, open_init
 
 NOTHING = 20  # steps without any image after which a run ends

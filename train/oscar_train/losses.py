@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from oscar_train.sampling.triples import IGNORED
 from oscar_train.stream import Batch
-from oscar_train.triples import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True)

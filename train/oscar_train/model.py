@@ -15,9 +15,9 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, 
 
 from oscar_train.arguments import SIZES
 from oscar_train.dropout import Seeds, TripleDropout
-from oscar_train.regions import BOX
+from oscar_train.reading.regions import BOX
+from oscar_train.sampling.triples import IGNORED
 from oscar_train.stream import Batch
-from oscar_train.triples import IGNORED
 
 ATTENTION = "triples"  # the name under which transformers finds `attend`
 

@@ -17,7 +17,7 @@ from oscar_shards.retries import Gone, RemoteError
 from oscar_shards.samples import entries
 from oscar_shards.tar import Window, members
 from oscar_shards.url import local_path
-from oscar_train.arrays import digest
+from oscar_train.texts.arrays import digest
 
 FLAG = "--shards"
 INDEX_LIMIT = 1 << 30  # bytes of an index that is fetched

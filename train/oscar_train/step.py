@@ -16,8 +16,8 @@ from oscar_train.losses import counts, outcome, sums
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import choose_objective
 from oscar_train.ranks import Ranks
+from oscar_train.sampling.triples import MASK_RATE, MAX_TOKENS
 from oscar_train.stream import Batch
-from oscar_train.triples import MASK_RATE, MAX_TOKENS
 
 
 @dataclass(frozen=True)

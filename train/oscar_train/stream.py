@@ -18,18 +18,18 @@ from torch import Tensor
 from oscar_common.errors import UsageError
 from oscar_common.files import cache_folder
 from oscar_shards.cache import ShardCache
-from oscar_train.ahead import Ahead
 from oscar_train.corpus import Corpus, open_corpus
-from oscar_train.negatives import make_pools
 from oscar_train.objectives import OSCAR, Objective
-from oscar_train.order import Order
-from oscar_train.ragged import Ints
-from oscar_train.regions import BOX, MAX_REGIONS, RegionReader, Slots, make_slots
+from oscar_train.reading.ahead import Ahead
+from oscar_train.reading.regions import BOX, MAX_REGIONS, RegionReader, Slots, make_slots
+from oscar_train.reading.tars import Tars, check_window
+from oscar_train.sampling.negatives import make_pools
+from oscar_train.sampling.order import Order
+from oscar_train.sampling.triples import IGNORED, MAX_TOKENS, TextBatch, assemble
 from oscar_train.sources import Source, check_together, open_source
-from oscar_train.tags import DETECTED, TagRule
-from oscar_train.tars import Tars, check_window
-from oscar_train.tokens import Tokenizer, load_tokenizer
-from oscar_train.triples import IGNORED, MAX_TOKENS, TextBatch, assemble
+from oscar_train.texts.ragged import Ints
+from oscar_train.texts.tags import DETECTED, TagRule
+from oscar_train.texts.tokens import Tokenizer, load_tokenizer
 
 THREADS = 8  # that make batches, at most, unless more are asked for
 LEAST = 128  # rows of a batch that are worth a thread of their own: numpy is slow with fewer

@@ -13,9 +13,9 @@ from oscar_common.errors import UsageError
 from oscar_train.arguments import RANDOM
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
 from oscar_train.objectives import MATCHED, WRONG, WRONG_Q, WRONG_W
+from oscar_train.sampling.triples import MAX_TOKENS
 from oscar_train.state import HEAD, IMAGE_NORM, PICKLED, REGIONS, SAFETENSORS, TIED, fitting, modules, read_weights
-from oscar_train.tokens import FILES, Tokenizer, has_tokenizer, load_tokenizer
-from oscar_train.triples import MAX_TOKENS
+from oscar_train.texts.tokens import FILES, Tokenizer, has_tokenizer, load_tokenizer
 
 UNNAMED = {2: (MATCHED, WRONG), 3: (MATCHED, WRONG_Q, WRONG_W)}  # classes of heads whose config.json names none
 

@@ -9,11 +9,11 @@ import pyarrow.compute as pc
 
 from oscar_common.errors import UsageError
 from oscar_shards.values import KINDS
-from oscar_train.ragged import Ints, Ragged, concatenated
-from oscar_train.sets import Words, set_of
 from oscar_train.sources import FLAG
-from oscar_train.tags import Tagging, TagRule
-from oscar_train.tokens import Tokenizer
+from oscar_train.texts.ragged import Ints, Ragged, concatenated
+from oscar_train.texts.sets import Words, set_of
+from oscar_train.texts.tags import Tagging, TagRule
+from oscar_train.texts.tokens import Tokenizer
 
 CAPTION, QA = 0, 1  # their places in KINDS
 MAX_TEXT = 32  # tokens of w and q together: 35 less [CLS] and two [SEP]

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
 from oscar_common.wordpiece import SHIPPED
-from oscar_train.arrays import digest
-from oscar_train.ragged import Ragged, concatenated, ragged
+from oscar_train.texts.arrays import digest
+from oscar_train.texts.ragged import Ragged, concatenated, ragged
 
 FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHUNK = 20_000  # texts tokenised at once; bounds the memory that the tokenizer's Python objects take

@@ -15,12 +15,12 @@ from oscar_common.errors import UsageError
 from oscar_common.progress import meter
 from oscar_common.settings import DTYPES
 from oscar_shards.texts import read_overlays
-from oscar_train.arrays import GrowingArray
-from oscar_train.phrases import CAPTION, QA, Phrases, Phrasing
-from oscar_train.ragged import Ragged
 from oscar_train.sources import FLAG, Source
-from oscar_train.tags import TagRule
-from oscar_train.tokens import Tokenizer
+from oscar_train.texts.arrays import GrowingArray
+from oscar_train.texts.phrases import CAPTION, QA, Phrases, Phrasing
+from oscar_train.texts.ragged import Ragged
+from oscar_train.texts.tags import TagRule
+from oscar_train.texts.tokens import Tokenizer
 
 # The arrays, by dtype; those of PLACES are columns of the indexes as they are
 INT32 = ("shard", "width", "height", "num_boxes", "image", "caption_pool", "qa_pool")

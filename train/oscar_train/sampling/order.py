@@ -11,8 +11,8 @@ from math import floor
 
 import numpy as np
 
-from oscar_train.draws import MIX, SHARDS, WINDOW, permutation
-from oscar_train.ragged import Ints
+from oscar_train.sampling.draws import MIX, SHARDS, WINDOW, permutation
+from oscar_train.texts.ragged import Ints
 
 BLOCK = 1 << 16  # places within which the sources are mixed
 

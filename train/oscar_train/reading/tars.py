@@ -16,10 +16,10 @@ from oscar_shards.index import PLACES, places
 from oscar_shards.retries import RemoteError, retried
 from oscar_shards.samples import Span, entries
 from oscar_shards.tar import TarFault, Window, members
-from oscar_train.collection import FLOAT16, UNREADABLE
 from oscar_train.corpus import Corpus
-from oscar_train.fetches import Fetches
+from oscar_train.reading.fetches import Fetches
 from oscar_train.sources import warn
+from oscar_train.texts.collection import FLOAT16, UNREADABLE
 
 OPEN = 256  # local tars that stay open
 

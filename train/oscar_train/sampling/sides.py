@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_train.corpus import Corpus
-from oscar_train.phrases import MAX_TEXT, MAX_W
-from oscar_train.ragged import Ints
+from oscar_train.texts.phrases import MAX_TEXT, MAX_W
+from oscar_train.texts.ragged import Ints
 
 Tokens = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]

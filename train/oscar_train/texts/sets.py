@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from oscar_train.ragged import Ints, Ragged
+from oscar_train.texts.ragged import Ints, Ragged
 
 Words = npt.NDArray[np.uint64]
 

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_train.corpus import Corpus
-from oscar_train.draws import uniform
 from oscar_train.objectives import Objective
-from oscar_train.ragged import Ints
-from oscar_train.sides import Bools, Sides, Tokens, lengths_of, texts, truncated
+from oscar_train.sampling.draws import uniform
+from oscar_train.sampling.sides import Bools, Sides, Tokens, lengths_of, texts, truncated
+from oscar_train.texts.ragged import Ints
 
 TRIES = 16  # candidates for another text; if none of them fits, the triple stays matched
 

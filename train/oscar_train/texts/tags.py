@@ -12,9 +12,9 @@ from xxhash import xxh3_64_intdigest
 from oscar_common.errors import UsageError
 from oscar_common.settings import Train
 from oscar_train.objectives import choose_tags
-from oscar_train.ragged import Ints, Ragged, concatenated
-from oscar_train.sets import Words, spread, sums
-from oscar_train.tokens import Tokenizer
+from oscar_train.texts.ragged import Ints, Ragged, concatenated
+from oscar_train.texts.sets import Words, spread, sums
+from oscar_train.texts.tokens import Tokenizer
 
 FLAG = "--tag-vocabulary"
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from oscar_train.corpus import Corpus
-from oscar_train.draws import SAMPLE, below, uniform, words
-from oscar_train.negatives import TRIES, Pools, Words, replaced
 from oscar_train.objectives import MATCHED, WRONG_Q, WRONG_W, Objective
-from oscar_train.phrases import MAX_TEXT, MAX_W
-from oscar_train.ragged import Ints
-from oscar_train.sides import Bools, Sides, Tokens, texts, truncated
-from oscar_train.tokens import Tokenizer
+from oscar_train.sampling.draws import SAMPLE, below, uniform, words
+from oscar_train.sampling.negatives import TRIES, Pools, Words, replaced
+from oscar_train.sampling.sides import Bools, Sides, Tokens, texts, truncated
+from oscar_train.texts.phrases import MAX_TEXT, MAX_W
+from oscar_train.texts.ragged import Ints
+from oscar_train.texts.tokens import Tokenizer
 
 MAX_TOKENS = MAX_TEXT + 3
 MASK_RATE = 0.15

@@ -20,11 +20,11 @@ import torch
 from xxhash import xxh3_64_intdigest
 
 from oscar_common.errors import OperationError
-from oscar_train.collection import FLOAT16, UNREADABLE
 from oscar_train.corpus import Corpus
-from oscar_train.ragged import Ints
+from oscar_train.reading.tars import Lost, Tars
 from oscar_train.sources import warn
-from oscar_train.tars import Lost, Tars
+from oscar_train.texts.collection import FLOAT16, UNREADABLE
+from oscar_train.texts.ragged import Ints
 
 MAX_REGIONS = 50  # the first ones: those the detector is surest of
 BOX = 6  # numbers in z

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from oscar_common.errors import OperationError
-from oscar_train.tars import Tars
+from oscar_train.reading.tars import Tars
 
 FETCHERS = 4  # tars fetched at once by a process; the processes of a machine fetch different ones
 PAUSE = 1.0  # seconds until a full cache is looked at again
