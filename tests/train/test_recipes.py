@@ -109,6 +109,8 @@ def test_a_run_folder_moved_with_its_shards_finds_them(tmp_path: Path):
     assert Path(found.tag_vocabulary).read_text() == "cat\n"
     assert (found.init, found.out, found.lr, found.recipe) == (str(new / "bert"), str(new / "run"), 3e-5, None)
     assert (found.read_threads, found.cache) == (3, None)
+    (new / "run" / "checkpoint-000001").mkdir()  # from then on --init is but a name
+    assert resolve("--resume", new / "run").init == str(old / "bert")
     again = resolve("--recipe", new / "run" / "run.yaml", "--out", "x")
     assert (again.lr, again.out) == (3e-5, "x")
     assert set(yaml.safe_load((new / "run" / "run.yaml").read_text())) == set(Train.__dataclass_fields__)

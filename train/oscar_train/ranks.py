@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oscar_common.device import choose_device
+from oscar_common.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,21 @@ def joined(device: str) -> Iterator[Ranks]:
     """Join the other ranks, if there are any: by NCCL on GPUs, by gloo elsewhere.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: there is no such device, or there are fewer than ranks.
     """
     kind = choose_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield Ranks(0, 1, torch.device(kind))
         return
-    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    place = torch.device(kind)
     if kind == "cuda":
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise UsageError(
+                f"--nproc-per-node: more than the {there} GPUs that are here; give {there}, or --device cpu"
+            )
+        place = torch.device(kind, local)
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     yield Ranks(dist.get_rank(), size, place)

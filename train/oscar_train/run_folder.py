@@ -14,6 +14,7 @@ from oscar_common.config import parse, read_yaml
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
 from oscar_common.settings import Train
+from oscar_train.arguments import CHECKPOINT
 
 FILE, VOCABULARY = "run.yaml", "tag_vocabulary.txt"
 PATHS = ("shards", "texts", "tag_vocabulary", "init", "cache", "out")  # settings that may name files and folders
@@ -55,6 +56,8 @@ def resumed(folder: Path) -> Train:
         return str(found.resolve() if not path.exists() and found.exists() else path)
 
     values = {name: _each(getattr(settings, name), moved, missing=True) for name in PATHS}
+    if any(folder.glob(f"{CHECKPOINT}*")):
+        values["init"] = settings.init  # is not needed any more, and its name is that of the run
     if values["cache"] and not Path(values["cache"]).exists():
         values["cache"] = None  # it was another machine's
     return dataclasses.replace(settings, **{**values, "out": str(folder), "overwrite": False})
