@@ -77,6 +77,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(photos: Path, 
         assert f"--out {out}: cannot be written: Read-only file system; give another --out" in error_line(done)
 
 
+@pytest.mark.slow
 def test_an_image_that_takes_for_ever_is_refused_and_the_others_are_not(
     photos: Path, undisturbed: Path, tmp_path: Path
 ):

@@ -105,7 +105,7 @@ def test_all_ranks_stop_after_the_same_step_and_say_so_once(shards: Path, tmp_pa
     assert printed.count("triples of") == 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_that_is_no_number_is_skipped_and_its_image_named(shards: Path, tmp_path: Path, ranks: int):
     copy, key = poisoned(shards, tmp_path / "shards", 2)
     arguments = ("--shards", copy, *COMMON, "--out", tmp_path / "run", "--steps", "6", "--batch-size", "8")

@@ -115,6 +115,7 @@ def test_when_the_command_is_killed_its_processes_end_too(
     assert contents(out) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_them_all_with_one_line(images: Path, undisturbed: Path, tmp_path: Path, launch: Launch):
     out = tmp_path / "out"
     process = launch(*arguments(images, out, "--workers", 2))
@@ -140,6 +141,7 @@ def test_a_gpu_error_ends_one_process_of_several_and_costs_nothing(
     assert contents(out) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_gpu_error_of_the_only_process_is_one_line_and_the_next_run_goes_on(
     images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
 ):
@@ -167,6 +169,7 @@ def test_an_image_that_kills_its_decoder_is_refused_alone(
     assert_one_crash(tmp_path / "out", undisturbed)
 
 
+@pytest.mark.slow
 def test_an_image_that_kills_the_only_process_is_found_out_in_the_next_run(
     images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
 ):
@@ -195,6 +198,7 @@ def test_a_shard_that_kills_every_worker_is_given_up_and_named(photos: Path, tmp
     assert len(list(out.glob("*.tar"))) == 5
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_the_arguments_is_one_line_from_a_worker_too(images: Path, tmp_path: Path):
     (tmp_path / "w.pth").write_bytes(b"not weights")
     given = arguments(
@@ -288,6 +292,7 @@ def _devices() -> tuple[str, bool]:
     return os.environ["CUDA_VISIBLE_DEVICES"], "torch" in sys.modules
 
 
+@pytest.mark.slow
 def test_no_scheduler_is_one_line(images: Path, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

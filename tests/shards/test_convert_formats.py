@@ -301,6 +301,7 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path):
     write_folder(tmp_path / "shards", [s for n in range(8) for s in renumbered(n)], per_shard=40)
     assert shards("export", "lxmert", tmp_path / "shards", "--out", tmp_path / "out").returncode == 0

@@ -585,6 +585,7 @@ def launch(*arguments: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_over_http_that_was_killed_and_continued_equals_an_undisturbed_one(
     server: Server, folder: Path, tmp_path: Path
 ):
