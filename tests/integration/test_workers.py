@@ -191,11 +191,11 @@ def test_a_shard_that_kills_every_worker_is_given_up_and_named(photos: Path, tmp
     process = launch(*arguments(images, out, "--workers", 2), fault="die")
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 1
-    assert "error: shards 000001 were given up" in errors
-    assert len(list(out.glob("*.tar"))) == 4
+    assert "error: shards 000002 were given up" in errors
+    assert len(list(out.glob("shard-*.tar"))) == 4
     again = oscar("oscar-extract", *arguments(images, out, "--workers", 1))
     assert again.returncode == 0, again.stderr
-    assert len(list(out.glob("*.tar"))) == 5
+    assert len(list(out.glob("shard-*.tar"))) == 5
 
 
 @pytest.mark.slow
