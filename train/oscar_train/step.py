@@ -60,7 +60,9 @@ def open_workshop(model: OscarForPreTraining, settings: Train, ranks: Ranks) -> 
     network: nn.Module = model
     if ranks.size > 1:
         devices = [ranks.device] if ranks.device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     return Workshop(model, network, make_optimizer(model, settings), settings, ranks)
 
 
