@@ -9,7 +9,7 @@ from typing import Any
 from oscar_common.errors import OperationError
 from oscar_train.sources import warn
 
-MEMORY, FEW = 100, 20  # steps that the median is of, and without so many of which there is none
+MEMORY, FEW = 100, 5  # steps that the median is of, and without so many of which there is none
 NAMES = 64  # images that a message names
 
 
