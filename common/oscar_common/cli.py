@@ -20,6 +20,23 @@ from oscar_common.settings import Catalog, Train
 S = TypeVar("S")
 
 
+class _Path(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A path; whether it is there is for the command to say, with what to give instead."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(value)
+
+
+PATH = _Path()
+
+
+def examples(command: str, *lines: str) -> str:
+    """Return the end of a command's help: what it may be called with."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command} {line}" for line in lines)
+
+
 def settings_command(
     stage: str,
     schema: type[S],

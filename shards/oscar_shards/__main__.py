@@ -1,12 +1,13 @@
 """The command `oscar-shards`: check, index, count, look at and convert shards. Nothing here loads torch."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from oscar_common import __version__
-from oscar_common.cli import run
+from oscar_common.cli import PATH, examples, run
 from oscar_common.settings import DTYPES
 
 FORMATS = ("oscar", "lxmert", "bottom-up", "npz")
@@ -17,22 +18,9 @@ or of any other writer with the same members: KEY.json, KEY.boxes.npy, KEY.featu
 """
 
 
-def _examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  oscar-shards {line}" for line in lines)
-
-
-class _File(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
-    """A path; whether it is there is for the command to say, with what to give instead."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return Path(value)
-
-
-FILE = _File()
-paths = click.argument("paths", metavar="PATH...", type=FILE, nargs=-1, required=True)
-one_path = click.argument("path", metavar="PATH", type=FILE)
+_examples = partial(examples, "oscar-shards")
+paths = click.argument("paths", metavar="PATH...", type=PATH, nargs=-1, required=True)
+one_path = click.argument("path", metavar="PATH", type=PATH)
 workers = click.option("--workers", type=click.IntRange(1), help="Processes. [default: as many as cores]")
 
 
@@ -73,7 +61,7 @@ def verify(paths: tuple[Path, ...], quick: bool, workers: int | None) -> int:
 
 @command.command(epilog=_examples("index shards", "index others/*.tar", "index others --classes names.txt"))
 @paths
-@click.option("--classes", type=FILE, help="Class names, one a line, for a manifest.json where there is none.")
+@click.option("--classes", type=PATH, help="Class names, one a line, for a manifest.json where there is none.")
 @workers
 def index(paths: tuple[Path, ...], classes: Path | None, workers: int | None) -> None:
     """Make the Parquet index of each tar anew, from the tar, which is the truth.
@@ -88,7 +76,7 @@ def index(paths: tuple[Path, ...], classes: Path | None, workers: int | None) ->
 
 @command.command(epilog=_examples("stats shards", "stats shards --html stats.html"))
 @paths
-@click.option("--html", type=FILE, help="Write a page with plots.")
+@click.option("--html", type=PATH, help="Write a page with plots.")
 def stats(paths: tuple[Path, ...], html: Path | None) -> None:
     """Count images, triples by source and kind, regions, tags, tokens and bytes."""
     from oscar_shards.pages.report import write_report
@@ -106,9 +94,9 @@ def stats(paths: tuple[Path, ...], html: Path | None) -> None:
 @one_path
 @click.option("--key", "keys", multiple=True, help="Show this image. May be given again.")
 @click.option("--tag", "tags", multiple=True, help="Show images that have this tag. May be given again.")
-@click.option("--images", type=FILE, help="Folder of the photos; without it boxes are drawn on blank canvases.")
+@click.option("--images", type=PATH, help="Folder of the photos; without it boxes are drawn on blank canvases.")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Show at most so many images.")
-@click.option("--html", type=FILE, default=Path("shards.html"), show_default=True, help="The page to write.")
+@click.option("--html", type=PATH, default=Path("shards.html"), show_default=True, help="The page to write.")
 def show(path: Path, keys: tuple[str, ...], tags: tuple[str, ...], images: Path | None, limit: int, html: Path) -> None:
     """Write one page with photos, their boxes, tags, scores and texts, to be filtered by tag in a browser."""
     from oscar_shards.pages.show import show as write_page
@@ -127,15 +115,15 @@ def show(path: Path, keys: tuple[str, ...], tags: tuple[str, ...], images: Path 
     ),
 )
 @click.argument("format", metavar="FORMAT", type=click.Choice(FORMATS))
-@click.argument("source_path", metavar="FROM", type=FILE)
-@click.option("--out", type=FILE, required=True, help="Folder for the shards. The same command again continues.")
+@click.argument("source_path", metavar="FROM", type=PATH)
+@click.option("--out", type=PATH, required=True, help="Folder for the shards. The same command again continues.")
 @click.option("--source", help="Name of the dataset in the samples. [default: what FROM says, else its name]")
 @click.option(
     "--classes",
-    type=FILE,
+    type=PATH,
     help="Class names, one a line. [default, for numbers: those of an export's manifest.json, else Visual Genome's]",
 )
-@click.option("--attributes", type=FILE, help="Attribute names, one a line. [default: likewise]")
+@click.option("--attributes", type=PATH, help="Attribute names, one a line. [default: likewise]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="How features are stored. [default: float16]")
 @click.option("--images-per-shard", type=click.IntRange(1), help="Images in a shard. [default: 1000]")
 @workers
@@ -153,7 +141,7 @@ def import_(format: str, source_path: Path, **options: Any) -> None:
 )
 @click.argument("format", metavar="FORMAT", type=click.Choice(FORMATS))
 @one_path
-@click.option("--out", type=FILE, required=True, help="Folder for the files.")
+@click.option("--out", type=PATH, required=True, help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in --out.")
 def export(format: str, path: Path, out: Path, overwrite: bool) -> None:
     """Write shards in another FORMAT, for the code that reads that: oscar, lxmert, bottom-up, npz."""
@@ -171,7 +159,7 @@ def export(format: str, path: Path, out: Path, overwrite: bool) -> None:
 )
 @one_path
 @click.option(
-    "--captions", "files", type=FILE, multiple=True, required=True, help="A file of texts. May be given again."
+    "--captions", "files", type=PATH, multiple=True, required=True, help="A file of texts. May be given again."
 )
 @click.option("--source", help="Name of the texts' dataset. [default: the file's name]")
 @click.option(
@@ -181,7 +169,7 @@ def export(format: str, path: Path, out: Path, overwrite: bool) -> None:
     show_default=True,
     help="What the new texts stand instead of: nothing; the texts of the images that have new ones; all texts.",
 )
-@click.option("--out", type=FILE, required=True, help="The overlay to write, a .parquet file.")
+@click.option("--out", type=PATH, required=True, help="The overlay to write, a .parquet file.")
 def texts(path: Path, files: tuple[Path, ...], source: str | None, replace: str, out: Path) -> None:
     """Add or replace texts without touching the shards: write an overlay, for oscar-train --texts."""
     from oscar_shards.texts import write_overlay

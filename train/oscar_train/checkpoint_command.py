@@ -1,12 +1,12 @@
 """The command `oscar-checkpoint`: look at checkpoints, and write them for others."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
 from oscar_common import __version__
-from oscar_common.cli import run
+from oscar_common.cli import PATH, examples, run
 
 HELP = """Look at checkpoints, and write them for others.
 
@@ -15,21 +15,8 @@ VinVL or BERT model.
 """
 
 
-def _examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  oscar-checkpoint {line}" for line in lines)
-
-
-class _Folder(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
-    """A path; whether it is there is for the command to say, with what to give instead."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return Path(value)
-
-
-FOLDER = _Folder()
-folder = click.argument("path", metavar="FOLDER", type=FOLDER)
+_examples = partial(examples, "oscar-checkpoint")
+folder = click.argument("path", metavar="FOLDER", type=PATH)
 
 
 @click.group(
@@ -73,7 +60,7 @@ def show(path: Path) -> None:
     help="oscar: pytorch_model.bin, config.json and vocab.txt, for microsoft/Oscar's fine-tuning. hf: the files that "
     "Hugging Face has; transformers opens the text side.",
 )
-@click.option("--out", type=FOLDER, required=True, help="Folder for the files.")
+@click.option("--out", type=PATH, required=True, help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace an export in --out.")
 def export(path: Path, format: str, out: Path, overwrite: bool) -> None:
     """Write a model in another form; its weights stay the same to the bit, and --init takes either form."""

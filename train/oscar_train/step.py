@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from oscar_train.losses import counts, outcome, sums
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import choose_objective
 from oscar_train.ranks import Ranks
-from oscar_train.sampling.triples import MASK_RATE, MAX_TOKENS
+from oscar_train.sampling.triples import IGNORED, MASK_RATE, MAX_TOKENS
 from oscar_train.stream import Batch
 
 
@@ -156,17 +156,14 @@ def rehearse(shop: Workshop, room: Batch) -> None:
         each.fill_(True)
     for each in (part.input_ids, part.token_type_ids, part.mlm_labels, part.match_labels, part.features, part.z):
         each.zero_()
-    part.mlm_labels[:, _most_masked(shop.settings, len(part.triples)) :] = -100
+    part.mlm_labels[:, _most_masked(shop.settings, len(part.triples)) :] = IGNORED
     shop.model.train()
     moments = None
     if not shop.optimizer.state:  # it makes them at its first step
         size = 2 * sum(p.numel() for p in shop.model.parameters())
         moments = torch.empty(size, device=shop.ranks.device if shop.ranks.device.type == "cuda" else "meta")
-    with torch.autocast(shop.ranks.device.type, torch.bfloat16, enabled=shop.settings.precision == "bf16"):
-        part = part.to(shop.ranks.device)
-        words, pairs = shop.model(part)
-        found = sums(words, pairs, part)
-    found[:2].sum().backward()
+    alone = replace(shop, network=shop.model)  # nothing is exchanged
+    _backward(alone, part.to(shop.ranks.device), torch.ones(2, device=shop.ranks.device))
     shop.optimizer.zero_grad()
     del moments
 

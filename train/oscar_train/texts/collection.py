@@ -78,15 +78,19 @@ def collect(
                     phrases = phrasing(rows, texts_of)
                     writer.add(rows.column("key"), places(rows, source, number, tar_bytes, skip_corrupt), phrases)
                     shown.show(writer.images, len(left_out))
-            if writer.triples == triples:
-                raise UsageError(
-                    f"{FLAG} {source.place}: none of its {writer.images - images} images has a text; extract with "
-                    "--captions, or add some with --texts"
-                )
+            _check_texts(source, writer.images - images, writer.triples - triples)
         writer.finish()
     phrasing.tagging.check()
     _forget_common(folder / "content.npy")
     return {"left_out": left_out, "ground_truth": phrasing.tagging.ground_truth}
+
+
+def _check_texts(source: Source, images: int, triples: int) -> None:
+    if not triples:
+        raise UsageError(
+            f"{FLAG} {source.place}: none of its {images} images has a text; extract with --captions, or add some with "
+            "--texts"
+        )
 
 
 class Writer:
