@@ -9,7 +9,7 @@ PEERS := $(VENV)/peers
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium demo test test-slow fuzz bench bench-store bench-scale bench-corpus bench-stream bench-leaks check format clean
+.PHONY: help setup chromium demo test test-slow fuzz bench bench-store bench-scale bench-corpus bench-stream bench-train bench-leaks check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -76,6 +76,10 @@ bench-stream: setup ## measure batches from shards beside webdataset, Oscar's TS
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  "$$(grep ^torch== constraints.txt)" 'litdata>=0.2.76' 'mosaicml-streaming>=0.13'
 	$(BIN)/python bench/stream.py --peers-python $(PEERS)/bin/python
+
+# Real shards are better: make bench-train SHARDS=shards
+bench-train: setup ## measure training steps beside the released ones and VisualBERT's; half an hour on two cores
+	$(BIN)/python bench/train.py $(if $(SHARDS),--shards $(SHARDS))
 
 bench-leaks: setup ## count what the texts that replace others give away; a minute
 	$(BIN)/python bench/leaks.py

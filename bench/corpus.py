@@ -346,7 +346,7 @@ def open_again(folder: Path) -> dict[str, Any]:
         from oscar_train.loop import describe
 
         start = time.perf_counter()
-        describe(opened_stream.corpus)
+        describe(opened_stream)
         functions["counts that a run prints, after"] = [time.perf_counter() - start]
     stages = {name: round(sum(spent), 3) for name, spent in functions.items()}
     return {"seconds": round(seconds, 2), "stages": stages}
@@ -389,7 +389,7 @@ def hold(folder: Path, rank: int, ranks: int, together: Barrier) -> dict[str, di
 
     found = {"imports": memory()}
     with opened(folder, rank, ranks) as stream:
-        describe(stream.corpus)
+        describe(stream)
         found["opened"] = memory() | {"most_rss": most_rss()}
         steps = np.random.default_rng(rank).integers(EPOCHS * len(stream.corpus) // (BATCH * ranks), size=DRAWS)
         for step in steps.tolist():

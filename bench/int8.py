@@ -38,6 +38,7 @@ from oscar_shards.quantise import dequantise, quantise
 from oscar_shards.read import ShardFolder, open_folder, read_samples
 from oscar_shards.write import write_shard
 from oscar_train.losses import evaluate
+from oscar_train.packing import pack
 from oscar_train.stream import open_stream
 from oscar_train.weights import build, open_init
 
@@ -169,8 +170,10 @@ def batch_losses(shards: Path, checkpoint: Path, batch_size: int, blank: bool = 
     with open_stream([str(shards)], batch_size=batch_size, seed=1000, tokenizer=start.tokenizer) as stream:
         model = build(start, stream.corpus.feature_dim, 0)[0].eval()
         for batch in stream.batches(0, LAST):
-            words, pairs = model(replace(batch, features=torch.zeros_like(batch.features)) if blank else batch)
-            outcome = evaluate(words, pairs, batch)
+            shown = replace(batch, features=torch.zeros_like(batch.features)) if blank else batch
+            packed = pack(shown, torch.device("cpu"))
+            words, pairs = model(packed)
+            outcome = evaluate(words, pairs, packed)
             losses.append([outcome.mlm_loss.item(), outcome.match_loss.item()])
     return np.array(losses)
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from oscar_train.metrics import MEASURED
+
 # One thread: on a busy machine two that wait for each other take many times as long, and sums may round differently.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -36,9 +38,9 @@ def wait(process: "subprocess.Popen[str]", reached: Callable[[], bool]) -> None:
 
 
 def rows(out: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv without the one column that is a measurement."""
+    """The rows of metrics.csv without the columns that are measurements."""
     with (out / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
 
 
 def has_row(out: Path, step: int) -> bool:

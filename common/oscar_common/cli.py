@@ -6,14 +6,14 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from oscar_common import __version__
-from oscar_common.config import check_range, load_catalog, parse, read_yaml, said_in
+from oscar_common.config import load_catalog, meaning, parse, read_yaml, said_in
 from oscar_common.errors import Stopped, UsageError, nearest
 from oscar_common.settings import Catalog, Train
 
@@ -30,6 +30,22 @@ class _Path(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
 
 
 PATH = _Path()
+
+
+class _NumberOr(click.ParamType):  # type: ignore[type-arg]
+    """A whole number, or one of some words."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self.words = tuple(words)
+        self.name = "|".join(("integer", *self.words))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value in self.words:
+            return str(value)
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is no whole number{''.join(f', or {word}' for word in self.words)}", param, ctx)
 
 
 def examples(command: str, *lines: str) -> str:
@@ -124,17 +140,23 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> click.Option:
     """Make a click option that says its default but is None unless given, so that a pipeline can fill it."""
     if typing.get_origin(hint) is types.UnionType:
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
-    several = typing.get_origin(hint) is list
     flag = f"--{field.name.replace('_', '-')}"
-    choices = field.metadata["choices"]
     default = f" [default: {field.default}]" if field.default not in (None, False, dataclasses.MISSING) else ""
     return click.Option(
         [f"{flag}/--no-{flag[2:]}" if hint is bool else flag, field.name],
-        type=click.Choice(choices) if choices else typing.get_args(hint)[0] if several else hint,
-        multiple=several,
+        type=_type(field, hint),
+        multiple=typing.get_origin(hint) is list,
         default=None,
         help=field.metadata["help"] + default,
     )
+
+
+def _type(field: "dataclasses.Field[Any]", hint: Any) -> Any:
+    if choices := field.metadata["choices"]:
+        return click.Choice(choices)
+    if words := field.metadata["words"]:
+        return _NumberOr(words)
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
 
 
 def _said(schema: type[Any], flags: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +166,7 @@ def _said(schema: type[Any], flags: dict[str, Any]) -> dict[str, Any]:
     }
     for field in dataclasses.fields(schema):
         if field.name in said:
-            check_range(said[field.name], f"--{field.name.replace('_', '-')}", field)
+            said[field.name] = meaning(said[field.name], f"--{field.name.replace('_', '-')}", field)
     return said
 
 

@@ -91,9 +91,20 @@ def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") ->
         return typed_items
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast("type[Any]", hint), given, place)
-    typed = _scalar(hint, given, place)
-    check_range(typed, place, field)
-    return typed
+    return meaning(given if is_word(given, field) else _scalar(hint, given, place, _or_words(field)), place, field)
+
+
+def is_word(given: Any, field: "dataclasses.Field[Any]") -> bool:
+    """Whether a value is one of the words that stand for a number of a field."""
+    return isinstance(given, str) and given in field.metadata.get("words", ())
+
+
+def meaning(given: Any, place: str, field: "dataclasses.Field[Any]") -> Any:
+    """Return the number that a word stands for; anything else, if it is in the field's range, as it is."""
+    if is_word(given, field):
+        return field.metadata["words"][given]
+    check_range(given, place, field)
+    return given
 
 
 def check_range(given: Any, place: str, field: "dataclasses.Field[Any]") -> None:
@@ -107,7 +118,7 @@ def check_range(given: Any, place: str, field: "dataclasses.Field[Any]") -> None
         raise UsageError(f"{place}: {given!r} is not allowed{nearest(str(given), choices)}")
     if (low is not None and not given >= low) or (high is not None and not given <= high):
         allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UsageError(f"{place}: {given!r} is out of range; it must be {allowed}")
+        raise UsageError(f"{place}: {given!r} is out of range; it must be {allowed}{_or_words(field)}")
 
 
 def _entries(hint: Any, given: Any, place: str) -> dict[str, Any]:
@@ -120,7 +131,11 @@ def _entries(hint: Any, given: Any, place: str) -> dict[str, Any]:
     return dict(given)
 
 
-def _scalar(hint: Any, given: Any, place: str) -> Any:
+def _or_words(field: "dataclasses.Field[Any]") -> str:
+    return "".join(f", or {word}" for word in field.metadata.get("words", ()))
+
+
+def _scalar(hint: Any, given: Any, place: str, instead: str = "") -> Any:
     hint = typing.get_origin(hint) or hint
     if hint is float and isinstance(given, str | int) and not isinstance(given, bool):
         with suppress(ValueError):
@@ -128,7 +143,7 @@ def _scalar(hint: Any, given: Any, place: str) -> Any:
     if isinstance(given, hint) and (hint is bool or not isinstance(given, bool)):
         return given
     quote = "; put it in quotes" if hint is str else ""
-    raise UsageError(f"{place}: {given!r} is no {_NAMES.get(hint, hint.__name__)}{quote}")
+    raise UsageError(f"{place}: {given!r} is no {_NAMES.get(hint, hint.__name__)}{instead}{quote}")
 
 
 _NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", list: "list", dict: "mapping"}

@@ -1,6 +1,8 @@
 """Every setting of both stages, once: these dataclasses are the schema of pipelines.yaml and of the commands' flags."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 PRESETS = ("detectron2", "bua", "bua-r152", "lxmert", "bua-d2", "vinvl")
@@ -14,13 +16,22 @@ TAGS = ("detected", "ground-truth", "none")
 TAG_ORDERS = ("detector", "score", "random")
 SCHEDULES = ("linear", "cosine", "constant")
 LAYOUTS = ("coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa")
+AUTO = 0  # the batch size that `auto` stands for, until it is known
 
 
 def setting(
-    default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    words: Mapping[str, int] = MappingProxyType({}),
 ) -> Any:
-    """Declare a field: its default, the sentence that `--help` shows, and the values allowed."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    """Declare a field: its default, the sentence that `--help` shows, and the values allowed.
+
+    Instead of a number one of `words` may be given, each of which stands for one that is out of the range.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "words": words}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -228,7 +239,12 @@ class Train:
         False, "A LayerNorm on the embedded regions, as Oscar+ has, even if --init has none."
     )
     steps: int = setting(1000, "Optimiser steps in all.", low=1)
-    batch_size: int = setting(64, "Triples per step, over all devices and --accumulate: the global batch.", low=2)
+    batch_size: int = setting(
+        64,
+        "Triples per step, over all devices and --accumulate: the global batch. auto: the largest that fits.",
+        low=2,
+        words={"auto": AUTO},
+    )
     accumulate: int = setting(1, "Parts in which each device does its share of a batch: memory for time.", low=1)
     lr: float = setting(1e-4, "Peak learning rate.", low=0)
     schedule: str = setting("linear", "The learning rate after the warm-up: down to 0, or constant.", choices=SCHEDULES)
@@ -262,7 +278,31 @@ class Train:
     checkpoint_every: int = setting(500, "Steps between checkpoints; one is always written at the end.", low=1)
     keep: int = setting(2, "Keep this many of the newest checkpoints.", low=1)
     log_every: int = setting(1, "Steps between rows of metrics.csv, TensorBoard points and terminal lines.", low=1)
+    wandb: str | None = setting(
+        None,
+        "Project at Weights & Biases that gets the same numbers. It needs pip install wandb; WANDB_MODE=offline writes "
+        "to --out only.",
+    )
     overwrite: bool = setting(False, "Delete the checkpoints and logs in --out and start anew.")
+    eval_shards: list[str] = setting(
+        [],
+        "Folder or URL of shards that is not trained on, for the evaluation while training; images of --shards that "
+        "are in it, too, are left out of training. May be given again.",
+    )
+    eval_fraction: float = setting(
+        0.0,
+        "Share of the images of --shards that is kept out of training, for the evaluation; which ones follows from the "
+        "images alone. 0: no evaluation, unless there are --eval-shards.",
+        low=0,
+        high=0.9,
+    )
+    eval_every: int | None = setting(
+        None, "Steps between evaluations; there is one at the end, too. [default: --checkpoint-every]", low=1
+    )
+    eval_triples: int = setting(2000, "Held-out triples that are asked about, drawn once; 0: all.", low=0)
+    eval_images: int = setting(
+        100, "Held-out images for retrieval, each with one text: the model sees the square of it. 0: none.", low=0
+    )
     device: str = setting("auto", "Where to train; auto is cuda where there is one.", choices=DEVICES)
     precision: str = setting(
         "fp32",

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from distributed import KilledWorker, WorkerPlugin, get_worker
 
 from oscar_common.errors import OperationError, UsageError
+from oscar_common.memory import free_memory
 from oscar_extract.tasks import DeviceFailure, Done, Job, Survey, Trial
 
 Tell = Callable[[int, int, int], None]  # a shard, its images done so far, and the rejects among them
@@ -94,15 +95,6 @@ def gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return (visible.split(",") if visible else [str(n) for n in range(count)])[:count]
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that are free on this machine, within what this process is allowed."""
-    import psutil
-    from distributed.system import MEMORY_LIMIT
-
-    memory = psutil.virtual_memory()
-    return int(min(memory.available, MEMORY_LIMIT))
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from oscar_common.settings import Train
 from oscar_train import checkpoint
 from oscar_train.checkpoint import Checkpoint
 from oscar_train.ranks import Ranks
-from oscar_train.step import Workshop, gradient, open_workshop, update
+from oscar_train.step import Workshop, open_workshop, share, take
 from oscar_train.stream import Stream
 from oscar_train.weights import build, open_init
 
@@ -23,8 +23,7 @@ RUN = {**checkpoint.identity(Train()), "corpus": "abc"}
 def made(stream: Stream, tmp_path: Path) -> Checkpoint:
     """The checkpoint of a model after one step."""
     shop = fresh()
-    gradient(shop, stream.batch(0, stream.room()))
-    update(shop, 1e-3)
+    take(shop, share(shop, stream.batch(0, stream.room())), 1e-3)
     guard = {"skipped": 2, "losses": [1 / 3, 2e-9]}
     return checkpoint.save(tmp_path, 1, RUN, shop.model, shop.optimizer, stream.corpus.tokenizer, ranks=3, guard=guard)
 
@@ -41,8 +40,7 @@ def test_model_and_optimizer_come_back_to_the_bit(made: Checkpoint, stream: Stre
         shop = fresh(seed)
         checkpoint.load(made, shop.model, shop.optimizer)
         torch.manual_seed(seed)  # nothing is drawn from it
-        gradient(shop, batch)
-        update(shop, 1e-3)
+        take(shop, share(shop, batch), 1e-3)
         ends.append(shop.model.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 

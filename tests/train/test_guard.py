@@ -1,27 +1,47 @@
 """The guard lets what is usual pass, and nothing that would do harm."""
 
 import math
+from statistics import median
 
+import numpy as np
 import pytest
+import torch
 
 from oscar_common.errors import OperationError
 from oscar_train.guard import FEW, NAMES, Guard
 
 
+def judge(guard: Guard, loss: float, norm: float = 1.0) -> str:
+    """What is said of a step; "" if nothing."""
+    fault, usual = guard.judge(torch.tensor(loss), torch.tensor(norm))
+    return guard.reason(loss, norm, usual.item()) if fault else ""
+
+
 def test_a_leap_is_a_fault_once_there_is_something_usual():
     guard = Guard(spike=3, max_skipped=5)
-    assert [guard.fault(loss, 1) for loss in (2.0, 1e6, *[11.0] * (FEW - 2))] == [""] * FEW  # nothing is known yet
+    assert [judge(guard, loss) for loss in (2.0, 1e6, *[11.0] * (FEW - 2))] == [""] * FEW  # nothing is known yet
     for loss in (10.0, 9.0, 8.0, *[2.0] * 20):
-        assert guard.fault(loss, 1) == ""
-    assert guard.fault(5.9, 1) == ""
-    assert guard.fault(6.1, 1) == "loss 6.1 is more than 3 times the usual 2"
-    assert guard.fault(6.1, 1) != ""  # what was a fault is not what becomes usual
-    assert Guard(spike=0, max_skipped=5).fault(1e9, 1) == ""
+        assert judge(guard, loss) == ""
+    assert judge(guard, 5.9) == ""
+    assert judge(guard, 6.1) == "loss 6.1 is more than 3 times the usual 2"
+    assert judge(guard, 6.1) != ""  # what was a fault is not what becomes usual
+    assert judge(Guard(spike=0, max_skipped=5), 1e9) == ""
 
 
+def test_the_usual_is_the_median_of_the_last_hundred_good_steps():
+    guard, losses = Guard(spike=3, max_skipped=5), []
+    for loss in np.random.default_rng(5).uniform(1, 2, 130).astype(np.float32).tolist():
+        usual = guard.judge(torch.tensor(loss), torch.tensor(1.0))[1].item()
+        assert usual == pytest.approx(median(losses[-100:]) if len(losses) >= FEW else math.inf)
+        judge(guard, math.nan)
+        losses.append(loss)
+    assert guard.state()["losses"] == losses[-100:]
+
+
+@pytest.mark.parametrize("spike", [0, 3])
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1), (1, math.nan), (math.inf, 1), (1, math.inf)])
-def test_no_number_is_a_fault_at_once(loss: float, norm: float):
-    assert "not both finite" in Guard(spike=0, max_skipped=5).fault(loss, norm)
+def test_no_number_is_a_fault_at_once(loss: float, norm: float, spike: float):
+    assert "not both finite" in judge(Guard(spike, max_skipped=5), float(loss), float(norm))
 
 
 def test_skipped_steps_are_said_and_counted_until_it_is_enough(capsys: pytest.CaptureFixture[str]):
@@ -38,9 +58,9 @@ def test_skipped_steps_are_said_and_counted_until_it_is_enough(capsys: pytest.Ca
 def test_its_memory_is_in_checkpoints():
     guard, again = Guard(3, 9), Guard(3, 9)
     for loss in range(1, 150):
-        guard.fault(1 + loss / 1000, 1)
+        judge(guard, 1 + loss / 1000)
     guard.skip(1, "", [], aloud=False)
     again.restore(guard.state())
     assert again.state() == guard.state()
     assert again.skipped == 1
-    assert [again.fault(loss, 1) for loss in (3.0, 3.4)] == [guard.fault(loss, 1) for loss in (3.0, 3.4)]
+    assert [judge(again, loss) for loss in (3.0, 3.4)] == [judge(guard, loss) for loss in (3.0, 3.4)]

@@ -1,22 +1,34 @@
-"""The loop: its schedule, its optimiser, what it logs, and that it learns."""
+"""The loop: its schedule, its optimiser, and that it learns."""
 
+import copy
 import math
 import os
 import shutil
 import signal
-from pathlib import Path
+import time
 
 import pytest
 import torch
 
-from oscar_common.errors import Stopped, UsageError
+from oscar_common.errors import Stopped
 from oscar_common.settings import Train
-from oscar_train.metrics import COLUMNS, Row, open_log
 from oscar_train.model import OscarForPreTraining
 from oscar_train.ranks import Ranks
+from oscar_train.sampling.triples import IGNORED
 from oscar_train.signals import watched_signals
-from oscar_train.step import Workshop, gradient, make_optimizer, open_workshop, rate, rehearse, schedule, update
-from oscar_train.stream import Stream
+from oscar_train.step import (
+    Workshop,
+    gradient,
+    make_optimizer,
+    open_workshop,
+    rate,
+    rehearse,
+    schedule,
+    share,
+    shares,
+    take,
+)
+from oscar_train.stream import Batch, Stream
 from oscar_train.weights import build, open_init
 
 
@@ -29,14 +41,17 @@ def workshop(model: OscarForPreTraining, **settings: object) -> Workshop:
     return open_workshop(model, Train(**settings), Ranks(0, 1, torch.device("cpu")))
 
 
+def loss(shop: Workshop, batch: Batch) -> float:
+    return gradient(shop, share(shop, batch))[0][0].item()
+
+
 def test_both_losses_of_one_batch_fall_to_nothing(model: OscarForPreTraining, stream: Stream):
     shop = workshop(model)
     small = Stream(stream.corpus, stream.reader, seed=42, batch_size=8)
     batch = small.batch(0, small.room())
     results = []
     for _ in range(50):
-        results.append(gradient(shop, batch))
-        update(shop, 2e-3)
+        results.append(take(shop, share(shop, batch), 2e-3).read())
     assert results[0].mlm_loss == pytest.approx(math.log(30522), abs=0.3)
     assert results[0].match_loss == pytest.approx(math.log(2), abs=0.1)
     assert results[-1].mlm_loss < 2
@@ -70,30 +85,72 @@ def test_parts_and_recomputing_change_only_the_rounding(stream: Stream, compile:
     batch, ends = stream.batch(0, stream.room()), []
     for settings in ({}, {"accumulate": 4, "activation_checkpointing": True, "compile": compile}):
         shop = workshop(build(open_init("random:tiny"), 24, 1)[0], **settings)
-        result = gradient(shop, batch)
-        ends.append((result, [p.grad for p in shop.model.parameters()]))
-    (one, plain), (other, parts) = ends
-    assert other.loss == pytest.approx(one.loss, rel=1e-5)
-    assert other.norm == pytest.approx(one.norm, rel=1e-4)
+        means, counts, _ = gradient(shop, share(shop, batch))
+        ends.append((means, counts, [p.grad for p in shop.model.parameters()]))
+    (one, numbers, plain), (other, others, parts) = ends
+    torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    assert torch.equal(numbers, others)
     for a, b in zip(plain, parts, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-6)
 
 
 def test_bf16_keeps_weights_and_losses_in_float32(model: OscarForPreTraining, stream: Stream):
     batch = stream.batch(0, stream.room())
-    exact = gradient(workshop(model), batch)
-    rounded = gradient(workshop(model, precision="bf16"), batch)
-    assert rounded.loss == pytest.approx(exact.loss, rel=5e-3)
-    assert rounded.loss != exact.loss
+    exact, rounded = (loss(workshop(model, precision=precision), batch) for precision in ("fp32", "bf16"))
+    assert rounded == pytest.approx(exact, rel=5e-3)
+    assert rounded != exact
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_what_is_no_number_is_seen_with_its_triple(model: OscarForPreTraining, stream: Stream):
-    batch = stream.batch(0, stream.room())
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_is_no_number_is_not_taken_and_its_triple_is_known(
+    model: OscarForPreTraining, stream: Stream, first: bool
+):
+    shop, batch = workshop(model, accumulate=2), stream.batch(0, stream.room())
+    if not first:
+        assert not take(shop, share(shop, batch), 1e-3).read().fault
+    before = copy.deepcopy((model.state_dict(), shop.optimizer.state_dict()["state"], shop.guard.state()))
     batch.features[3, 0, 0] = math.inf
-    result = gradient(workshop(model), batch)
-    assert not math.isfinite(result.loss)
-    assert [n for n, finite in enumerate(result.finite) if not finite] == [3]
+    report = take(shop, share(shop, batch), 1e-3)
+    assert not math.isfinite(report.read().loss)
+    assert report.read().fault
+    assert report.finite.logical_not().nonzero().flatten().tolist() == [3]
+    weights, moments, guard = model.state_dict(), shop.optimizer.state_dict()["state"], shop.guard.state()
+    assert guard == before[2]
+    assert all(torch.equal(weights[name], was) for name, was in before[0].items())
+    for number, moment in moments.items():
+        for name, now in moment.items():
+            assert torch.equal(now, torch.zeros_like(now) if first else before[1][number][name])
+
+
+def test_a_step_says_what_its_batch_was(model: OscarForPreTraining, stream: Stream):
+    batch = stream.batch(0, stream.room())
+    result = take(
+        workshop(model, accumulate=4), share(workshop(model, accumulate=4), batch), 1e-4, stopping=True
+    ).read()
+    assert result.tokens == batch.attention_mask.sum() + batch.region_mask.sum()
+    assert result.masked == (batch.mlm_labels != IGNORED).sum()
+    assert (result.triples, result.stopped, result.fault, result.usual) == (16, 1, False, math.inf)
+
+
+def test_shares_are_the_batches_and_say_how_long_they_were_waited_for(model: OscarForPreTraining, stream: Stream):
+    def slow():
+        for batch in stream.batches(0, 3):
+            time.sleep(0.1)
+            yield batch
+
+    found = []
+    for work in shares(workshop(model, accumulate=2), slow()):
+        assert len(work.parts) == 2
+        found.append((work.waited, sum(part.counts[2].item() for part in work.parts)))
+        time.sleep(0.2)  # is not counted
+    assert all(0.1 <= waited < 0.2 for waited, _ in found)
+    room = stream.room()
+    seen = [
+        stream.batch(step, room) and int(room.batch.attention_mask.sum() + room.batch.region_mask.sum())
+        for step in range(3)
+    ]
+    assert [tokens for _, tokens in found] == seen
 
 
 def test_the_rehearsal_leaves_no_trace_and_runs_the_most_that_can_come(model: OscarForPreTraining, stream: Stream):
@@ -104,7 +161,7 @@ def test_the_rehearsal_leaves_no_trace_and_runs_the_most_that_can_come(model: Os
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert not shop.optimizer.state
     for batch in stream.batches(0, 10):
-        gradient(shop, batch)
+        gradient(shop, share(shop, batch))
     assert len(most) == 21
     assert most[0] == 8 * 5 >= max(most[1:])
 
@@ -123,53 +180,3 @@ def test_signals_wait_for_the_step_and_the_second_ctrl_c_does_not():
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGUSR1) == before
-
-
-def row(step: int) -> Row:
-    values = {name: step / 7 for name in COLUMNS if name not in ("step", "epoch")}
-    return Row(step=step, epoch=step // 3, **values)
-
-
-def lines(out: Path) -> list[str]:
-    return (out / "metrics.csv").read_text().splitlines()
-
-
-def test_logs_have_the_columns_promised_and_are_cut_where_a_run_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    with open_log(tmp_path, 0, 10, 1) as log:
-        for step in range(1, 7):
-            log.add(row(step))
-    whole = lines(tmp_path)
-    assert whole[0] == (
-        "step,epoch,loss,mlm_loss,match_loss,mlm_accuracy,match_accuracy,lr,grad_norm,skipped,skipped_steps,"
-        "samples_per_second"
-    )
-    assert whole[3].startswith("3,1,0.428571429,")
-    with (tmp_path / "metrics.csv").open("a") as file:
-        file.write("7,2,0.99")  # a row cut by a kill
-    with open_log(tmp_path, 4, 10, 1) as log:
-        assert lines(tmp_path) == whole[:5]
-        log.add(row(5))
-    assert lines(tmp_path) == whole[:6]
-    assert capsys.readouterr().err == ""
-
-
-def test_rows_that_somebody_cut_are_said_to_be_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with open_log(tmp_path, 0, 10, 2) as log:
-        log.add(row(2))
-    with open_log(tmp_path, 3, 10, 2):
-        pass
-    assert capsys.readouterr().err == ""
-    with open_log(tmp_path, 6, 10, 2):
-        pass
-    assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/metrics.csv ends at step 2; the rows from there to step 6 are lost\n"
-    )
-
-
-def test_a_foreign_metrics_csv_is_left_alone(tmp_path: Path):
-    (tmp_path / "metrics.csv").write_text("time,value\n1,2\n")
-    with pytest.raises(UsageError, match=r"metrics\.csv is not a file of oscar-train's"), open_log(tmp_path, 0, 10, 1):
-        pass
-    assert (tmp_path / "metrics.csv").read_text() == "time,value\n1,2\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from running import rows
 from small_shards import make_samples, write_folder
 from support import error_line, train
 
@@ -15,10 +16,6 @@ from oscar_common.config import load_catalog
 from oscar_train.__main__ import command
 
 SETTINGS = ("--steps", "4", "--batch-size", "4", "--checkpoint-every", "2", "--init", "random:tiny", "--device", "cpu")
-
-
-def losses(out: Path) -> list[str]:
-    return [line.rpartition(",")[0] for line in (out / "metrics.csv").read_text().splitlines()]  # all but the speed
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +32,13 @@ def overlay(path: Path, text: str, key: str = "image-002", replace: str = "all")
 def test_a_run_on_int8_features_goes_on_to_the_same_numbers(shards: Path, tmp_path: Path):
     arguments = ("--shards", shards, "--out", tmp_path / "run", *SETTINGS)
     assert train(*arguments).returncode == 0
-    whole, last = losses(tmp_path / "run"), tmp_path / "run" / "checkpoint-000004"
+    whole, last = rows(tmp_path / "run"), tmp_path / "run" / "checkpoint-000004"
     weights = (last / "model.safetensors").read_bytes()
     shutil.rmtree(last)
     done = train(*arguments)
     assert done.returncode == 0, done.stderr
     assert "going on after step 2 of 4" in done.stdout
-    assert losses(tmp_path / "run") == whole
+    assert rows(tmp_path / "run") == whole
     assert (last / "model.safetensors").read_bytes() == weights
 
 

@@ -40,17 +40,18 @@ def _train(settings: Train, out: Path, stop: Stop) -> None:
     from oscar_train.sources import check_together, open_source
 
     sources = [open_source(place, settings.skip_corrupt) for place in settings.shards]
-    check_together(sources)
+    beside = [open_source(place, settings.skip_corrupt, "--eval-shards") for place in settings.eval_shards]
+    check_together([*sources, *beside])
     import torch
 
     from oscar_train.loop import train
 
     try:
-        train(settings, sources, out, stop)
+        train(settings, sources, out, stop, beside)
     except torch.cuda.OutOfMemoryError:
         raise OperationError(
-            f"--batch-size {settings.batch_size}: does not fit the GPU's memory in --accumulate {settings.accumulate} "
-            "parts; give more, or --activation-checkpointing, or a smaller --batch-size"
+            f"--batch-size {settings.batch_size or 'auto'}: does not fit the GPU's memory in --accumulate "
+            f"{settings.accumulate} parts; give more, or --activation-checkpointing, or a smaller --batch-size"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from oscar_common.errors import UsageError, nearest
@@ -9,6 +10,7 @@ from oscar_common.settings import Train
 
 RANDOM = "random:"
 CHECKPOINT = "checkpoint-"  # of folders' names
+SHUFFLES = ("features", "tags", "captions")  # what an evaluation may take from another image
 SIZES = {  # layers, hidden size, heads; the inner size is four times the hidden size
     "tiny": (2, 128, 2),
     "small": (4, 512, 8),
@@ -31,19 +33,23 @@ def check(settings: Train) -> Path:
         raise UsageError(f"--mix: {len(settings.mix)} weights for {len(settings.shards)} --shards; give one for each")
     if settings.warmup_steps >= settings.steps:
         raise UsageError(f"--warmup-steps {settings.warmup_steps}: must be less than --steps {settings.steps}")
+    if settings.eval_shards and settings.eval_fraction:
+        raise UsageError(f"--eval-fraction {settings.eval_fraction:g}: there are --eval-shards; give one of the two")
     for texts in settings.texts:
         if not Path(texts).is_file():
             raise UsageError(f"--texts {texts}: no such file; give one that oscar-shards texts wrote")
     out = Path(settings.out)
     if settings.overwrite or not any(out.glob(f"{CHECKPOINT}*")):  # else the checkpoint has all that is needed
         _check_init(settings.init)
-    _check_ranks(settings)
+    check_ranks(settings)
+    if settings.wandb is not None and getattr(find_spec("wandb"), "origin", None) is None:  # a folder may be called so
+        raise UsageError(f"--wandb {settings.wandb}: wandb is not installed; pip install wandb, or leave --wandb out")
     if (nearest_file := next((p for p in (out, *out.parents) if p.exists()), None)) and not nearest_file.is_dir():
         raise UsageError(f"--out {out}: {nearest_file} is a file; give a folder")
     return out
 
 
-def _check_ranks(settings: Train) -> None:
+def check_ranks(settings: Train) -> None:
     """Refuse a batch that cannot be spread evenly."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if settings.batch_size % (ranks * settings.accumulate):

@@ -31,8 +31,9 @@ RECORD = "trainer.json"
 DECISIVE = (
     *("init", "objective", "variant", "negatives", "whole_word_masking", "image_layernorm"),
     *("steps", "batch_size", "lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "precision", "spike"),
-    *("seed", "mix", "shuffle_window"),
+    *("seed", "mix", "shuffle_window", "eval_fraction"),
 )
+UNSAID = Train()  # what runs had before there was a setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class Checkpoint:
     """A whole checkpoint on disk.
 
     run: the decisive settings and the fingerprint of the corpus. ranks, threads: how many there were, and torch had;
-    another number adds up in another order and rounds differently. guard: its state.
+    another number adds up in another order and rounds differently. guard: its state. about: what an evaluation must
+    know: `tags`, the rule of the run (`oscar_train.texts.tags.TagRule`), and `shards`, the hashes of their manifests.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class Checkpoint:
     ranks: int
     threads: int
     guard: dict[str, Any]
+    about: dict[str, Any]
 
 
 def folder(out: Path, step: int) -> Path:
@@ -75,6 +78,7 @@ def save(
     *,
     ranks: int = 1,
     guard: dict[str, Any] | None = None,
+    about: dict[str, Any] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint.
 
@@ -88,6 +92,7 @@ def save(
         "ranks": ranks,
         "threads": torch.get_num_threads(),
         "guard": guard or Guard(0, 0).state(),
+        "about": about or {},
     }
     with replacing_folder(place) as unfinished:
         try:
@@ -160,7 +165,7 @@ def agree(checkpoint: Checkpoint | None, run: dict[str, Any]) -> None:
     if checkpoint is None:
         return
     for name, value in run.items():
-        before = checkpoint.run.get(name)
+        before = checkpoint.run.get(name, getattr(UNSAID, name, None))
         if before == value:
             continue
         instead = f"give another --out, or --overwrite to start anew; {checkpoint.folder} is at step {checkpoint.step}"
@@ -186,9 +191,10 @@ def sweep(out: Path, everything: bool = False) -> None:
     for path in [*out.glob(f"{TEMPORARY}{CHECKPOINT}*"), *(out.glob(f"{CHECKPOINT}*") if everything else ())]:
         shutil.rmtree(path)
     if everything:
-        for name in ("metrics.csv", run_folder.FILE, run_folder.VOCABULARY):
+        for name in ("metrics.csv", "evaluation.csv", "starts.jsonl", run_folder.FILE, run_folder.VOCABULARY):
             (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+        for name in ("tensorboard", "wandb"):
+            shutil.rmtree(out / name, ignore_errors=True)
 
 
 def at(out: Path, step: int) -> Checkpoint:
@@ -212,6 +218,7 @@ def read(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
             ranks=int(record["ranks"]),
             threads=int(record["threads"]),
             guard=guard,
+            about=dict(record.get("about", {})),
         )
         return made, dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,46 +1,66 @@
 """Dropout whose masks belong to the triple: the same however a batch is split among ranks and parts, or continued.
 
-A mask is a hash of (the triple's seed, the place in the network, the place in the tensor), so no generator has a state
-to save. The hash is lowbias32 (Chris Wellons, "Prospecting for Hash Functions", 2018).
+A mask is a hash of (the triple's seed, the token's place in its row, the place in the network, the place in the token's
+numbers), so no generator has a state to save, and neither padding nor the other rows matter. The hash is lowbias32
+(Chris Wellons, "Prospecting for Hash Functions", 2018).
 """
 
 import torch
 from torch import Tensor, nn
 
 _LOW, _SPAN = -(2**31), 2**32
+_SITE, _HEAD, _PLACE = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35  # odd numbers that are far from each other's multiples
 
 
-class Seeds:
-    """The seeds of the triples that a model is working on, int64 [B] in [0, 2^32); all its dropouts look here."""
+class Tokens:
+    """Random bits of the tokens that a model is working on; all its dropouts look here.
 
-    of_batch: Tensor
+    in_rows: int32 [B, L]. packed: int32 [N], the same as the model has its tokens.
+    """
+
+    in_rows: Tensor
+    packed: Tensor
 
 
 class TripleDropout(nn.Module):
-    """Dropout of tensors [B, ...] whose rows are triples. site: the place in the network."""
+    """Dropout of packed tokens [1, N, H] and of attention weights [B, heads, L, L]. site: the place in the network."""
 
-    def __init__(self, p: float, seeds: Seeds, site: int) -> None:
+    def __init__(self, p: float, tokens: Tokens, site: int) -> None:
         super().__init__()
         self.p, self.site = p, site
-        self._seeds = seeds
+        self._tokens = tokens
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return `hidden` with a share p of its numbers 0 and the others larger by 1 / (1 - p); as it is in eval."""
         if not self.training or self.p == 0:
             return hidden
-        kept = keep(self._seeds.of_batch, self.site, hidden.shape, self.p)
+        tokens = self._tokens.packed[None] if hidden.dim() == 3 else by_head(self._tokens.in_rows, hidden.shape[1])
+        kept = keep(tokens, self.site, hidden.shape[-1], self.p)
         return torch.where(kept, hidden * (1 / (1 - self.p)), 0.0)
 
 
-def keep(seeds: Tensor, site: int, shape: torch.Size, p: float) -> Tensor:
-    """Return which numbers of a tensor [B, ...] stay, bool; each of the B rows depends on its own seed alone."""
-    places = torch.arange(shape[1:].numel(), dtype=torch.int32, device=seeds.device)
-    bits = _mixed(places + _signed(site * 0x9E3779B1))[None] + _mixed((seeds + _LOW).to(torch.int32))[:, None]
+def token_bits(seeds: Tensor, length: int) -> Tensor:
+    """Return random bits for the tokens of rows: int32 [B, L] for seeds int64 [B] in [0, 2^32)."""
+    return _mixed(_mixed((seeds + _LOW).to(torch.int32))[:, None] + _multiples(_PLACE, length, seeds.device))
+
+
+def by_head(tokens: Tensor, heads: int) -> Tensor:
+    """Return bits for each head of a token: int32 [B, heads, L] for [B, L]."""
+    return tokens[:, None] + _multiples(_HEAD, heads, tokens.device)[:, None]
+
+
+def keep(tokens: Tensor, site: int, width: int, p: float) -> Tensor:
+    """Return which of the numbers of tokens stay, bool [..., width] for bits [...]; each token's depend on its own."""
+    bits = _mixed(tokens + _signed(site * _SITE))[..., None] + _mixed(_multiples(1, width, tokens.device))
     # Both are random bits already, and of the result the high ones count: half of lowbias32 is enough, in place
     bits *= 0x7FEB352D
     bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
     bits *= _signed(0x846CA68B)
-    return (bits >= _LOW + round(p * _SPAN)).view(shape)
+    return bits >= _LOW + round(p * _SPAN)
+
+
+def _multiples(factor: int, count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device) * _signed(factor)
 
 
 def _mixed(bits: Tensor) -> Tensor:

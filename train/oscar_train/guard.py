@@ -1,10 +1,11 @@
 """Steps that would do harm: those whose loss or gradient is no number, and those whose loss leaps up."""
 
 import math
-from collections import deque
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from oscar_common.errors import OperationError
 from oscar_train.sources import warn
@@ -14,28 +15,46 @@ NAMES = 64  # images that a message names
 
 
 class Guard:
-    """Judges each step by the losses before it. spike: how many times their median is a leap; 0: none is."""
+    """Judges each step by the losses before it, on the device, so that the host need not wait for the verdict.
 
-    def __init__(self, spike: float, max_skipped: int) -> None:
+    spike: how many times their median is a leap; 0: none is. skipped: the steps that `skip` was told of.
+    """
+
+    def __init__(self, spike: float, max_skipped: int, device: torch.device | str = "cpu") -> None:
         self.spike, self.max_skipped = spike, max_skipped
         self.skipped = 0
-        self._losses: deque[float] = deque(maxlen=MEMORY)
+        self._losses = torch.full((MEMORY,), math.inf, device=device)  # the newest last; inf: none yet
 
-    def fault(self, loss: float, norm: float) -> str:
-        """Say what is wrong with a step, by its loss and its gradient's norm; "" if nothing is."""
+    def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge a step by its loss and its gradient's norm, float32 scalars, and remember the loss of a good one.
+
+        Returns:
+            bool scalar: whether something is wrong; float32 scalar: the usual loss, inf if there is none yet.
+        """
+        usual = self._usual()
+        fault = ~(loss.isfinite() & norm.isfinite())
+        if self.spike:
+            fault = fault | (loss > self.spike * usual)
+        self._losses = torch.where(fault, self._losses, torch.cat([self._losses[1:], loss[None]]))
+        return fault, usual
+
+    def _usual(self) -> Tensor:
+        known, ordered = self._losses.isfinite().sum(), self._losses.sort().values
+        middle = torch.stack([known - 1, known]).clamp(min=0).div(2, rounding_mode="floor")
+        return ordered.index_select(0, middle).mean().where(known >= FEW, math.inf)
+
+    def reason(self, loss: float, norm: float, usual: float) -> str:
+        """Say what is wrong with a step that was found faulty."""
         if not math.isfinite(loss) or not math.isfinite(norm):
             return f"loss {loss:.4g} and gradient norm {norm:.4g} are not both finite"
-        if self.spike and len(self._losses) >= FEW and loss > self.spike * (usual := median(self._losses)):
-            return f"loss {loss:.4g} is more than {self.spike:g} times the usual {usual:.4g}"
-        self._losses.append(loss)
-        return ""
+        return f"loss {loss:.4g} is more than {self.spike:g} times the usual {usual:.4g}"
 
     def skip(self, step: int, fault: str, keys: Sequence[str], aloud: bool) -> None:
         """Count a step that is skipped.
 
         Args:
             step: counted from 1.
-            fault: what `fault` said.
+            fault: what `reason` said.
             keys: of the images to look at.
             aloud: whether to say so.
 
@@ -55,9 +74,10 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold."""
-        return {"skipped": self.skipped, "losses": list(self._losses)}
+        return {"skipped": self.skipped, "losses": [loss for loss in self._losses.tolist() if loss < math.inf]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what a checkpoint holds."""
         self.skipped = int(state["skipped"])
-        self._losses = deque(map(float, state["losses"]), maxlen=MEMORY)
+        losses = [math.inf] * MEMORY + [float(loss) for loss in state["losses"]]
+        self._losses = torch.tensor(losses[-MEMORY:], device=self._losses.device)

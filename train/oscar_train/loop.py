@@ -2,44 +2,61 @@
 
 import signal
 import time
+from collections import deque
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from oscar_common.errors import OperationError, Stopped
 from oscar_common.files import locked
-from oscar_common.settings import Train
+from oscar_common.settings import AUTO, Train
 from oscar_train import checkpoint, run_folder
+from oscar_train.batch_size import largest_batch
+from oscar_train.ceiling import Work, count, matrix_ceiling
 from oscar_train.checkpoint import Checkpoint
-from oscar_train.corpus import Corpus
-from oscar_train.guard import Guard
+from oscar_train.evaluation.during import HeldOut, holding_out, is_due
+from oscar_train.evaluation.exam import Exam
+from oscar_train.evaluation.measure import Answering, Interrupted, answer, measure, names
+from oscar_train.evaluation.report import describe_exam, line
+from oscar_train.meter import Meter
 from oscar_train.metrics import Log, Row, open_log
+from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import choose_objective
 from oscar_train.ranks import Ranks, joined
 from oscar_train.signals import Stop
-from oscar_train.sources import Source, warn
-from oscar_train.step import Result, Workshop, gradient, open_workshop, rate, rehearse, update
+from oscar_train.sources import Source, manifest_sha256, warn
+from oscar_train.starts import record_start
+from oscar_train.step import Report, Result, Workshop, open_workshop, rate, rehearse, shares, take
 from oscar_train.stream import Stream, open_stream
 from oscar_train.texts.tags import TagRule, tag_rule
 from oscar_train.texts.tokens import Tokenizer
-from oscar_train.weights import build, open_init
+from oscar_train.weights import Start, build, open_init
 
 NOTHING = 20  # steps without any image after which a run ends
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run under way. identity: what a rerun must have in common with it. log: of the first rank only."""
+    """A run under way.
+
+    identity: what a rerun must have in common with it. about: what an evaluation of its checkpoints must know. exam:
+    what is asked while training. log, meter: of the first rank only.
+    """
 
     settings: Train
     out: Path
     identity: dict[str, object]
+    about: dict[str, object]
     stream: Stream
     shop: Workshop
-    guard: Guard
+    exam: Exam | None
     log: Log | None
+    meter: Meter | None
 
     def say(self, line: str) -> None:
         """Print one line for people, once for all ranks."""
@@ -47,7 +64,7 @@ class Run:
             self.log.say(line)
 
 
-def train(settings: Train, sources: list[Source], out: Path, stop: Stop) -> None:
+def train(settings: Train, sources: list[Source], out: Path, stop: Stop, eval_sources: Sequence[Source] = ()) -> None:
     """Train to the end, from the newest checkpoint in `out` or from the beginning.
 
     Raises:
@@ -57,38 +74,72 @@ def train(settings: Train, sources: list[Source], out: Path, stop: Stop) -> None
     """
     tags = tag_rule(settings)
     with joined(settings.device) as ranks, locked(out, "--out") if ranks.first else nullcontext():
-        identity = checkpoint.identity(settings)
         last = _newest(out, settings.overwrite, ranks)
-        checkpoint.agree(last, identity)  # before the texts are read, which may take minutes
+        if settings.batch_size == AUTO and last is not None:
+            settings = replace(settings, batch_size=last.run["batch_size"])
+        checkpoint.agree(last, checkpoint.identity(settings))  # before the texts are read, which may take minutes
         start = open_init(settings.init if last is None else str(last.folder))
-        with _stream(settings, sources, tags, start.tokenizer, ranks) as stream:
-            identity["corpus"] = stream.corpus.fingerprint
+        if settings.batch_size == AUTO:
+            found = largest_batch(settings, start, sources[0].manifest.detector.feature_dim, ranks)
+            settings = replace(settings, batch_size=found)
+        with (
+            holding_out(settings, eval_sources, tags, start.tokenizer) as held,
+            _stream(settings, sources, tags, start.tokenizer, ranks, held) as stream,
+        ):
+            identity = {**checkpoint.identity(settings), "corpus": stream.fingerprint}
             checkpoint.agree(last, identity)
             if last is not None and last.step == settings.steps:
                 if ranks.first:
                     print(f"complete: all {last.step} steps are done; the model is in {last.folder}")
                 return
-            model, origin = build(
-                start,
-                stream.corpus.feature_dim,
-                settings.seed,
-                classes=choose_objective(settings).classes,
-                image_layernorm=settings.image_layernorm,
-            )
+            exam = held.exam(stream)
+            model, origin = _model(start, settings, stream)
             if ranks.first:
-                checkpoint.check_space(out, model)
-                if settings.overwrite:
-                    checkpoint.sweep(out, everything=True)
-                run_folder.write_settings(out, settings)
+                _prepare(out, settings, model)
+                record_start(
+                    out,
+                    step=last.step if last else 0,
+                    device=ranks.device,
+                    ranks=ranks.size,
+                    shards=sources,
+                    eval_shards=eval_sources,
+                )
             shop = open_workshop(model.to(ranks.device), settings, ranks)
-            guard = Guard(settings.spike, settings.max_skipped)
-            with _open_log(out, last, settings, ranks) as log:
-                run = Run(settings, out, identity, stream, shop, guard, log)
-                run.say(describe(stream.corpus))
+            with _open_log(out, last, settings, exam, ranks) as log:
+                about: dict[str, object] = {"tags": asdict(tags), "shards": list(map(manifest_sha256, sources))}
+                run = Run(settings, out, identity, about, stream, shop, exam, log, _meter(shop))
+                run.say(describe(stream, exam))
                 if settings.tags == "ground-truth" and ranks.first and not stream.corpus.ground_truth:
                     warn("--tags ground-truth: no image of --shards has any; all q are tags of the detector")
                 run.say(f"{origin if last is None else last.folder}; on {_place(ranks)}")
                 _train(run, last, stop)
+
+
+def _model(start: Start, settings: Train, stream: Stream) -> tuple[OscarForPreTraining, str]:
+    return build(
+        start,
+        stream.corpus.feature_dim,
+        settings.seed,
+        classes=choose_objective(settings).classes,
+        image_layernorm=settings.image_layernorm,
+    )
+
+
+def _prepare(out: Path, settings: Train, model: OscarForPreTraining) -> None:
+    """Make the run folder ready."""
+    checkpoint.check_space(out, model)
+    if settings.overwrite:
+        checkpoint.sweep(out, everything=True)
+    run_folder.write_settings(out, settings)
+
+
+def _meter(shop: Workshop) -> Meter | None:
+    """Return what measures the pace, for the log."""
+    ranks = shop.ranks
+    if not ranks.first:
+        return None
+    ceiling = matrix_ceiling(ranks.device, shop.settings.precision)
+    return Meter(shop.model.config, ranks.device, ceiling, ranks.size)
 
 
 def _newest(out: Path, overwrite: bool, ranks: Ranks) -> Checkpoint | None:
@@ -104,7 +155,7 @@ def _newest(out: Path, overwrite: bool, ranks: Ranks) -> Checkpoint | None:
 
 
 def _stream(
-    settings: Train, sources: list[Source], tags: TagRule, tokenizer: Tokenizer, ranks: Ranks
+    settings: Train, sources: list[Source], tags: TagRule, tokenizer: Tokenizer, ranks: Ranks, held: HeldOut
 ) -> AbstractContextManager[Stream]:
     return open_stream(
         sources,
@@ -116,6 +167,7 @@ def _stream(
         texts=settings.texts,
         mix=settings.mix,
         window=settings.shuffle_window,
+        only=held.trained,
         rank=ranks.rank,
         ranks=ranks.size,
         threads=settings.read_threads,
@@ -126,10 +178,20 @@ def _stream(
     )
 
 
-def _open_log(out: Path, last: Checkpoint | None, settings: Train, ranks: Ranks) -> AbstractContextManager[Log | None]:
+def _open_log(
+    out: Path, last: Checkpoint | None, settings: Train, exam: Exam | None, ranks: Ranks
+) -> AbstractContextManager[Log | None]:
     if not ranks.first:
         return nullcontext()
-    return open_log(out, last.step if last else 0, settings.steps, settings.log_every)
+    return open_log(
+        out,
+        last.step if last else 0,
+        settings.steps,
+        settings.log_every,
+        evaluation=names(exam) if exam is not None else (),
+        wandb=settings.wandb,
+        config=asdict(settings),
+    )
 
 
 def _place(ranks: Ranks) -> str:
@@ -142,50 +204,129 @@ def _train(run: Run, last: Checkpoint | None, stop: Stop) -> None:
     rehearse(run.shop, run.stream.room().batch)
     if last is not None:
         checkpoint.load(last, run.shop.model, run.shop.optimizer, run.shop.ranks.size)
-        run.guard.restore(last.guard)
+        run.shop.guard.restore(last.guard)
         run.say(f"going on after step {done} of {steps}, from {last.folder}")
-    began = lap = time.monotonic()
-    nothing = 0
+    began = time.monotonic()
     with stop.deferred():
-        for step, batch in enumerate(run.stream.batches(done, steps), done + 1):
-            result = gradient(run.shop, batch, stop.cause is not None)
-            nothing = 0 if result.triples else nothing + 1
-            if nothing == NOTHING:
-                raise OperationError(
-                    f"step {step}: no image of {NOTHING} steps could be read, all were skipped; are the --shards there?"
-                )
-            _finish(run, step, result)
-            if run.log is not None and (step % run.settings.log_every == 0 or step == steps):
-                run.log.add(_row(run, step, result, time.monotonic() - lap))
-            if step % run.settings.checkpoint_every == 0 or step == steps or result.stopped:
-                _save(run, step)
-                if step < steps and (result.stopped or (stop.cause and run.shop.ranks.size == 1)):
-                    run.shop.ranks.gather()
-                    saved = f"after step {step}, which is saved; the same command again continues"
-                    raise Stopped(saved, stop.cause or signal.SIGTERM)  # it may have reached other ranks alone
-            lap = time.monotonic()
+        _go_on(run, done, stop)
     seconds = time.monotonic() - began
     pace = (steps - done) * run.settings.batch_size / seconds
     folder = checkpoint.folder(run.out, steps)
     run.say(f"done: {steps - done} steps in {seconds:.0f} s, {pace:.1f} samples/s; the model is in {folder}")
 
 
-def _finish(run: Run, step: int, result: Result) -> None:
-    """Take the step that a gradient is there for, or skip it."""
-    fault = run.guard.fault(result.loss, result.norm)
-    if not fault:
-        update(run.shop, rate(run.settings, step))
-        return
-    ranks, size = run.shop.ranks, len(result.finite)
+def _go_on(run: Run, done: int, stop: Stop) -> None:
+    """Do the steps after the first `done`; what each came to is read while the next one is under way."""
+    settings, alone = run.settings, run.shop.ranks.size == 1
+    if _lacks_evaluation(run, done) and _evaluate(run, done, stop):
+        raise Stopped(f"before step {done + 1}; the same command again continues", stop.cause or signal.SIGTERM)
+    reports = Reports(run)
+    for step, work in enumerate(shares(run.shop, run.stream.batches(done, settings.steps)), done + 1):
+        report = take(run.shop, work, rate(settings, step), stop.cause is not None)
+        reports.add(step, report, count(work.parts))
+        stopped = reports.read(left=1) or (alone and stop.cause is not None)
+        asks = run.exam is not None and is_due(settings, step)
+        saves = step % settings.checkpoint_every == 0 or step == settings.steps
+        if not (stopped or asks or saves):
+            continue
+        stopped = reports.read() or stopped
+        if asks and not stopped:
+            stopped = _evaluate(run, step, stop)
+        if stopped or saves:
+            _save(run, step)
+        if step < settings.steps and (stopped or (alone and saves and stop.cause)):
+            run.shop.ranks.gather()
+            saved = f"after step {step}, which is saved; the same command again continues"
+            raise Stopped(saved, stop.cause or signal.SIGTERM)  # it may have reached other ranks alone
+        reports.rested()
+
+
+def _lacks_evaluation(run: Run, step: int) -> bool:
+    """Whether a run that goes on was stopped before, or while, what it had learned was asked."""
+    if run.exam is None or not is_due(run.settings, step):
+        return False
+    lacks = run.log is not None and run.log.evaluated < step
+    return bool(run.shop.ranks.total(torch.tensor(float(lacks), device=run.shop.ranks.device)))
+
+
+def _evaluate(run: Run, step: int, stop: Stop) -> bool:
+    """Ask what is known after a step, and log it; return whether a rank was told to stop meanwhile."""
+    assert run.exam is not None
+    settings, ranks = run.settings, run.shop.ranks
+    answering = Answering(
+        forward=partial(answer, run.shop.model, settings.precision),
+        ranks=ranks,
+        size=max(1, settings.batch_size // ranks.size // settings.accumulate),
+        stopped=lambda: stop.cause is not None,
+    )
+    try:
+        values = measure(run.exam, answering)
+    except Interrupted:
+        return True
+    if run.log is not None:
+        run.log.add_evaluation(step, values, f"step {step}/{settings.steps}  {line(values)}")
+    return False
+
+
+class Reports:
+    """The steps that are under way, and what is done with what they come to."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._coming: deque[tuple[int, Report, Work]] = deque()
+        self._nothing = 0  # steps without any image, the last ones
+        self.rested()
+
+    def add(self, step: int, report: Report, work: Work) -> None:
+        """Note that a step is under way, and what there was to do for this rank."""
+        self._coming.append((step, report, work))
+
+    def rested(self) -> None:
+        """Leave the time since the last step out of the next one's."""
+        if self._run.meter is not None:
+            self._run.meter.rested()
+
+    def read(self, left: int = 0) -> bool:
+        """Wait for all steps but the last `left`, warn of and log them; return whether a rank was told to stop.
+
+        Raises:
+            OperationError: too many steps were skipped or without any image.
+        """
+        run, stopped = self._run, False
+        while len(self._coming) > left:
+            step, report, work = self._coming.popleft()
+            result = report.read()
+            stopped |= result.stopped > 0
+            self._check(step, result)
+            if result.fault:
+                _skip(run, step, result, report)
+            if run.log is not None and run.meter is not None:
+                run.meter.add(work, report.waited, report.ended)
+                if step % run.settings.log_every == 0 or step == run.settings.steps:
+                    run.log.add(_row(run, step, result, run.meter.measured()))
+        return stopped
+
+    def _check(self, step: int, result: Result) -> None:
+        self._nothing = 0 if result.triples else self._nothing + 1
+        if self._nothing == NOTHING:
+            raise OperationError(
+                f"step {step}: no image of {NOTHING} steps could be read, all were skipped; are the --shards there?"
+            )
+
+
+def _skip(run: Run, step: int, result: Result, report: Report) -> None:
+    """Count a step that was skipped, and name the images whose scores are no numbers, or all of them."""
+    ranks, size = run.shop.ranks, len(report.finite)
     odd = torch.zeros(run.settings.batch_size, dtype=torch.int32, device=ranks.device)
-    odd[ranks.rank * size : (ranks.rank + 1) * size] = torch.from_numpy(~result.finite).int().to(ranks.device)
+    odd[ranks.rank * size : (ranks.rank + 1) * size] = ~report.finite
     suspects = ranks.total(odd).bool().tolist()
     keys = run.stream.keys(step - 1)
     chosen = [key for key, suspect in zip(keys, suspects, strict=True) if suspect] if any(suspects) else keys
-    run.guard.skip(step, fault, list(dict.fromkeys(chosen)), aloud=ranks.first)
+    fault = run.shop.guard.reason(result.loss, result.norm, result.usual)
+    run.shop.guard.skip(step, fault, list(dict.fromkeys(chosen)), aloud=ranks.first)
 
 
-def _row(run: Run, step: int, result: Result, seconds: float) -> Row:
+def _row(run: Run, step: int, result: Result, measured: dict[str, float]) -> Row:
     return Row(
         step=step,
         epoch=run.stream.epoch(step - 1),
@@ -197,17 +338,21 @@ def _row(run: Run, step: int, result: Result, seconds: float) -> Row:
         lr=rate(run.settings, step),
         grad_norm=result.norm,
         skipped=run.settings.batch_size - result.triples,
-        skipped_steps=run.guard.skipped,
-        samples_per_second=run.settings.batch_size / seconds,
+        skipped_steps=run.shop.guard.skipped,
+        **measured,
     )
 
 
-def describe(corpus: Corpus) -> str:
-    """Say what is trained on."""
-    textless = corpus.textless
+def describe(stream: Stream, exam: Exam | None = None) -> str:
+    """Say what is trained on, and what is held out."""
+    corpus, textless = stream.corpus, stream.corpus.textless
+    triples, images = len(corpus), len(corpus.images.shard) - textless
+    if stream.only is not None:
+        triples, images = len(stream.only), len(np.unique(corpus.image[stream.only]))
     without = f"; {textless:,} images have no text and are left out" if textless else ""
     truth = f"; q are ground-truth tags of {corpus.ground_truth:,} images" if corpus.ground_truth else ""
-    return f"{len(corpus):,} triples of {len(corpus.images.shard) - textless:,} images{without}{truth}"
+    asked = f"; evaluated on {describe_exam(exam)}" if exam is not None else ""
+    return f"{triples:,} triples of {images:,} images{without}{truth}{asked}"
 
 
 def _save(run: Run, step: int) -> None:
@@ -223,6 +368,7 @@ def _save(run: Run, step: int) -> None:
         run.shop.optimizer,
         run.stream.corpus.tokenizer,
         ranks=run.shop.ranks.size,
-        guard=run.guard.state(),
+        guard=run.shop.guard.state(),
+        about=run.about,
     )
     checkpoint.prune(run.out, run.settings.keep)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from oscar_train.packing import Packed
 from oscar_train.sampling.triples import IGNORED
-from oscar_train.stream import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,7 @@ class Outcome:
     match_accuracy: Tensor
 
 
-def counts(batch: Batch) -> Tensor:
-    """Return what the losses are means over: the masked tokens and the triples that are not skipped, float32 [2]."""
-    return torch.stack([(labels != IGNORED).sum() for labels in (batch.mlm_labels, batch.match_labels)]).float()
-
-
-def sums(words: Tensor, pairs: Tensor, batch: Batch) -> Tensor:
+def sums(words: Tensor, pairs: Tensor, batch: Packed) -> Tensor:
     """Compare scores with the truth, as sums, which those of other parts of the batch can be added to.
 
     Args:
@@ -37,17 +32,16 @@ def sums(words: Tensor, pairs: Tensor, batch: Batch) -> Tensor:
     Returns:
         float32 [4]: both losses, masked tokens that are right, triples that are right.
     """
-    labels = batch.mlm_labels[batch.mlm_labels != IGNORED]
-    mlm_loss = cross_entropy(words.float(), labels, reduction="sum")
+    mlm_loss = cross_entropy(words.float(), batch.masked_ids, reduction="sum")
     match_loss = cross_entropy(pairs.float(), batch.match_labels, ignore_index=IGNORED, reduction="sum")
     with torch.no_grad():
-        right = (words.argmax(-1) == labels).sum(), (pairs.argmax(-1) == batch.match_labels).sum()
+        right = (words.argmax(-1) == batch.masked_ids).sum(), (pairs.argmax(-1) == batch.match_labels).sum()
     return torch.stack([mlm_loss, match_loss, *(r.float() for r in right)])
 
 
 def outcome(totals: Tensor, numbers: Tensor) -> Outcome:
-    """Turn sums and counts of a whole batch into means: over its masked tokens, and over its triples (0 of none)."""
-    means = totals / numbers.clamp(min=1).repeat(2)
+    """Turn sums and `Packed.counts` of a whole batch into means: over masked tokens, and over triples (0 of none)."""
+    means = totals / numbers[:2].clamp(min=1).repeat(2)
     return Outcome(
         loss=means[0] + means[1],
         mlm_loss=means[0],
@@ -57,6 +51,6 @@ def outcome(totals: Tensor, numbers: Tensor) -> Outcome:
     )
 
 
-def evaluate(words: Tensor, pairs: Tensor, batch: Batch) -> Outcome:
+def evaluate(words: Tensor, pairs: Tensor, batch: Packed) -> Outcome:
     """Compare scores with the truth, for a batch that is in one part; see `sums`."""
-    return outcome(sums(words, pairs, batch), counts(batch))
+    return outcome(sums(words, pairs, batch), batch.counts)

@@ -1,30 +1,40 @@
-"""What is logged of a run: metrics.csv, TensorBoard, and lines for people."""
+"""What is logged of a run: metrics.csv and evaluation.csv, the same numbers on boards, and lines for people."""
 
 import dataclasses
-import os
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
-from oscar_common.errors import UsageError
-from oscar_common.files import replacing
+from oscar_train.boards import Boards, open_boards
 from oscar_train.sources import warn
+from oscar_train.tables import Table, open_table
 
-FILE = "metrics.csv"
+FILE, EVALUATION = "metrics.csv", "evaluation.csv"
+MEASURED = ("samples_per_second", "tokens_per_second", "of_ceiling", "memory_gb", "data_wait")
+RECENT = 20  # rows whose pace the rest is expected to have
+PAGE = 40  # rows under a title
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One step. All but `samples_per_second` are functions of the run's settings and shards.
+    """One step. All but the columns `MEASURED` are functions of the run's settings and shards.
 
     Losses before the update; epoch (from 0) is that of the step's first triple; grad_norm before it is clipped;
     skipped: triples that are in no loss because their image could not be read; skipped_steps: of the run so far.
+
+    Measured, over the steps since the last row: triples, and tokens of text and regions, a second; of_ceiling: the
+    model's floating-point operations a second, as a share of those of large matrix products here; data_wait: share of
+    the time in which nothing but the stream was worked on. memory_gb (1e9 bytes): of a GPU the most that was allocated
+    so far, on a CPU what the process has.
     """
 
     step: int
@@ -39,21 +49,31 @@ class Row:
     skipped: int
     skipped_steps: int
     samples_per_second: float
+    tokens_per_second: float
+    of_ceiling: float
+    memory_gb: float
+    data_wait: float
 
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
-_TITLE = "     step     loss      MLM   acc.    match   acc.        lr  samples/s  ETA"
-_HEADER = (",".join(COLUMNS) + "\n").encode()
 
 
 class Log:
-    """Writes rows to three places. A row is in the file when `add` returns; `settle` sees it to the disk."""
+    """Writes rows to files and boards, and prints them.
 
-    def __init__(self, file: int, board: SummaryWriter, total: int, done: int) -> None:
-        self._file, self._board, self._total = file, board, total
+    A row is in its file when `add` or `add_evaluation` returns; `settle` sees it to the disk.
+    """
+
+    def __init__(self, rows: Table, evaluations: Table | None, boards: Boards, total: int, done: int) -> None:
+        self._rows, self._evaluations, self._boards, self._total = rows, evaluations, boards, total
         self._console = Console(soft_wrap=True, highlight=False)
-        self._began, self._done = time.monotonic(), done
-        self._titled = not self._console.is_terminal
+        self._marks = deque([(time.monotonic(), done)], maxlen=RECENT + 1)
+        self._printed = 0
+
+    @property
+    def evaluated(self) -> int:
+        """The last step that has an evaluation, -1 if there is none."""
+        return -1 if self._evaluations is None else self._evaluations.last
 
     def say(self, line: str) -> None:
         """Print one line for people."""
@@ -61,72 +81,92 @@ class Log:
 
     def add(self, row: Row) -> None:
         """Log one row."""
-        values = dataclasses.asdict(row)
-        # 9 digits give back every float32 exactly
-        line = ",".join(str(v) if isinstance(v, int) else f"{v:.9g}" for v in values.values()) + "\n"
-        os.write(self._file, line.encode())
-        for name, value in values.items():
-            if name != "step":
-                self._board.add_scalar(name, value, row.step)
+        values = dict(vars(row))
+        del values["step"]
+        self._rows.add(row.step, values)
+        self._boards.show(values, row.step)
         self._print(row)
+
+    def add_evaluation(self, step: int, values: Mapping[str, float], line: str) -> None:
+        """Log what an evaluation after a step came to, and print `line`. NaN means that there was nothing to measure.
+
+        `values` has the names that the log was opened for.
+        """
+        assert self._evaluations is not None
+        found = {name: value for name, value in values.items() if not math.isnan(value)}
+        self._evaluations.add(step, {**dict.fromkeys(values), **found})
+        self._boards.show({f"eval/{name}": value for name, value in found.items()}, step)
+        self.say(line)
 
     def settle(self) -> None:
         """Wait until all rows are on the disk."""
-        os.fsync(self._file)
-        self._board.flush()
+        self._rows.settle()
+        if self._evaluations is not None:
+            self._evaluations.settle()
+        self._boards.flush()
 
     def _print(self, row: Row) -> None:
-        pace = (time.monotonic() - self._began) / max(row.step - self._done, 1)
-        eta = timedelta(seconds=round(pace * (self._total - row.step)))
-        if not self._console.is_terminal:
-            self.say(
-                f"step {row.step}/{self._total}  loss {row.loss:.4f}  mlm {row.mlm_loss:.4f} ({row.mlm_accuracy:.1%})  "
-                f"match {row.match_loss:.4f} ({row.match_accuracy:.1%})  lr {row.lr:.2e}  "
-                f"{row.samples_per_second:.1f} samples/s  ETA {eta}"
-            )
-            return
-        if not self._titled:
-            self._console.print(_TITLE, style="bold")
-            self._titled = True
-        self.say(
-            f"{row.step:>9} {row.loss:>8.4f} {row.mlm_loss:>8.4f} {row.mlm_accuracy:>6.1%} {row.match_loss:>8.4f} "
-            f"{row.match_accuracy:>6.1%} {row.lr:>9.2e} {row.samples_per_second:>10.1f}  {eta}"
-        )
+        self._marks.append((time.monotonic(), row.step))
+        if self._printed % PAGE == 0:
+            self._console.print(_title(self._total), style="bold")
+        self._printed += 1
+        self.say(f"{_line(row, self._total)}  {self._left(row.step)}")
+
+    def _left(self, step: int) -> timedelta:
+        """Return the time to the end, at the recent pace."""
+        (began, first), (now, last) = self._marks[0], self._marks[-1]
+        return timedelta(seconds=round((now - began) / max(last - first, 1) * (self._total - step)))
+
+
+def _title(total: int) -> str:
+    return (
+        f"{'':{len(_step(total, total))}}     loss      mlm   acc.    match   acc.        lr  samples/s  tokens/s"
+        "  ceiling    memory  wait  ETA"
+    )
+
+
+def _line(row: Row, total: int) -> str:
+    return (
+        f"{_step(row.step, total)} {row.loss:>8.4f} {row.mlm_loss:>8.4f} {row.mlm_accuracy:>6.1%} "
+        f"{row.match_loss:>8.4f} {row.match_accuracy:>6.1%} {row.lr:>9.2e} {row.samples_per_second:>10.1f} "
+        f"{row.tokens_per_second:>9.0f} {row.of_ceiling:>8.1%} {row.memory_gb:>6.2f} GB {row.data_wait:>5.0%}"
+    )
+
+
+def _step(step: int, total: int) -> str:
+    return f"step {step:>{len(str(total))}}/{total}"
 
 
 @contextmanager
-def open_log(out: Path, step: int, total: int, every: int) -> Iterator[Log]:
+def open_log(
+    out: Path,
+    step: int,
+    total: int,
+    every: int,
+    *,
+    evaluation: Sequence[str] = (),
+    wandb: str | None = None,
+    config: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[Log]:
     """Open the logs of a run that goes on after `step`; rows of later steps, which a killed run left, are cut off.
 
     Rows of earlier steps that are missing, because somebody changed the file, are lost: that is only said.
 
+    Args:
+        out: the run folder.
+        step: the last that is done.
+        total: how many there are to be.
+        every: steps between rows.
+        evaluation: names of what an evaluation finds; none if there is no evaluation.
+        wandb: project at Weights & Biases.
+        config: what it shows as the run's settings.
+
     Raises:
-        UsageError: metrics.csv is there but is not this command's.
+        UsageError: metrics.csv or evaluation.csv is there but is not this command's, or Weights & Biases refuses.
     """
-    last = _cut(out / FILE, step)
-    if step - last >= every:
-        warn(f"{out / FILE} ends at step {last}; the rows from there to step {step} are lost")
-    file = os.open(out / FILE, os.O_WRONLY | os.O_APPEND)
-    board = SummaryWriter(out / "tensorboard", purge_step=step + 1)
-    try:
-        yield Log(file, board, total, step)
-    finally:
-        os.close(file)
-        board.close()
-
-
-def _cut(path: Path, step: int) -> int:
-    """Leave the header and the whole rows up to `step`, replacing the file at once; return the last row's step."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if lines and not _HEADER.startswith(lines[0]):
-        raise UsageError(f"--out: {path} is not a file of oscar-train's; give another --out")
-    kept = [line for line in lines[1:] if 0 < _step(line) <= step]
-    with replacing(path) as file:
-        file.writelines([_HEADER, *kept])
-    return max(map(_step, kept), default=0)
-
-
-def _step(line: bytes) -> int:
-    """Return the step of a row, 0 if the row is not whole."""
-    cells = line.split(b",")
-    return int(cells[0]) if line.endswith(b"\n") and len(cells) == len(COLUMNS) and cells[0].isdigit() else 0
+    exams = open_table(out / EVALUATION, ("step", *evaluation), step) if evaluation else nullcontext()
+    with open_table(out / FILE, COLUMNS, step) as rows, exams as evaluations:
+        if step - max(rows.last, 0) >= every:
+            warn(f"{out / FILE} ends at step {max(rows.last, 0)}; the rows from there to step {step} are lost")
+        with open_boards(out, step, wandb, config) as boards:
+            yield Log(rows, evaluations, boards, total, step)

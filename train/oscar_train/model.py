@@ -14,10 +14,9 @@ from transformers import AttentionInterface, BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertPooler, BertPredictionHeadTransform
 
 from oscar_train.arguments import SIZES
-from oscar_train.dropout import Seeds, TripleDropout
+from oscar_train.dropout import Tokens, TripleDropout, token_bits
+from oscar_train.packing import Packed
 from oscar_train.reading.regions import BOX
-from oscar_train.sampling.triples import IGNORED
-from oscar_train.stream import Batch
 
 ATTENTION = "triples"  # the name under which transformers finds `attend`
 
@@ -50,18 +49,30 @@ def oscar_config(bert: BertConfig, feature_dim: int) -> BertConfig:
 
 
 def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **rest: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, slots: Tensor, **rest: Any
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' BERT asks for it: [B, heads, T, D] to [B, T, heads, D].
+    """Attention as transformers' BERT asks for it: packed [1, heads, N, D] to [1, N, heads, D].
 
     In training it is written out, because torch's own takes no mask for its dropout.
+
+    Args:
+        mask: [B, 1, 1, L], what is added to the scores of the rows.
+        slots: int64 [N], where the tokens are in the rows.
     """
+    query, key, value = (_in_rows(each, mask, slots) for each in (query, key, value))
     if module.training and module.dropout.p:
-        weights = (query @ key.transpose(2, 3) * scaling + mask).softmax(-1)
+        weights = (query * scaling @ key.transpose(2, 3) + mask).softmax(-1)
         hidden = module.dropout(weights.to(value.dtype)) @ value
     else:
-        hidden = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return hidden.transpose(1, 2), None
+        hidden = scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), scale=scaling)
+    return hidden.transpose(1, 2).flatten(0, 1).index_select(0, slots)[None], None
+
+
+def _in_rows(packed: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
+    """Return packed [1, heads, N, D] as rows [B, heads, L, D], with 0 where there is no token."""
+    tokens, rows, length = packed[0].transpose(0, 1), mask.shape[0], mask.shape[3]
+    flat = tokens.new_zeros(rows * length, *tokens.shape[1:]).index_copy(0, slots, tokens)
+    return flat.view(rows, length, *tokens.shape[1:]).transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -81,39 +92,41 @@ class OscarModel(nn.Module):
         if self.use_img_layernorm:
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.img_layer_norm_eps)
         self.recompute = False
-        self._seeds = Seeds()
-        _make_dropouts_stateless(self, self._seeds)
+        self._tokens = Tokens()
+        self.embeddings.dropout = nn.Identity()  # ours is that of text and regions together
+        _make_dropouts_stateless(self, self._tokens)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the last hidden states of T text tokens and R regions, [B, T + R, H].
+    def forward(self, batch: Packed) -> Tensor:
+        """Return the last hidden states of the N tokens, [N, H].
 
         A region is Linear([v'; z]), with a LayerNorm if the configuration has it (Oscar section 3; VinVL's code), and
-        has neither position nor token type. Every token sees every other, [PAD] and empty regions excepted.
+        has neither position nor token type. Every token of a row sees every other.
         """
-        self._seeds.of_batch = batch.dropout_seeds
-        text = self.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids)
+        self._tokens.in_rows = token_bits(batch.dropout_seeds, batch.seen.shape[1])
+        self._tokens.packed = self._tokens.in_rows.flatten().index_select(0, batch.slots)
+        text = self.embeddings(*(each[None] for each in (batch.input_ids, batch.token_type_ids, batch.position_ids)))
         regions = self.img_embedding(torch.cat([batch.features.to(text.dtype), batch.z.to(text.dtype)], -1))
         if self.use_img_layernorm:
             regions = self.LayerNorm(regions)
-        hidden = torch.cat([text, self.dropout(regions)], 1)
-        seen = torch.cat([batch.attention_mask, batch.region_mask], 1)
-        unseen = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
-        unseen = unseen.masked_fill(~seen, torch.finfo(hidden.dtype).min)[:, None, None, :]
+        hidden = self.dropout(torch.cat([text, regions[None]], 1))
+        unseen = torch.zeros(batch.seen.shape, dtype=hidden.dtype, device=hidden.device)
+        unseen = unseen.masked_fill(~batch.seen, torch.finfo(hidden.dtype).min)[:, None, None, :]
         for layer in self.encoder.layer:
             if self.recompute and self.training:
-                hidden = checkpoint(layer, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
+                how = {"use_reentrant": False, "preserve_rng_state": False}
+                hidden = checkpoint(layer, hidden, unseen, slots=batch.slots, **how)
             else:
-                hidden = layer(hidden, unseen)
-        return hidden
+                hidden = layer(hidden, unseen, slots=batch.slots)
+        return hidden[0]
 
 
-def _make_dropouts_stateless(model: nn.Module, seeds: Seeds) -> None:
+def _make_dropouts_stateless(model: nn.Module, tokens: Tokens) -> None:
     """Replace every dropout by one whose masks belong to the triples."""
     site = count()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
-                setattr(module, name, TripleDropout(child.p, seeds, next(site)))
+                setattr(module, name, TripleDropout(child.p, tokens, next(site)))
 
 
 class MaskedTokenHead(nn.Module):
@@ -150,15 +163,15 @@ class OscarForPreTraining(nn.Module):
         self.apply(self._initialise)
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Return scores of the M masked tokens, [M, vocabulary], in row-major order, and of the pairs, [B, classes].
 
-        The head over 30,522 words is the dear part, so only the masked positions go through it.
+        The head over 30,522 words is the dear part, so only the masked tokens go through it.
         """
         hidden = self.bert(batch)
-        is_masked = batch.mlm_labels != IGNORED
-        words = self.cls.predictions(hidden[:, : is_masked.shape[1]][is_masked])
-        return words, self.cls.seq_relationship(self.bert.pooler(hidden))
+        words = self.cls.predictions(hidden.index_select(0, batch.masked))
+        pooled = self.bert.pooler(hidden.index_select(0, batch.first)[:, None])
+        return words, self.cls.seq_relationship(pooled)
 
     def _initialise(self, module: nn.Module) -> None:
         """BERT's initial values: N(0, 0.02), biases 0, LayerNorms the identity."""

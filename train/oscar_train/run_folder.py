@@ -17,7 +17,15 @@ from oscar_common.settings import Train
 from oscar_train.arguments import CHECKPOINT
 
 FILE, VOCABULARY = "run.yaml", "tag_vocabulary.txt"
-PATHS = ("shards", "texts", "tag_vocabulary", "init", "cache", "out")  # settings that may name files and folders
+PATHS = (
+    "shards",
+    "eval_shards",
+    "texts",
+    "tag_vocabulary",
+    "init",
+    "cache",
+    "out",
+)  # settings that may name files and folders
 
 
 def write_settings(out: Path, settings: Train) -> None:

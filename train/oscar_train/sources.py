@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +89,29 @@ class Source:
             return False
 
 
-def open_source(place: str, skip_corrupt: bool) -> Source:
-    """Look at a folder of shards; with `skip_corrupt`, some may be missing.
+def open_source(place: str, skip_corrupt: bool, flag: str = FLAG) -> Source:
+    """Look at a folder of shards that a flag names; with `skip_corrupt`, some may be missing.
 
     Raises:
         UsageError: it is missing, empty, unfinished, of a form that is refused, or cannot be reached.
     """
     folder = local_path(place)
-    source = _remote(place) if folder is None else _local(place, folder)
+    source = _remote(place, flag) if folder is None else _local(place, folder, flag)
     there = sum(size is not None for size in source.sizes)
     if there != source.manifest.plan.num_shards and not (skip_corrupt and source.tars):
         raise UsageError(
-            f"{FLAG} {place}: {there} of {source.manifest.plan.num_shards} shards are there; run its oscar-extract "
+            f"{flag} {place}: {there} of {source.manifest.plan.num_shards} shards are there; run its oscar-extract "
             "command again, or go on without the others: --skip-corrupt"
         )
     return source
+
+
+def manifest_sha256(source: Source) -> str:
+    """Return the SHA-256 of a folder's manifest, which names its shards."""
+    if source.folder is not None:
+        return sha256((source.folder / FILE).read_bytes()).hexdigest()
+    assert source.remote is not None
+    return sha256(source.remote.read(FILE, MANIFEST_LIMIT)).hexdigest()
 
 
 def check_together(sources: list[Source]) -> None:
@@ -140,11 +149,11 @@ def warn(line: str) -> None:
     print(f"warning: {line}\n", end="", file=sys.stderr, flush=True)  # in one piece, as threads may warn at once
 
 
-def _local(place: str, folder: Path) -> Source:
+def _local(place: str, folder: Path, flag: str) -> Source:
     if not folder.is_dir():
         what = "a file; give its folder" if folder.exists() else "no such folder; give one made by oscar-extract"
-        raise UsageError(f"{FLAG} {folder}: {what}")
-    manifest = read_manifest(folder, FLAG)
+        raise UsageError(f"{flag} {folder}: {what}")
+    manifest = read_manifest(folder, flag)
     found = {path.name: path.stat() for path in folder.iterdir() if path.suffix in (".tar", ".parquet")}
     tars = manifest.tar_names(found)
     stamps = [found.get(index_path(Path(tar)).name) for tar in tars]
@@ -158,13 +167,13 @@ def _local(place: str, folder: Path) -> Source:
     )
 
 
-def _remote(place: str) -> Source:
-    remote = open_remote(place, FLAG)
+def _remote(place: str, flag: str) -> Source:
+    remote = open_remote(place, flag)
     try:
         manifest = remote.parsed(FILE, MANIFEST_LIMIT, lambda content: parse_manifest(content, remote.at(FILE)))
     except Gone as error:
         raise UsageError(
-            f"{FLAG} {remote.url}: no {FILE} there ({error.cause}); give the URL of a folder made by oscar-extract"
+            f"{flag} {remote.url}: no {FILE} there ({error.cause}); give the URL of a folder made by oscar-extract"
         ) from None
     found = _listed(remote, manifest)
     tars = manifest.tar_names(found)

@@ -1,20 +1,26 @@
-"""One step: the gradient of a global batch, whatever the ranks and parts it is spread over, and the update."""
+"""One step: the gradient of a global batch, whatever the ranks and parts it is spread over, and the update.
+
+A step is only enqueued: nothing in it asks a GPU for a value, so the host is free to prepare the next one meanwhile.
+What a step came to is read from its `Report`, later.
+"""
 
 import math
+import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from oscar_common.settings import Train
-from oscar_train.losses import counts, outcome, sums
+from oscar_train.guard import Guard
+from oscar_train.losses import outcome, sums
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import choose_objective
+from oscar_train.packing import Packed, pack
 from oscar_train.ranks import Ranks
 from oscar_train.sampling.triples import IGNORED, MASK_RATE, MAX_TOKENS
 from oscar_train.stream import Batch
@@ -27,8 +33,17 @@ class Workshop:
     model: OscarForPreTraining
     network: nn.Module
     optimizer: AdamW
+    guard: Guard
     settings: Train
     ranks: Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a rank does of a step, on its device. waited: seconds for which the stream was waited for."""
+
+    parts: list[Packed]
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +51,8 @@ class Result:
     """What the global batch came to, the same numbers on all ranks.
 
     Losses are means over all its masked tokens, and over all its triples. norm: of the gradient, before it is clipped.
-    stopped: how many ranks were told to stop. finite: bool [B], which triples of this rank have scores that are
-    numbers.
+    usual: the loss that the guard compares with. fault: whether the update was left out. masked, triples, tokens: how
+    many there were, the skipped triples' one token each among the last. stopped: how many ranks were told to stop.
     """
 
     loss: float
@@ -46,9 +61,34 @@ class Result:
     mlm_accuracy: float
     match_accuracy: float
     norm: float
+    usual: float
+    fault: bool
+    masked: int
     triples: int
+    tokens: int
     stopped: int
-    finite: npt.NDArray[np.bool_]
+
+
+class Report:
+    """What a step came to, on its way to the host.
+
+    finite: bool [B / R] on the device, which triples of this rank have scores that are numbers. waited: see `Share`.
+    ended: when the step was seen to have ended, by `time.monotonic`.
+    """
+
+    def __init__(self, numbers: Tensor, finite: Tensor, waited: float) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self._copied = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
+        self.finite, self.waited, self.ended = finite, waited, time.monotonic()
+
+    def read(self) -> Result:
+        """Wait for the step's end."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied, self.ended = None, time.monotonic()
+        whole = {"fault": bool, "masked": int, "triples": int, "tokens": int, "stopped": int}
+        named = zip(fields(Result), self._numbers.tolist(), strict=True)
+        return Result(**{f.name: whole.get(f.name, float)(number) for f, number in named})
 
 
 def open_workshop(model: OscarForPreTraining, settings: Train, ranks: Ranks) -> Workshop:
@@ -56,14 +96,15 @@ def open_workshop(model: OscarForPreTraining, settings: Train, ranks: Ranks) -> 
     torch.set_float32_matmul_precision("highest" if settings.precision == "fp32" else "high")
     model.bert.recompute = settings.activation_checkpointing
     if settings.compile:
-        model.bert.compile(dynamic=False)
+        model.bert.compile(dynamic=True)  # no two batches have as many tokens
     network: nn.Module = model
     if ranks.size > 1:
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         network = DistributedDataParallel(
             model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    return Workshop(model, network, make_optimizer(model, settings), settings, ranks)
+    guard = Guard(settings.spike, settings.max_skipped, ranks.device)
+    return Workshop(model, network, make_optimizer(model, settings), guard, settings, ranks)
 
 
 def make_optimizer(model: nn.Module, settings: Train) -> AdamW:
@@ -76,41 +117,88 @@ def make_optimizer(model: nn.Module, settings: Train) -> AdamW:
     return AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def gradient(shop: Workshop, batch: Batch, stopping: bool = False) -> Result:
-    """Leave in the model the clipped gradient of the global batch, of which `batch` is this rank's share.
+def share(shop: Workshop, batch: Batch, waited: float = 0.0) -> Share:
+    """Return a rank's share of a step, on its device; copies from pinned memory may still be under way."""
+    size = len(batch.triples) // shop.settings.accumulate
+    parts = [batch.part(begin, begin + size) for begin in range(0, size * shop.settings.accumulate, size)]
+    return Share(parts=[pack(part, shop.ranks.device) for part in parts], waited=waited)
+
+
+def shares(shop: Workshop, batches: Iterator[Batch]) -> Iterator[Share]:
+    """Yield the shares of steps. Those for a GPU are copied one ahead, while it works on the one before."""
+    timed = _timed(batches)
+    if shop.ranks.device.type != "cuda":
+        yield from (share(shop, batch, waited) for batch, waited in timed)
+        return
+    copies, coming = torch.cuda.Stream(), None
+    for batch, waited in timed:
+        with torch.cuda.stream(copies):
+            made = share(shop, batch, waited), copies.record_event()
+        if coming is not None:
+            yield _handed_over(*coming)
+        coming = made
+        made[1].synchronize()  # the batch's memory is used again
+    if coming is not None:
+        yield _handed_over(*coming)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Yield batches, with the seconds for which each was waited for."""
+    began = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - began
+        began = time.perf_counter()
+
+
+def _handed_over(made: Share, copied: torch.cuda.Event) -> Share:
+    """Return what was copied on another stream than the one that will work on it."""
+    here = torch.cuda.current_stream()
+    here.wait_event(copied)
+    for part in made.parts:
+        for tensor in vars(part).values():
+            tensor.record_stream(here)
+    return made
+
+
+def take(shop: Workshop, work: Share, rate: float, stopping: bool = False) -> Report:
+    """Take a step, unless its loss or gradient would do harm. stopping: whether this rank was told to stop."""
+    return Report(*enqueue(shop, work, rate, stopping), work.waited)
+
+
+def enqueue(shop: Workshop, work: Share, rate: float, stopping: bool = False) -> tuple[Tensor, Tensor]:
+    """Do what `take` does; return the numbers of `Result`, float32, and `Report.finite`."""
+    means, numbers, finite = gradient(shop, work, stopping)
+    fault, usual = shop.guard.judge(means[0], means[-1])
+    update(shop, rate, fault)
+    return torch.cat([means, torch.stack([usual, fault.float()]), numbers]), finite
+
+
+def gradient(shop: Workshop, work: Share, stopping: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave in the model the clipped gradient of the global batch, of which `work` is this rank's share.
 
     The losses are means over the masked tokens and triples of the global batch (not of means, as in the release), so
     neither ranks nor parts change them. A `max_grad_norm` of 0 does not clip.
+
+    Returns:
+        float32 [6] and [4], the numbers of `Result` before and after the guard's; and `Report.finite`.
     """
-    ranks, settings = shop.ranks, shop.settings
     shop.network.train()
     shop.optimizer.zero_grad()
-    said = torch.cat([counts(batch), torch.tensor([float(stopping)])]).to(ranks.device)
-    numbers = ranks.total(said)
-    totals = torch.zeros(4, device=ranks.device)
-    size = len(batch.triples) // settings.accumulate
-    finite = []
-    for number in range(settings.accumulate):
-        part = batch.part(number * size, (number + 1) * size).to(ranks.device)
-        last = number == settings.accumulate - 1
-        with nullcontext() if last or ranks.size == 1 else shop.network.no_sync():  # type: ignore[operator]
+    counts = torch.stack([part.counts for part in work.parts]).sum(0)
+    numbers = shop.ranks.total(torch.cat([counts, counts.new_full((1,), float(stopping))]))
+    totals, finite = numbers.new_zeros(4), []
+    for part in work.parts:
+        last = part is work.parts[-1]
+        with nullcontext() if last or shop.ranks.size == 1 else shop.network.no_sync():  # type: ignore[operator]
             found, pairs = _backward(shop, part, numbers)
         totals += found
         finite.append(pairs.isfinite().all(1))
-    ranks.total(totals)
-    norm = nn.utils.clip_grad_norm_(shop.model.parameters(), settings.max_grad_norm or math.inf)
-    means = outcome(totals, numbers[:2])
-    values = torch.stack([*(getattr(means, f.name) for f in fields(means)), norm]).tolist()
-    names = [*(f.name for f in fields(means)), "norm"]
-    return Result(
-        **dict(zip(names, values, strict=True)),
-        triples=int(numbers[1]),
-        stopped=int(numbers[2]),
-        finite=torch.cat(finite).cpu().numpy(),
-    )
+    means = outcome(shop.ranks.total(totals), numbers)
+    norm = nn.utils.clip_grad_norm_(shop.model.parameters(), shop.settings.max_grad_norm or math.inf)
+    return torch.stack([*vars(means).values(), norm]), numbers, torch.cat(finite)
 
 
-def _backward(shop: Workshop, part: Batch, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(shop: Workshop, part: Packed, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Add the gradient of a part; return its sums, and its scores of pairs."""
     device, bf16 = shop.ranks.device.type, shop.settings.precision == "bf16"
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
@@ -121,10 +209,12 @@ def _backward(shop: Workshop, part: Batch, numbers: Tensor) -> tuple[Tensor, Ten
     return found.detach(), pairs.detach()
 
 
-def update(shop: Workshop, rate: float) -> None:
-    """Let AdamW take a step along the gradient that is there."""
+def update(shop: Workshop, rate: float, fault: Tensor | None = None) -> None:
+    """Let AdamW take a step along the gradient that is there, unless `fault`, a bool scalar on the device."""
     for group in shop.optimizer.param_groups:
         group["lr"] = rate
+    # Where torch's own GradScaler says that a step is to be left out, and its moments and count with it
+    shop.optimizer.found_inf = None if fault is None else fault.float()  # type: ignore[attr-defined]
     shop.optimizer.step()
 
 
@@ -163,7 +253,7 @@ def rehearse(shop: Workshop, room: Batch) -> None:
         size = 2 * sum(p.numel() for p in shop.model.parameters())
         moments = torch.empty(size, device=shop.ranks.device if shop.ranks.device.type == "cuda" else "meta")
     alone = replace(shop, network=shop.model)  # nothing is exchanged
-    _backward(alone, part.to(shop.ranks.device), torch.ones(2, device=shop.ranks.device))
+    _backward(alone, pack(part, shop.ranks.device), torch.ones(2, device=shop.ranks.device))
     shop.optimizer.zero_grad()
     del moments
 

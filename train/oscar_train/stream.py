@@ -9,11 +9,13 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_hexdigest
 
 from oscar_common.errors import UsageError
 from oscar_common.files import cache_folder
@@ -27,6 +29,7 @@ from oscar_train.sampling.negatives import make_pools
 from oscar_train.sampling.order import Order
 from oscar_train.sampling.triples import IGNORED, MAX_TOKENS, TextBatch, assemble
 from oscar_train.sources import Source, check_together, open_source
+from oscar_train.texts.arrays import digest
 from oscar_train.texts.ragged import Ints
 from oscar_train.texts.tags import DETECTED, TagRule
 from oscar_train.texts.tokens import Tokenizer, load_tokenizer
@@ -62,10 +65,6 @@ class Batch:
     def part(self, begin: int, end: int) -> "Batch":
         """Return some rows; they are the same memory."""
         return Batch(**{f.name: getattr(self, f.name)[begin:end] for f in fields(self)})
-
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device; from pinned memory the copies may still be under way."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +118,7 @@ class Stream:
         objective: what is replaced and masked, and how that is called.
         weights: of the corpus' sources; all 1 if none are given.
         window: shards that are shuffled together.
+        only: the triples that there are, and that texts are drawn from, rising; None: all of the corpus.
         rank, ranks: r and R; B is a multiple of R.
         threads: that make batches.
         pin: whether batches lie in pinned memory.
@@ -134,6 +134,7 @@ class Stream:
         objective: Objective = OSCAR,
         weights: Sequence[Fraction] = (),
         window: int = WINDOW,
+        only: npt.NDArray[np.integer[Any]] | None = None,
         rank: int = 0,
         ranks: int = 1,
         threads: int = 1,
@@ -144,9 +145,16 @@ class Stream:
         weights = tuple(weights) or (Fraction(1),) * len(corpus.sources)
         self.corpus, self.reader, self.seed, self.batch_size, self.pin = corpus, reader, seed, batch_size, pin
         self.size, self.threads, self.objective = batch_size // ranks, threads, objective
-        self._first = rank * self.size
-        self._pools = make_pools(corpus, weights, objective)
-        self._order = Order(seed, corpus.shard_triples, corpus.source_shards, weights, window)
+        self._first, self.only = rank * self.size, only
+        self._pools = make_pools(corpus, weights, objective, only)
+        starts = corpus.shard_triples if only is None else np.searchsorted(only, corpus.shard_triples)
+        self._order = Order(seed, starts, corpus.source_shards, weights, window)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that a training run could see of the corpus, or with the triples that there are."""
+        mine = self.corpus.fingerprint
+        return mine if self.only is None else digest((mine, xxh3_128_hexdigest(self.only.tobytes())))
 
     def room(self) -> Room:
         """Make room for a batch."""
@@ -188,18 +196,23 @@ class Stream:
         """Return where this rank's share of a step begins in the endless sequence."""
         return step * self.batch_size + self._first
 
+    def _segments(self, position: int, count: int) -> Iterator[tuple[int, int, Ints]]:
+        """Yield (epoch, place, triples) of some positions; see `Order.segments`, which counts those that there are."""
+        for epoch, place, triples in self._order.segments(position, position + count):
+            yield epoch, place, triples if self.only is None else self.only[triples].astype(np.int64)
+
     def _triples(self, position: int, count: int) -> Ints:
-        return np.concatenate([triples for _, _, triples in self._order.segments(position, position + count)])
+        return np.concatenate([triples for _, _, triples in self._segments(position, count)])
 
     def _text(self, position: int, count: int) -> TextBatch:
         parts = [
             assemble(self.corpus, self._pools, self.objective, triples, self.seed, epoch, place)
-            for epoch, place, triples in self._order.segments(position, position + count)
+            for epoch, place, triples in self._segments(position, count)
         ]
         return TextBatch(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(TextBatch)})
 
     def _read(self, position: int, room: Room) -> Ints:
-        """Read the regions of as many triples as `room` has rows; return their images."""
+        """Read the features of as many triples as `room` has rows; return their images."""
         triples = self._triples(position, len(room))
         room.batch.triples.numpy()[:] = triples
         images: Ints = self.corpus.image[triples]
@@ -208,14 +221,8 @@ class Stream:
 
     def _make(self, position: int, room: Room) -> None:
         """Make as many triples as `room` has rows."""
-        images, batch = self._read(position, room), room.batch
-        text = self._text(position, len(room))
-        for f in fields(TextBatch):
-            getattr(batch, f.name).numpy()[:] = getattr(text, f.name)
-        self.reader.z(images, room.slots, batch.z.numpy())
-        np.less(np.arange(MAX_REGIONS), room.slots.counts[:, None], out=batch.region_mask.numpy())
-        if not room.slots.readable.all():
-            self._leave_out(batch, ~room.slots.readable)
+        put_regions(self.reader, self._read(position, room), room)
+        put_text(self._text(position, len(room)), room, self.corpus.tokenizer)
 
     def _ahead(self, make: Callable[[int, Room], object], first: int, end: int) -> Iterator[Room]:
         """Yield the rooms of steps, filled by several threads.
@@ -273,14 +280,29 @@ class Stream:
                 break
         return list(needed)
 
-    def _leave_out(self, batch: Batch, rows: npt.NDArray[np.bool_]) -> None:
-        """Leave triples whose image was skipped out of both losses."""
-        for name in ("input_ids", "token_type_ids", "attention_mask"):
-            getattr(batch, name).numpy()[rows] = self.corpus.tokenizer.pad if name == "input_ids" else 0
-        batch.input_ids.numpy()[rows, 0] = self.corpus.tokenizer.cls
-        batch.attention_mask.numpy()[rows, 0] = True  # a row without anything to see would be no number
-        for labels in (batch.mlm_labels, batch.match_labels):
-            labels.numpy()[rows] = IGNORED
+
+def put_regions(reader: RegionReader, images: Ints, room: Room) -> None:
+    """Complete the regions of images whose features and boxes were read into a room."""
+    reader.z(images, room.slots, room.batch.z.numpy())
+    np.less(np.arange(MAX_REGIONS), room.slots.counts[:, None], out=room.batch.region_mask.numpy())
+
+
+def put_text(text: TextBatch, room: Room, tokenizer: Tokenizer) -> None:
+    """Put the text of as many triples as a room has rows into it; those whose image was skipped are left out."""
+    for f in fields(TextBatch):
+        getattr(room.batch, f.name).numpy()[:] = getattr(text, f.name)
+    if not room.slots.readable.all():
+        _leave_out(room.batch, ~room.slots.readable, tokenizer)
+
+
+def _leave_out(batch: Batch, rows: npt.NDArray[np.bool_], tokenizer: Tokenizer) -> None:
+    """Leave triples whose image was skipped out of both losses."""
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        getattr(batch, name).numpy()[rows] = tokenizer.pad if name == "input_ids" else 0
+    batch.input_ids.numpy()[rows, 0] = tokenizer.cls
+    batch.attention_mask.numpy()[rows, 0] = True  # a row without anything to see would be no number
+    for labels in (batch.mlm_labels, batch.match_labels):
+        labels.numpy()[rows] = IGNORED
 
 
 @contextmanager
@@ -295,6 +317,7 @@ def open_stream(
     texts: Sequence[str] = (),
     mix: Sequence[float] = (),
     window: int = WINDOW,
+    only: Callable[[Corpus], npt.NDArray[np.integer[Any]] | None] = lambda corpus: None,
     rank: int = 0,
     ranks: int = 1,
     threads: int | None = None,
@@ -313,6 +336,7 @@ def open_stream(
         tags: which tags are q; the detected ones, unless something else is said.
         texts: overlays made by `oscar-shards texts`.
         mix: a weight for each folder.
+        only: chooses the triples, as `Stream` takes them.
         threads: that make batches; unless it is said, one for each core that the ranks of this machine leave, at most
             8.
         cache, cache_size: folder for token ids and fetched shards, and the most GB of these.
@@ -340,6 +364,7 @@ def open_stream(
         objective=objective,
         weights=weights,
         window=window,
+        only=only(corpus),
         rank=rank,
         ranks=ranks,
         threads=threads or _threads(ranks),

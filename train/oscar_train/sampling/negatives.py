@@ -48,27 +48,43 @@ class Pools:
     q: tuple[Pool | None, ...]
 
 
-def make_pools(corpus: Corpus, weights: Sequence[Fraction], objective: Objective) -> Pools:
+def make_pools(corpus: Corpus, weights: Sequence[Fraction], objective: Objective, only: Array | None = None) -> Pools:
     """Return the pools that an objective draws from, for sources of some weights.
 
     They are the mapped arrays of the corpus, or none, where these will do; else int32.
+
+    Args:
+        only: the triples that may be drawn, rising; None: all.
     """
-    size, some = len(corpus), corpus.pools
+    size = len(corpus) if only is None else len(only)
+    some = [_among(corpus, pool, only) for pool in corpus.pools]
     with_q = sum(map(len, some))
     needs_w = objective.wrong_w > 0 or with_q < size
     if objective.negatives == "typed":
-        w = [_of_kind(corpus, kind) for kind in range(len(some))] if needs_w else []
+        w = [_of_kind(corpus, kind, with_q, only) for kind, with_q in enumerate(some)] if needs_w else []
         return Pools(w=_pools(corpus, weights, w), q=_pools(corpus, weights, some))
-    all_w = _pools(corpus, weights, [None]) * len(some)
+    all_w = _pools(corpus, weights, [only]) * len(some)
     if objective.negatives == "lines" or with_q == size:
         return Pools(w=all_w, q=all_w)
     return Pools(w=all_w, q=_pools(corpus, weights, [np.sort(np.concatenate(some))]) * len(some))
 
 
-def _of_kind(corpus: Corpus, kind: int) -> Array:
-    """Return the triples of a kind."""
-    with_q, found = corpus.pools[kind], corpus.kind == kind
+def _of_kind(corpus: Corpus, kind: int, with_q: Array, only: Array | None) -> Array:
+    """Return the triples of a kind, of which `with_q` are those that have a q."""
+    if only is not None:
+        some: Array = only[corpus.kind[only] == kind]
+        return some
+    found = corpus.kind == kind
     return with_q if np.count_nonzero(found) == len(with_q) else np.flatnonzero(found).astype(np.int32)
+
+
+def _among(corpus: Corpus, triples: Array, only: Array | None) -> Array:
+    """Return those of some triples that may be drawn."""
+    if only is None:
+        return triples
+    allowed = np.zeros(len(corpus), bool)
+    allowed[only] = True
+    return triples[allowed[triples]]
 
 
 def _pools(corpus: Corpus, weights: Sequence[Fraction], of: Sequence[Array | None]) -> tuple[Pool | None, ...]:

@@ -1,5 +1,6 @@
 """Triples as text: what is replaced, truncation, layout, masks. Pure functions of (seed, epoch, place)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,30 +46,43 @@ class TextBatch:
 
 
 def assemble(
-    corpus: Corpus, pools: Pools, objective: Objective, triples: Ints, seed: int, epoch: int, place: int
+    corpus: Corpus,
+    pools: Pools,
+    objective: Objective,
+    triples: Ints,
+    seed: int,
+    epoch: int,
+    place: int,
+    change: Callable[[Sides], Sides] = lambda sides: sides,
 ) -> TextBatch:
     """Build the text of `triples`, which stand at `place`, `place + 1`, ... of an epoch's order.
 
     Some triples get another w or q (Oscar section 3.1, contrastive loss; VinVL section 3.2); then 15 % of the tokens of
-    w and q are masked (Oscar section 3.1, masked token loss), also where one is another's.
+    w and q are masked (Oscar section 3.1, masked token loss), also where one is another's. `change` may put still other
+    texts there, of which the labels do not know.
     """
     drawn = words(seed, SAMPLE, epoch, place, len(triples), _WIDTH)
     sides = replaced(corpus, pools, objective, triples, drawn[:, _PART], drawn[:, _CANDIDATES])
-    w, len_w = texts(corpus, sides.w, np.ones(len(triples), bool))
-    q, len_q = texts(corpus, sides.q, sides.lent)
-    ids, types, inside, maskable = joined(corpus.tokenizer, w, q, *truncated(len_w, len_q))
+    ids, types, inside, maskable = laid_out(corpus, change(sides))
     input_ids, labels = masked(corpus.tokenizer, objective, ids, maskable, drawn)
     return TextBatch(
         input_ids=input_ids,
         token_type_ids=types,
         attention_mask=inside,
         mlm_labels=labels,
-        match_labels=_match_labels(objective, sides, triples),
+        match_labels=match_labels(objective, sides, triples),
         dropout_seeds=(drawn[:, _DROPOUT] >> np.uint64(32)).astype(np.int64),
     )
 
 
-def _match_labels(objective: Objective, sides: Sides, triples: Ints) -> Ints:
+def laid_out(corpus: Corpus, sides: Sides) -> tuple[Tokens, Ints, Bools, Bools]:
+    """Return what `joined` does, of texts wherever they are from."""
+    w, len_w = texts(corpus, sides.w, np.ones(len(sides.w), bool))
+    q, len_q = texts(corpus, sides.q, sides.lent)
+    return joined(corpus.tokenizer, w, q, *truncated(len_w, len_q))
+
+
+def match_labels(objective: Objective, sides: Sides, triples: Ints) -> Ints:
     """Return which class of the objective each triple is."""
     matched, wrong_w, wrong_q = map(objective.label, (MATCHED, WRONG_W, WRONG_Q))
     return np.where(sides.w != triples, wrong_w, np.where(sides.q != triples, wrong_q, matched))

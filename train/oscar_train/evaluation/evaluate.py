@@ -1,0 +1,178 @@
+"""`oscar-evaluate`: a model from disk, the images to ask it about, and its answers."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from oscar_common.device import choose_device
+from oscar_common.errors import UsageError
+from oscar_common.files import replacing
+from oscar_train import run_folder
+from oscar_train.evaluation.exam import Exam, make_exam
+from oscar_train.evaluation.held_out import asked
+from oscar_train.evaluation.measure import Answering, answer, measure
+from oscar_train.evaluation.report import Numbers, describe_exam, table
+from oscar_train.export import Model, find
+from oscar_train.model import OscarForPreTraining
+from oscar_train.objectives import TABLE, Objective
+from oscar_train.ranks import Ranks
+from oscar_train.reading.regions import BOX
+from oscar_train.sources import Source, check_together, manifest_sha256, open_source, warn
+from oscar_train.state import modules
+from oscar_train.stream import open_stream
+from oscar_train.texts.tags import TagRule
+from oscar_train.weights import classes_of
+
+BY_CLASSES = {2: "oscar", 3: "oscar-plus"}  # objectives of models that do not say theirs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the command was given; its options' help says what each is."""
+
+    path: Path
+    shards: tuple[str, ...]
+    everything: bool
+    triples: int
+    images: int
+    shuffles: tuple[str, ...]
+    json_file: Path | None
+    objective: str | None
+    seed: int
+    batch_size: int
+    device: str
+    precision: str
+    cache: str | None
+    skip_corrupt: bool
+
+
+def evaluate(given: Asked) -> None:
+    """Ask a model, and print and write what it knows.
+
+    Raises:
+        UsageError: there is no model that can be asked, or nothing to ask it about.
+        OperationError: the model or a shard is damaged.
+    """
+    model = find(given.path)
+    if not model.has_regions or model.lost:
+        raise UsageError(f"FOLDER {given.path}: no whole Oscar; it lacks {', '.join(modules(model.lost))}")
+    objective = choose_objective(model, given.objective)
+    ranks = Ranks(0, 1, torch.device(choose_device(given.device)))
+    sources = [open_source(place, given.skip_corrupt) for place in given.shards or own_shards(given.path)]
+    check_together(sources)
+    with opened(model, sources, objective, given) as exam:
+        forward = partial(answer, loaded(model, exam.corpus.feature_dim).to(ranks.device), given.precision)
+        answering = Answering(forward=forward, ranks=ranks, size=given.batch_size)
+        columns = {"as it is": measure(exam, answering)}
+        columns |= {f"{name} shuffled": measure(exam, answering, name) for name in given.shuffles}
+    Console(soft_wrap=True).print(table(exam, columns, f"{model.folder}: {describe_exam(exam)}"))
+    if given.json_file is not None:
+        _write(given, model, sources, exam, columns)
+
+
+def choose_objective(model: Model, name: str | None) -> Objective:
+    """Return what a model was trained to tell, with its own classes.
+
+    Raises:
+        UsageError: it has other classes than an objective of this name.
+    """
+    classes = classes_of(model.config)
+    trained = None if model.made is None else str(model.made.run["objective"])
+    chosen = name or trained or BY_CLASSES.get(len(classes), "oscar")
+    objective = TABLE[chosen, "paper"]
+    if set(classes) != set(objective.classes):
+        has = ", ".join(classes) or f"{getattr(model.config, 'num_contrast_classes', 2)} classes without names"
+        raise UsageError(
+            f"--objective {chosen}: it tells {', '.join(objective.classes)}; the model tells {has}; give another"
+        )
+    return replace(objective, classes=classes)
+
+
+def own_shards(path: Path) -> list[str]:
+    """Return the shards that a run evaluates itself on.
+
+    Raises:
+        UsageError: it does not, or this is no run.
+    """
+    for folder in (path, path.resolve().parent):
+        if (folder / run_folder.FILE).is_file():
+            settings = run_folder.resumed(folder)
+            if settings.eval_shards or settings.eval_fraction:
+                return settings.eval_shards or settings.shards
+    raise UsageError(f"--shards is missing: {path} is no run that held anything out; give shards to evaluate on")
+
+
+@contextmanager
+def opened(model: Model, sources: list[Source], objective: Objective, given: Asked) -> Iterator[Exam]:
+    """Open shards and draw what is asked about."""
+    about = {} if model.made is None else model.made.about
+    fraction = 0.0 if model.made is None else float(model.made.run.get("eval_fraction") or 0)
+    known = [manifest_sha256(source) in about.get("shards", ()) for source in sources]
+    if any(known) and (given.everything or not fraction):
+        warn("the model was trained on these shards: what follows is not what it knows of other images")
+    partly = [each and fraction > 0 and not given.everything for each in known]
+    with open_stream(
+        sources,
+        batch_size=1,
+        tokenizer=model.tokenizer,
+        objective=objective,
+        tags=_rule(about),
+        cache=given.cache,
+        skip_corrupt=given.skip_corrupt,
+    ) as stream:
+        corpus, reader = stream.corpus, stream.reader
+        only = asked(corpus, partly, fraction)
+        reader.tars.begin()
+        yield make_exam(corpus, reader, objective, only, triples=given.triples, images=given.images, seed=given.seed)
+        reader.tars.end()
+
+
+def _rule(about: dict[str, Any]) -> TagRule:
+    """Return the rule for tags that a model was trained with."""
+    said = dict(about.get("tags", {}))
+    vocabulary = said.pop("vocabulary", None)
+    return TagRule(**said, vocabulary=None if vocabulary is None else tuple(vocabulary))
+
+
+def loaded(model: Model, feature_dim: int) -> OscarForPreTraining:
+    """Make the network of a model.
+
+    Raises:
+        UsageError: it is for regions of another number of features.
+    """
+    network = OscarForPreTraining(model.config)
+    if (wanted := network.bert.img_embedding.in_features - BOX) != feature_dim:
+        raise UsageError(f"--shards: their regions have {feature_dim} features, the model is for {wanted}")
+    network.load_state_dict(model.tensors)
+    return network.eval()
+
+
+def _write(given: Asked, model: Model, sources: list[Source], exam: Exam, columns: dict[str, Numbers]) -> None:
+    """Write the numbers as JSON; one that is none is null."""
+    content = {
+        "model": str(model.folder),
+        "step": None if model.made is None else model.made.step,
+        "shards": {source.place: manifest_sha256(source) for source in sources},
+        "classes": list(exam.objective.classes),
+        "triples": len(exam.triples),
+        "images": len(np.unique(exam.corpus.image[exam.triples])),
+        "gallery": len(exam.gallery),
+        "seed": given.seed,
+        "precision": given.precision,
+        "numbers": {
+            name: {key: None if math.isnan(value) else value for key, value in values.items()}
+            for name, values in columns.items()
+        },
+    }
+    assert given.json_file is not None
+    with replacing(given.json_file) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())

@@ -1,0 +1,188 @@
+"""The answers: how often a model is right about what an exam asks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from oscar_train.evaluation.exam import Exam
+from oscar_train.model import OscarForPreTraining
+from oscar_train.objectives import MATCHED, WRONG_Q, WRONG_W
+from oscar_train.packing import pack
+from oscar_train.ranks import Ranks
+from oscar_train.sampling.triples import IGNORED
+from oscar_train.stream import Batch, make_room
+from oscar_train.texts.phrases import CAPTION
+from oscar_train.texts.ragged import Ints
+
+SIDES = ("words", "tags", "answers")  # what a masked token belongs to
+RANKS = (1, 5, 10)
+
+Forward = Callable[[Batch], tuple[Tensor, Tensor]]
+
+
+class Interrupted(Exception):
+    """Somebody wants the evaluation to end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """Who answers.
+
+    forward: scores of a batch's masked tokens [M, vocabulary] and pairs [B, classes], on the ranks' device.
+    size: rows of a batch. stopped: asked after each batch whether to go on.
+    """
+
+    forward: Forward
+    ranks: Ranks
+    size: int
+    stopped: Callable[[], bool] = lambda: False
+
+    def shares(self, count: int) -> Iterator[tuple[int, int]]:
+        """Yield (begin, end) of this rank's batches of so many rows; all ranks end together.
+
+        Raises:
+            Interrupted: a rank was told to stop.
+        """
+        for number in range(0, -(-count // self.size), self.ranks.size):
+            stopping = torch.tensor(float(self.stopped()), device=self.ranks.device)
+            if self.ranks.total(stopping):
+                raise Interrupted
+            begin = (number + self.ranks.rank) * self.size
+            if begin < count:
+                yield begin, min(begin + self.size, count)
+
+
+def answer(model: OscarForPreTraining, precision: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return a model's scores of a batch, for `Answering.forward`."""
+    model.eval()
+    device = model.cls.predictions.bias.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        words, pairs = model(pack(batch, device))
+    return words, pairs
+
+
+def names(exam: Exam) -> list[str]:
+    """Return the names of an exam's numbers, in their order."""
+    found = [f"{side}_{what}" for side in SIDES for what in ("loss", "accuracy")]
+    found += ["match_loss", "match_accuracy", *(f"{_plain(exam, name)}_accuracy" for name in exam.asked)]
+    return found + [f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in RANKS if len(exam.gallery)]
+
+
+@torch.no_grad()
+def measure(exam: Exam, answering: Answering, shuffled: str | None = None) -> dict[str, float]:
+    """Ask everything, in this order of numbers:
+
+    - loss and accuracy of masked tokens of matched triples, by what they belong to: words (of captions and questions),
+      tags, answers; NaN where there are none;
+    - loss and accuracy of the contrastive head: every triple is asked about once as each class. The accuracy of each
+      class, and the mean in the proportions of the objective, in which always saying "matched" is right 50 %;
+    - the share of texts whose own image is among the k best of the gallery, and the other way round; scores that are
+      equal to the right one's count as better.
+
+    Args:
+        shuffled: one of `SHUFFLES`, to be taken from another image.
+
+    Returns:
+        The same on all ranks, but for rounding the same for any number of them and any size of batches.
+    """
+    values = _questions(exam, answering, shuffled)
+    if len(exam.gallery):
+        values |= _retrieval(exam, answering, shuffled)
+    return values
+
+
+def _questions(exam: Exam, answering: Answering, shuffled: str | None) -> dict[str, float]:
+    """Ask for masked tokens and classes."""
+    device = answering.ranks.device
+    tokens = torch.zeros(len(SIDES), 3, dtype=torch.float64, device=device)  # loss, right ones, all
+    pairs = torch.zeros(len(exam.asked), 3, dtype=torch.float64, device=device)
+    rooms = make_room(min(answering.size, len(exam.triples)), exam.corpus.feature_dim)
+    for begin, end in answering.shares(len(exam.triples)):
+        room, rows = rooms.rows(0, end - begin), slice(begin, end)
+        exam.regions(exam.triples[rows], exam.partners[rows], room, shuffled)
+        for number, name in enumerate(exam.asked):
+            exam.text(name, begin, room, shuffled)
+            said, classes = answering.forward(room.batch)
+            pairs[number] += _counted(classes, room.batch.match_labels.to(device)).sum(0)
+            if name == MATCHED:
+                labels, sides = (each.to(device) for each in _masked(exam, room.batch))
+                tokens.index_add_(0, sides, _counted(said, labels))
+    answering.ranks.total(tokens), answering.ranks.total(pairs)
+    return _named(exam, tokens.cpu(), pairs.cpu())
+
+
+def _counted(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return (loss, right, 1) of each row, float64 [n, 3]; zeros where there is no label."""
+    loss = cross_entropy(scores.float(), labels, reduction="none", ignore_index=IGNORED)
+    known = labels != IGNORED
+    return torch.stack([loss, (scores.argmax(-1) == labels).float(), known.float()], 1).double() * known[:, None]
+
+
+def _masked(exam: Exam, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the tokens that were masked, and the number of the side each belongs to, int64 [M] on the CPU."""
+    masked = batch.mlm_labels != IGNORED
+    captions = torch.from_numpy(exam.corpus.kind[batch.triples.numpy()] == CAPTION)[:, None]
+    sides = torch.where(batch.token_type_ids == 0, 0, torch.where(captions, 1, 2))
+    return batch.mlm_labels[masked], sides[masked]
+
+
+def _named(exam: Exam, tokens: Tensor, pairs: Tensor) -> dict[str, float]:
+    """Turn sums into means with names."""
+    means = tokens[:, :2] / tokens[:, 2:]  # 0 / 0 is no number
+    values = {
+        f"{side}_{what}": float(means[row, column])
+        for row, side in enumerate(SIDES)
+        for column, what in enumerate(("loss", "accuracy"))
+    }
+    parts = {MATCHED: 1 - exam.objective.wrong_w - exam.objective.wrong_q}
+    parts |= {WRONG_W: exam.objective.wrong_w, WRONG_Q: exam.objective.wrong_q}
+    weights = torch.tensor([parts[name] for name in exam.asked], dtype=torch.float64) * (pairs[:, 2] > 0)
+    rates = (pairs[:, :2] / pairs[:, 2:].clamp(min=1)).T @ weights / weights.sum()
+    values |= {"match_loss": float(rates[0]), "match_accuracy": float(rates[1])}
+    shares = pairs[:, 1] / pairs[:, 2]
+    return values | {f"{_plain(exam, name)}_accuracy": float(s) for name, s in zip(exam.asked, shares, strict=True)}
+
+
+def _plain(exam: Exam, name: str) -> str:
+    """Return what a class is called in the names of numbers."""
+    return exam.objective.classes[exam.objective.label(name)].replace(" ", "_")
+
+
+def _retrieval(exam: Exam, answering: Answering, shuffled: str | None) -> dict[str, float]:
+    """Score every text of the gallery with every image, and see where the right one stands."""
+    size, ranks = len(exam.gallery), answering.ranks
+    scores = torch.zeros(size, size, device=ranks.device)  # [texts, images]
+    room = make_room(min(answering.size, size), exam.corpus.feature_dim)
+    matched = exam.objective.label(MATCHED)
+    for first in range(0, size, answering.size):
+        block = slice(first, min(first + answering.size, size))
+        here = room.rows(0, block.stop - block.start)
+        exam.regions(exam.gallery[block], exam.gallery_partners[block], here, shuffled)
+        for text in _each(answering, size):
+            exam.pairs(text, first, here, shuffled)
+            _, classes = answering.forward(here.batch)
+            others = torch.cat([classes[:, :matched], classes[:, matched + 1 :]], 1).float()
+            scores[text, block] = classes[:, matched].float() - others.logsumexp(1)
+    ranks.total(scores)
+    return _recalls(scores.cpu().numpy())
+
+
+def _each(answering: Answering, count: int) -> Iterator[int]:
+    """Yield the numbers below `count` that are this rank's."""
+    one = Answering(forward=answering.forward, ranks=answering.ranks, size=1, stopped=answering.stopped)
+    return (begin for begin, _ in one.shares(count))
+
+
+def _recalls(scores: Any) -> dict[str, float]:
+    """Return the shares of rows, and of columns, whose number on the diagonal is among the k largest."""
+    own = scores.diagonal()
+    better: dict[str, Ints] = {  # how many others; one that is no number is better than any
+        "text_to_image": (~(scores < own[:, None])).sum(1) - 1,
+        "image_to_text": (~(scores < own[None])).sum(0) - 1,
+    }
+    return {f"{way}_r{k}": float(np.mean(count < k)) for way, count in better.items() for k in RANKS}

@@ -1,0 +1,60 @@
+"""An evaluation for people: a table, or a line beside a step."""
+
+import math
+
+import numpy as np
+from rich.table import Table
+
+from oscar_train.evaluation.exam import Exam
+from oscar_train.evaluation.measure import RANKS, SIDES
+
+Numbers = dict[str, float]
+
+
+def describe_exam(exam: Exam) -> str:
+    """Say what is asked about."""
+    images = len(np.unique(exam.corpus.image[exam.triples]))
+    gallery = f", {len(exam.gallery):,} of them for retrieval" if len(exam.gallery) else ""
+    return f"{len(exam.triples):,} triples of {images:,} images{gallery}"
+
+
+def line(values: Numbers) -> str:
+    """Say an evaluation in one line."""
+    parts = [
+        f"{side} {values[f'{side}_loss']:.4f} ({values[f'{side}_accuracy']:.1%})"
+        for side in SIDES
+        if not math.isnan(values[f"{side}_loss"])
+    ]
+    parts.append(f"match {values['match_loss']:.4f} ({values['match_accuracy']:.1%})")
+    for way, name in (("t2i", "text_to_image"), ("i2t", "image_to_text")):
+        if f"{name}_r1" in values:
+            shares = "/".join(f"{100 * values[f'{name}_r{k}']:.1f}" for k in RANKS)
+            parts.append(f"{way} R@1/5/10 {shares} %")
+    return "held out: " + "  ".join(parts)
+
+
+def table(exam: Exam, columns: dict[str, Numbers], title: str) -> Table:
+    """Put evaluations side by side; what cannot be measured on these shards is a dash."""
+    found = Table("", *columns, "chance", title=title, title_justify="left")
+    for column in found.columns[1:]:
+        column.justify = "right"
+    for name in next(iter(columns.values())):
+        found.add_row(
+            name.replace("_", " "), *(_shown(name, values[name]) for values in columns.values()), _chance(exam, name)
+        )
+    return found
+
+
+def _shown(name: str, value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.4f}" if name.endswith("_loss") else f"{value:.1%}"
+
+
+def _chance(exam: Exam, name: str) -> str:
+    """Return what a model gets that does not look."""
+    if name == "match_accuracy":
+        return "50.0%"  # always "matched"
+    if "_r" in name and name.rpartition("_r")[2].isdigit():
+        return f"{min(1.0, int(name.rpartition('_r')[2]) / len(exam.gallery)):.1%}"
+    return ""

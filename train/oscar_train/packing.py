@@ -1,0 +1,79 @@
+"""A batch without its padding: what of it the model computes on, and where each token belongs.
+
+Rows have 44 tokens of at most 85 or so. Which are there is looked up here, on the host: a GPU that were asked would let
+the host wait for the answer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oscar_train.sampling.triples import IGNORED
+from oscar_train.stream import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """B triples as N = T + R tokens: the T text tokens of all rows, row after row, then their R regions.
+
+    input_ids, token_type_ids, position_ids: int64 [T]. features: float16 [R, P]. z: float32 [R, 6].
+    match_labels, dropout_seeds: int64 [B], as in `Batch`. first: int64 [B], which tokens are [CLS].
+    masked, masked_ids: int64 [M], which tokens are to be predicted, and what they were.
+
+    Attention needs rows again, [B, L], the text of each before its regions; L is the longest one's length.
+    seen: bool [B, L], where there is a token. slots: int64 [N], where each token is in the rows, flat.
+
+    counts: float32 [3], the masked tokens M, the triples that are not skipped, and N.
+    """
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    position_ids: Tensor
+    features: Tensor
+    z: Tensor
+    match_labels: Tensor
+    dropout_seeds: Tensor
+    first: Tensor
+    masked: Tensor
+    masked_ids: Tensor
+    seen: Tensor
+    slots: Tensor
+    counts: Tensor
+
+
+def pack(batch: Batch, device: torch.device) -> Packed:
+    """Return a batch without padding, on a device; copies from pinned memory may still be under way."""
+    text, regions = batch.attention_mask, batch.region_mask
+    seen = torch.cat([text, regions], 1)
+    lengths, place = seen.sum(1), seen.cumsum(1) - 1
+    rows = torch.arange(int(lengths.max())) < lengths[:, None]
+    slots = place + torch.arange(len(rows))[:, None] * rows.shape[1]
+    words, labels = text.sum(1), batch.mlm_labels[text]
+    masked = (labels != IGNORED).nonzero()[:, 0]
+    right = (batch.match_labels != IGNORED).sum()
+    small = {
+        "input_ids": batch.input_ids[text],
+        "token_type_ids": batch.token_type_ids[text],
+        "position_ids": text.nonzero()[:, 1],
+        "z": batch.z[regions],
+        "match_labels": batch.match_labels,
+        "dropout_seeds": batch.dropout_seeds,
+        "first": words.cumsum(0) - words,
+        "masked": masked,
+        "masked_ids": labels[masked],
+        "seen": rows,
+        "slots": torch.cat([slots[:, : text.shape[1]][text], slots[:, text.shape[1] :][regions]]),
+        "counts": torch.tensor([len(masked), int(right), int(lengths.sum())], dtype=torch.float32),
+    }
+    # A gather of features is better done there: here it would copy them once more
+    features = _copied(batch.features, device).flatten(0, 1)
+    features = features.index_select(0, _copied(regions.flatten().nonzero()[:, 0], device))
+    return Packed(features=features, **{name: _copied(tensor, device) for name, tensor in small.items()})
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without a wait: that takes pinned memory."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
