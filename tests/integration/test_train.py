@@ -42,6 +42,7 @@ def test_logs_and_checkpoints_are_where_they_should_be(undisturbed: Path):
         "checkpoint-000016",
         "metrics.csv",
         "run.yaml",
+        "starts.jsonl",
         "tensorboard",
     ]
     losses = [float(row["mlm_loss"]) for row in rows(undisturbed)]
@@ -117,7 +118,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_half(shards: Path, 
     assert process.returncode == 1, errors
     assert errors.count("\n") == 1
     assert "checkpoint-000002: cannot be written" in errors
-    assert sorted(p.name for p in out.iterdir()) == ["metrics.csv", "run.yaml", "tensorboard"]
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.csv", "run.yaml", "starts.jsonl", "tensorboard"]
 
 
 def test_an_other_run_in_out_is_not_continued_and_not_deleted(shards: Path, undisturbed: Path):

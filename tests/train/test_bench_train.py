@@ -52,8 +52,8 @@ def bench() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(bench: Any, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("bench") / "report.json"
-    line = f"--shards {shards} --sizes tiny --device cpu --threads 1 --warmup 1 --rounds 1 --steps 2 --out {out}"
-    bench.main.main([*line.split(), "--ways", ",".join(WAYS)], standalone_mode=False)
+    line = f"--shards {shards} --sizes tiny --device cpu --threads 1 --warmup 1 --rounds 1 --steps 1 --out {out}"
+    bench.main.main([*line.split(), "--batch-sizes", "8", "--ways", ",".join(WAYS)], standalone_mode=False)
     content: dict[str, Any] = json.loads(out.read_text())
     return content
 
@@ -61,7 +61,7 @@ def report(bench: Any, shards: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_every_way_is_measured(report: dict[str, Any]) -> None:
     found = report["sizes"]["tiny"]
     assert list(found["ways"]) == WAYS
-    assert {"ours-fp32-compile", *ABLATION, "ours-bf16"} == found["ablation"].keys()
+    assert {*ABLATION, "ours-bf16"} == found["ablation"].keys()
     for way in found["ways"].values():
         assert way["samples_per_second"]["median"] > 0
         assert 0 < way["of_ceiling"] < 1
@@ -87,11 +87,11 @@ def test_the_released_step_does_the_same_work_as_ours(report: dict[str, Any]) ->
 def test_each_model_learns(bench: Any, shards: Path, tmp_path: Path, way: str) -> None:
     steps = import_module("steps")
     job = steps.Job(
-        way=way, size="tiny", batch_size=40, shards=[str(shards)], cache=str(tmp_path), device="cpu", threads=1
+        way=way, size="tiny", batch_size=8, shards=[str(shards)], cache=str(tmp_path), device="cpu", threads=1
     )
     with bench.started("serve", job) as worker:
-        first, last = worker.answer()["loss"], worker.lap(0, 12).loss
-    assert last < first - 0.2
+        first, last = worker.answer()["loss"], worker.lap(0, 8).loss
+    assert last < first - 0.1
 
 
 def test_the_released_optimizer_is_adamw(bench: Any) -> None:

@@ -16,6 +16,7 @@ from oscar_common.errors import OperationError, Stopped
 from oscar_common.files import locked
 from oscar_common.settings import AUTO, Train
 from oscar_train import checkpoint, run_folder
+from oscar_train.arguments import check_ranks
 from oscar_train.batch_size import largest_batch
 from oscar_train.ceiling import Work, count, matrix_ceiling
 from oscar_train.checkpoint import Checkpoint
@@ -45,7 +46,7 @@ class Run:
     """A run under way.
 
     identity: what a rerun must have in common with it. about: what an evaluation of its checkpoints must know. exam:
-    what is asked while training. log, meter: of the first rank only.
+    what is asked while training. log: of the first rank only.
     """
 
     settings: Train
@@ -56,7 +57,6 @@ class Run:
     shop: Workshop
     exam: Exam | None
     log: Log | None
-    meter: Meter | None
 
     def say(self, line: str) -> None:
         """Print one line for people, once for all ranks."""
@@ -77,6 +77,7 @@ def train(settings: Train, sources: list[Source], out: Path, stop: Stop, eval_so
         last = _newest(out, settings.overwrite, ranks)
         if settings.batch_size == AUTO and last is not None:
             settings = replace(settings, batch_size=last.run["batch_size"])
+            check_ranks(settings)
         checkpoint.agree(last, checkpoint.identity(settings))  # before the texts are read, which may take minutes
         start = open_init(settings.init if last is None else str(last.folder))
         if settings.batch_size == AUTO:
@@ -107,7 +108,7 @@ def train(settings: Train, sources: list[Source], out: Path, stop: Stop, eval_so
             shop = open_workshop(model.to(ranks.device), settings, ranks)
             with _open_log(out, last, settings, exam, ranks) as log:
                 about: dict[str, object] = {"tags": asdict(tags), "shards": list(map(manifest_sha256, sources))}
-                run = Run(settings, out, identity, about, stream, shop, exam, log, _meter(shop))
+                run = Run(settings, out, identity, about, stream, shop, exam, log)
                 run.say(describe(stream, exam))
                 if settings.tags == "ground-truth" and ranks.first and not stream.corpus.ground_truth:
                     warn("--tags ground-truth: no image of --shards has any; all q are tags of the detector")
@@ -133,13 +134,10 @@ def _prepare(out: Path, settings: Train, model: OscarForPreTraining) -> None:
     run_folder.write_settings(out, settings)
 
 
-def _meter(shop: Workshop) -> Meter | None:
-    """Return what measures the pace, for the log."""
-    ranks = shop.ranks
-    if not ranks.first:
-        return None
-    ceiling = matrix_ceiling(ranks.device, shop.settings.precision)
-    return Meter(shop.model.config, ranks.device, ceiling, ranks.size)
+def _meter(shop: Workshop) -> Meter:
+    """Return what measures the pace. All ranks look for the ceiling at once, as on a CPU they share it."""
+    ceiling = matrix_ceiling(shop.ranks.device, shop.settings.precision)
+    return Meter(shop.model.config, shop.ranks.device, ceiling, shop.ranks.size)
 
 
 def _newest(out: Path, overwrite: bool, ranks: Ranks) -> Checkpoint | None:
@@ -275,7 +273,7 @@ class Reports:
         self._run = run
         self._coming: deque[tuple[int, Report, Work]] = deque()
         self._nothing = 0  # steps without any image, the last ones
-        self.rested()
+        self._meter = _meter(run.shop)
 
     def add(self, step: int, report: Report, work: Work) -> None:
         """Note that a step is under way, and what there was to do for this rank."""
@@ -283,8 +281,7 @@ class Reports:
 
     def rested(self) -> None:
         """Leave the time since the last step out of the next one's."""
-        if self._run.meter is not None:
-            self._run.meter.rested()
+        self._meter.rested()
 
     def read(self, left: int = 0) -> bool:
         """Wait for all steps but the last `left`, warn of and log them; return whether a rank was told to stop.
@@ -300,10 +297,9 @@ class Reports:
             self._check(step, result)
             if result.fault:
                 _skip(run, step, result, report)
-            if run.log is not None and run.meter is not None:
-                run.meter.add(work, report.waited, report.ended)
-                if step % run.settings.log_every == 0 or step == run.settings.steps:
-                    run.log.add(_row(run, step, result, run.meter.measured()))
+            self._meter.add(work, report.waited, report.ended)
+            if run.log is not None and (step % run.settings.log_every == 0 or step == run.settings.steps):
+                run.log.add(_row(run, step, result, self._meter.measured()))
         return stopped
 
     def _check(self, step: int, result: Result) -> None:

@@ -3,6 +3,7 @@
 Parameter names are those of the released checkpoints (microsoft/Oscar), so weights go both ways.
 """
 
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -93,7 +94,7 @@ class OscarModel(nn.Module):
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.img_layer_norm_eps)
         self.recompute = False
         self._tokens = Tokens()
-        self.embeddings.dropout = nn.Identity()  # ours is that of text and regions together
+        self.embeddings.dropout = nn.Identity()  # type: ignore[assignment]  # ours is that of text and regions together
         _make_dropouts_stateless(self, self._tokens)
 
     def forward(self, batch: Packed) -> Tensor:
@@ -113,11 +114,12 @@ class OscarModel(nn.Module):
         unseen = unseen.masked_fill(~batch.seen, torch.finfo(hidden.dtype).min)[:, None, None, :]
         for layer in self.encoder.layer:
             if self.recompute and self.training:
-                how = {"use_reentrant": False, "preserve_rng_state": False}
-                hidden = checkpoint(layer, hidden, unseen, slots=batch.slots, **how)
+                again = partial(layer, slots=batch.slots)
+                hidden = checkpoint(again, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = layer(hidden, unseen, slots=batch.slots)
-        return hidden[0]
+        tokens: Tensor = hidden[0]
+        return tokens
 
 
 def _make_dropouts_stateless(model: nn.Module, tokens: Tokens) -> None:

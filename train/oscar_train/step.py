@@ -248,14 +248,20 @@ def rehearse(shop: Workshop, room: Batch) -> None:
         each.zero_()
     part.mlm_labels[:, _most_masked(shop.settings, len(part.triples)) :] = IGNORED
     shop.model.train()
-    moments = None
-    if not shop.optimizer.state:  # it makes them at its first step
-        size = 2 * sum(p.numel() for p in shop.model.parameters())
-        moments = torch.empty(size, device=shop.ranks.device if shop.ranks.device.type == "cuda" else "meta")
+    kept = [torch.empty(size, device=shop.ranks.device) for size in _kept(shop, room)]
     alone = replace(shop, network=shop.model)  # nothing is exchanged
     _backward(alone, pack(part, shop.ranks.device), torch.ones(2, device=shop.ranks.device))
     shop.optimizer.zero_grad()
-    del moments
+    del kept
+
+
+def _kept(shop: Workshop, room: Batch) -> Iterator[int]:
+    """Yield how many float32 there must be room for on a GPU beside what a part takes."""
+    if shop.ranks.device.type != "cuda":
+        return
+    if not shop.optimizer.state:  # it makes them at its first step
+        yield 2 * sum(p.numel() for p in shop.model.parameters())
+    yield 3 * room.features.nbytes // 4  # the next batch, and the one after it, with and without padding
 
 
 def _most_masked(settings: Train, rows: int) -> int:
