@@ -2,66 +2,40 @@
 
 import signal
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from oscar_common.errors import OperationError, Stopped
+from oscar_common.errors import Stopped
 from oscar_common.files import locked
 from oscar_common.settings import AUTO, Train
 from oscar_train import checkpoint, run_folder
 from oscar_train.arguments import check_ranks
 from oscar_train.batch_size import largest_batch
-from oscar_train.ceiling import Work, count, matrix_ceiling
+from oscar_train.ceiling import count
 from oscar_train.checkpoint import Checkpoint
 from oscar_train.evaluation.during import HeldOut, holding_out, is_due
 from oscar_train.evaluation.exam import Exam
 from oscar_train.evaluation.measure import Answering, Interrupted, answer, measure, names
 from oscar_train.evaluation.report import describe_exam, line
-from oscar_train.meter import Meter
-from oscar_train.metrics import Log, Row, open_log
+from oscar_train.metrics import Log, open_log
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import choose_objective
 from oscar_train.ranks import Ranks, joined
+from oscar_train.run import Reports, Run
 from oscar_train.signals import Stop
 from oscar_train.sources import Source, manifest_sha256, warn
 from oscar_train.starts import record_start
-from oscar_train.step import Report, Result, Workshop, open_workshop, rate, rehearse, shares, take
+from oscar_train.step import open_workshop, rate, rehearse, shares, take
 from oscar_train.stream import Stream, open_stream
 from oscar_train.texts.tags import TagRule, tag_rule
 from oscar_train.texts.tokens import Tokenizer
 from oscar_train.weights import Start, build, open_init
-
-NOTHING = 20  # steps without any image after which a run ends
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run under way.
-
-    identity: what a rerun must have in common with it. about: what an evaluation of its checkpoints must know. exam:
-    what is asked while training. log: of the first rank only.
-    """
-
-    settings: Train
-    out: Path
-    identity: dict[str, object]
-    about: dict[str, object]
-    stream: Stream
-    shop: Workshop
-    exam: Exam | None
-    log: Log | None
-
-    def say(self, line: str) -> None:
-        """Print one line for people, once for all ranks."""
-        if self.log is not None:
-            self.log.say(line)
 
 
 def train(settings: Train, sources: list[Source], out: Path, stop: Stop, eval_sources: Sequence[Source] = ()) -> None:
@@ -132,12 +106,6 @@ def _prepare(out: Path, settings: Train, model: OscarForPreTraining) -> None:
     if settings.overwrite:
         checkpoint.sweep(out, everything=True)
     run_folder.write_settings(out, settings)
-
-
-def _meter(shop: Workshop) -> Meter:
-    """Return what measures the pace. All ranks look for the ceiling at once, as on a CPU they share it."""
-    ceiling = matrix_ceiling(shop.ranks.device, shop.settings.precision)
-    return Meter(shop.model.config, shop.ranks.device, ceiling, shop.ranks.size)
 
 
 def _newest(out: Path, overwrite: bool, ranks: Ranks) -> Checkpoint | None:
@@ -264,79 +232,6 @@ def _evaluate(run: Run, step: int, stop: Stop) -> bool:
     if run.log is not None:
         run.log.add_evaluation(step, values, f"step {step}/{settings.steps}  {line(values)}")
     return False
-
-
-class Reports:
-    """The steps that are under way, and what is done with what they come to."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._coming: deque[tuple[int, Report, Work]] = deque()
-        self._nothing = 0  # steps without any image, the last ones
-        self._meter = _meter(run.shop)
-
-    def add(self, step: int, report: Report, work: Work) -> None:
-        """Note that a step is under way, and what there was to do for this rank."""
-        self._coming.append((step, report, work))
-
-    def rested(self) -> None:
-        """Leave the time since the last step out of the next one's."""
-        self._meter.rested()
-
-    def read(self, left: int = 0) -> bool:
-        """Wait for all steps but the last `left`, warn of and log them; return whether a rank was told to stop.
-
-        Raises:
-            OperationError: too many steps were skipped or without any image.
-        """
-        run, stopped = self._run, False
-        while len(self._coming) > left:
-            step, report, work = self._coming.popleft()
-            result = report.read()
-            stopped |= result.stopped > 0
-            self._check(step, result)
-            if result.fault:
-                _skip(run, step, result, report)
-            self._meter.add(work, report.waited, report.ended)
-            if run.log is not None and (step % run.settings.log_every == 0 or step == run.settings.steps):
-                run.log.add(_row(run, step, result, self._meter.measured()))
-        return stopped
-
-    def _check(self, step: int, result: Result) -> None:
-        self._nothing = 0 if result.triples else self._nothing + 1
-        if self._nothing == NOTHING:
-            raise OperationError(
-                f"step {step}: no image of {NOTHING} steps could be read, all were skipped; are the --shards there?"
-            )
-
-
-def _skip(run: Run, step: int, result: Result, report: Report) -> None:
-    """Count a step that was skipped, and name the images whose scores are no numbers, or all of them."""
-    ranks, size = run.shop.ranks, len(report.finite)
-    odd = torch.zeros(run.settings.batch_size, dtype=torch.int32, device=ranks.device)
-    odd[ranks.rank * size : (ranks.rank + 1) * size] = ~report.finite
-    suspects = ranks.total(odd).bool().tolist()
-    keys = run.stream.keys(step - 1)
-    chosen = [key for key, suspect in zip(keys, suspects, strict=True) if suspect] if any(suspects) else keys
-    fault = run.shop.guard.reason(result.loss, result.norm, result.usual)
-    run.shop.guard.skip(step, fault, list(dict.fromkeys(chosen)), aloud=ranks.first)
-
-
-def _row(run: Run, step: int, result: Result, measured: dict[str, float]) -> Row:
-    return Row(
-        step=step,
-        epoch=run.stream.epoch(step - 1),
-        loss=result.loss,
-        mlm_loss=result.mlm_loss,
-        match_loss=result.match_loss,
-        mlm_accuracy=result.mlm_accuracy,
-        match_accuracy=result.match_accuracy,
-        lr=rate(run.settings, step),
-        grad_norm=result.norm,
-        skipped=run.settings.batch_size - result.triples,
-        skipped_steps=run.shop.guard.skipped,
-        **measured,
-    )
 
 
 def describe(stream: Stream, exam: Exam | None = None) -> str:
