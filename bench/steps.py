@@ -50,9 +50,9 @@ ENDLESS = 10**9
 class Job:
     """What a process does. way: KIND-PRECISION or KIND-PRECISION-TWIST. warmup: steps before the first that counts."""
 
-    way: str
-    size: str
-    batch_size: int
+    way: str = ""
+    size: str = ""
+    batch_size: int = 0
     shards: list[str]
     cache: str
     device: str

@@ -53,6 +53,7 @@ import steps as bench_steps
 from machine import machine
 from oscar_common.device import choose_device
 from oscar_common.errors import OperationError, UsageError
+from oscar_common.sample import Regions
 from oscar_shards.manifest import Layout, write_manifest
 from oscar_shards.write import shard_path, write_shard
 from oscar_train.arguments import SIZES
@@ -63,12 +64,13 @@ from oscar_train.reading.regions import MAX_REGIONS
 from oscar_train.sampling.triples import MAX_TOKENS
 from oscar_train.stream import open_stream
 from steps import KINDS, TWISTS, Job, Lap
-from stream import PER_SHARD, make_manifest, make_sample
+from stream import make_manifest, make_sample
 from ways import FEATURE_DIM
 
 RESULTS = Path(__file__).parent / "results"
 GOAL = 1.3  # times the release's samples/s, in the same precision
 BATCH = {"cpu": {"base": 16, "large": 8}, "cuda": {"base": 256, "large": 128}}
+ROUNDS = {"cpu": 3, "cuda": 7}
 TURN = {"cpu": (0, 1), "cuda": (5, 20)}  # steps before the clock starts, and with it
 ROOM = 1.5  # times the largest process' memory that must be free for one more
 
@@ -93,12 +95,12 @@ class Plan:
 @click.command(help=__doc__)
 @click.option("--shards", multiple=True, help="Folder of shards; may be given again.  [default: made at random]")
 @click.option("--regions", type=click.IntRange(1, 50), default=50, show_default=True, help="Of made images.")
-@click.option("--images", type=click.IntRange(1), default=PER_SHARD, show_default=True, help="Images to make.")
+@click.option("--images", type=click.IntRange(1), default=500, show_default=True, help="Images to make.")
 @click.option("--sizes", default="base,large", show_default=True, help=f"Some of {', '.join(SIZES)}.")
 @click.option("--batch-sizes", help="One for each size.  [default: 16,8; on a GPU 256,128]")
 @click.option("--ways", help="Some of ours-PRECISION, ours-PRECISION-compile, release-..., ...  [default: all]")
 @click.option("--ablation/--no-ablation", default=True, show_default=True, help="Our choices the other way.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), help="[default: 3; on a GPU 7]")
 @click.option("--steps", type=click.IntRange(1), help="Of each way in a round.  [default: 1; on a GPU 20]")
 @click.option("--warmup", type=click.IntRange(1), default=2, show_default=True, help="Steps before the first round.")
 @click.option("--at-once", type=click.IntRange(1), default=16, help="Most ways in memory.  [default: all that fit]")
@@ -113,7 +115,7 @@ def main(
     batch_sizes: str | None,
     ways: str | None,
     ablation: bool,
-    rounds: int,
+    rounds: int | None,
     steps: int | None,
     warmup: int,
     at_once: int,
@@ -124,16 +126,17 @@ def main(
     device = choose_device(device)
     names = chosen_ways(ways, device)
     batches = chosen_sizes(sizes, batch_sizes, device)
-    threads = threads or len(os.sched_getaffinity(0))
+    rounds, threads = rounds or ROUNDS[device], threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    report = circumstances(device, threads) | {"rounds": rounds, "shards": list(shards) or f"{regions} regions each"}
+    said = "given" if shards else f"made, {regions} regions each"
+    report = circumstances(device, threads) | {"rounds": rounds, "shards": said}
     with tempfile.TemporaryDirectory() as folder:
         places = list(shards) or [str(make_shards(Path(folder) / "shards", images, regions))]
-        job = Job(way="", size="", batch_size=0, shards=places, cache=folder, device=device, threads=threads)
-        job = replace(job, warmup=warmup)
+        job = Job(shards=places, cache=folder, device=device, threads=threads, warmup=warmup)
         lead, turn = TURN[device]
         plan = Plan(job=job, ways=names, ablation=[], rounds=rounds, lead=lead, steps=steps or turn, at_once=at_once)
-        others = [f"ours-{'fp32' if device == 'cpu' else 'bf16'}-{twist}" for twist in TWISTS if twist != "compile"]
+        plain = "ours-fp32" if device == "cpu" else "ours-bf16"
+        others = [f"{plain}-{twist}" for twist in TWISTS if twist != "compile"] if plain in names else []
         report["sizes"] = {}
         for number, (size, batch_size) in enumerate(batches.items()):
             extra = others if ablation and not number else []
@@ -170,18 +173,20 @@ def chosen_sizes(sizes: str, batch_sizes: str | None, device: str) -> dict[str, 
 
 
 def make_shards(out: Path, images: int, regions: int) -> Path:
-    """Make shards at random, each image with so many regions."""
+    """Make a shard at random, each image with so many regions."""
     out.mkdir()
     rng = np.random.default_rng(0)
     pool = np.maximum(rng.normal(size=(4096, FEATURE_DIM)), 0).astype(np.float16)
-    for first in range(0, images, PER_SHARD):
-        whole = (make_sample(number, pool, rng) for number in range(first, min(first + PER_SHARD, images)))
-        cut = (
-            replace(s, regions=type(s.regions)(**{n: v[:regions] for n, v in vars(s.regions).items()})) for s in whole
-        )
-        write_shard(shard_path(out, "shard", first // PER_SHARD), cut, Layout(feature_dim=FEATURE_DIM))
-    write_manifest(out, make_manifest(images))
+    whole = (make_sample(number, pool, rng) for number in range(images))
+    samples = (replace(sample, regions=first(sample.regions, regions)) for sample in whole)
+    write_shard(shard_path(out, "shard", 0), samples, Layout(feature_dim=FEATURE_DIM))
+    manifest = make_manifest(images)
+    write_manifest(out, replace(manifest, plan=replace(manifest.plan, num_shards=1)))
     return out
+
+
+def first(regions: Regions, count: int) -> Regions:
+    return Regions(**{name: values[:count] for name, values in vars(regions).items()})
 
 
 def circumstances(device: str, threads: int) -> dict[str, Any]:
@@ -370,7 +375,8 @@ def show(size: str, report: dict[str, Any]) -> None:
     table = Table("way", "beside", "speed", "memory", "what", title="the other way")
     for way, row in found["ablation"].items():
         table.add_row(way, row["beside"], f"x {row['speed']}", f"x {row['memory']}", row["what"])
-    console.print(table)
+    if found["ablation"]:
+        console.print(table)
     table = Table("way", "loss", "norm", "1 - cosine of gradients", title="relative differences from ours-fp32")
     for way, row in found["numerics"].items():
         numbers = (row["loss_difference"], row["norm_difference"], 1 - row["gradient_cosine"])
