@@ -310,7 +310,9 @@ class Train:
         choices=PRECISIONS,
     )
     compile: bool = setting(
-        False, "Compile the network with torch.compile: a minute or two at the start, then faster; for long runs."
+        False,
+        "Compile the network with torch.compile: some minutes at the start, then faster (on a CPU by a few hundredths "
+        "only); for long runs.",
     )
     activation_checkpointing: bool = setting(
         False, "Compute activations again in the backward pass: a third more time, a fraction of the memory."

@@ -33,6 +33,10 @@ METRICS = """step,epoch,loss,mlm_loss,match_loss,mlm_accuracy,match_accuracy,lr,
 1,0,11,10.3,0.7,0,0.5,1e-4,9
 2,0,10,9.4,0.6,0.1,0.6,1e-4,9
 """
+EVALUATION = """step,words_loss,words_accuracy,tags_loss,tags_accuracy,match_loss,match_accuracy
+1,10.3,0,,,0.7,0.5
+2,9.4,0.1,9.5,0.1,0.6,0.6
+"""
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +202,13 @@ def test_the_demos_report_is_one_page_with_photos_statistics_and_curves(tmp_path
         Image.new("RGB", (64, 48), "gray").save(tmp_path / "images" / sample.image.path)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "metrics.csv").write_text(METRICS)
+    (tmp_path / "train" / "evaluation.csv").write_text(EVALUATION)
     subprocess.run([sys.executable, REPORT, tmp_path], check=True, capture_output=True)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<figure>") == page.count("<img ") == 8
     assert "Photo 0 of a " in page
     assert "8 in 1 shard" in page
     assert "masked token loss" in page
+    assert "words_accuracy, held out" in page
     assert json.dumps(page).count("Content-Security-Policy") == 1
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # nothing is loaded from elsewhere

@@ -73,7 +73,7 @@ def pack(batch: Batch, device: torch.device) -> Packed:
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, without a wait: that takes pinned memory."""
-    if device.type != "cuda":
+    """Return a tensor on a device, without a wait: that takes pinned memory. It may be there already."""
+    if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,7 @@
 """The answers: how often a model is right about what an exam asks."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -163,9 +163,10 @@ def _retrieval(exam: Exam, answering: Answering, shuffled: str | None) -> dict[s
         block = slice(first, min(first + answering.size, size))
         here = room.rows(0, block.stop - block.start)
         exam.regions(exam.gallery[block], exam.gallery_partners[block], here, shuffled)
+        features = here.batch.features.to(ranks.device)  # once for all texts
         for text in _each(answering, size):
             exam.pairs(text, first, here, shuffled)
-            _, classes = answering.forward(here.batch)
+            _, classes = answering.forward(replace(here.batch, features=features))
             others = torch.cat([classes[:, :matched], classes[:, matched + 1 :]], 1).float()
             scores[text, block] = classes[:, matched].float() - others.logsumexp(1)
     ranks.total(scores)
