@@ -32,9 +32,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 import numpy as np
@@ -50,6 +49,7 @@ from oscar_shards.formats.export import export_shards
 from oscar_shards.index import index_path
 from oscar_shards.manifest import DetectorRecord, Layout, Manifest, PlanRecord, write_manifest
 from oscar_shards.write import shard_path, write_shard
+from served import Served
 from simulated import WORDS
 from ways import ABOUT, BATCH, FEATURE_DIM, LITDATA, MDS, REGIONS, SHARDS, TEXTS, TSV, WAYS, Array, Pass
 
@@ -220,32 +220,8 @@ def make_of_peer(form: str, once: Path, out: Path, times: int, python: str) -> N
         raise OperationError(f"{form}: its files could not be written: {done.stderr[-2000:]}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reader:
-    """A process that reads in one way, and its standard error; it does nothing between epochs."""
-
-    way: str
-    process: subprocess.Popen[str]
-    said: IO[str]
-
-    def answer(self) -> dict[str, Any]:
-        """Return the next thing that it says: first the versions of its packages, then epochs."""
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            self.said.seek(0)
-            raise OperationError(f"{self.way} failed:\n{self.said.read()[-2000:]}")
-        content: dict[str, Any] = json.loads(line)
-        return content
-
-    def epoch(self) -> Pass:
-        assert self.process.stdin
-        print("go", file=self.process.stdin, flush=True)
-        return Pass(**self.answer())
-
-
 @contextmanager
-def started(way: str, folder: Path, cores: int, python: str) -> Iterator[Reader]:
+def started(way: str, folder: Path, cores: int, python: str) -> Iterator[Served]:
     """Start a reader on some cores; the end of its input ends it."""
     command = [python, str(bench_ways.__file__), "serve", way, str(folder), str(cores)]
     environment, pipe = os.environ | ENVIRONMENT, subprocess.PIPE
@@ -253,7 +229,7 @@ def started(way: str, folder: Path, cores: int, python: str) -> Iterator[Reader]
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=said, text=True) as process,
     ):
-        yield Reader(way=way, process=process, said=said)
+        yield Served(way=way, process=process, said=said)
 
 
 def measure(folder: Path, names: list[str], cores: int, rounds: int, peers_python: str) -> dict[str, Any]:
@@ -266,7 +242,7 @@ def measure(folder: Path, names: list[str], cores: int, rounds: int, peers_pytho
         seen: dict[str, list[Pass]] = {name: [] for name in names}
         for _ in track(range(rounds + 1), f"rounds on {cores} core(s)", transient=True):
             for reader in readers:
-                seen[reader.way].append(reader.epoch())
+                seen[reader.way].append(Pass(**reader.ask("go")))
     check(seen, bench_ways.about(folder)["images"])
     rates = {name: [p.samples / p.seconds for p in passes[1:]] for name, passes in seen.items()}  # the first warms up
     return {name: summary(name, rates) | {"versions": versions[name]} for name in names}

@@ -39,7 +39,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 import numpy as np
@@ -52,7 +52,7 @@ from rich.table import Table
 import steps as bench_steps
 from machine import machine
 from oscar_common.device import choose_device
-from oscar_common.errors import OperationError, UsageError
+from oscar_common.errors import UsageError
 from oscar_common.sample import Regions
 from oscar_shards.manifest import Layout, write_manifest
 from oscar_shards.write import shard_path, write_shard
@@ -63,6 +63,7 @@ from oscar_train.packing import pack
 from oscar_train.reading.regions import MAX_REGIONS
 from oscar_train.sampling.triples import MAX_TOKENS
 from oscar_train.stream import open_stream
+from served import Served
 from steps import KINDS, TWISTS, Job, Lap
 from stream import make_manifest, make_sample
 from ways import FEATURE_DIM
@@ -198,31 +199,8 @@ def circumstances(device: str, threads: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Worker:
-    """A process that trains in one way, and its standard error; it does nothing between laps."""
-
-    way: str
-    process: subprocess.Popen[str]
-    said: IO[str]
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            self.said.seek(0)
-            raise OperationError(f"{self.way} failed:\n{self.said.read()[-2000:]}")
-        content: dict[str, Any] = json.loads(line)
-        return content
-
-    def lap(self, lead: int, steps: int) -> Lap:
-        assert self.process.stdin
-        print(lead, steps, file=self.process.stdin, flush=True)
-        return Lap(**self.answer())
-
-
 @contextmanager
-def started(command: str, job: Job, *rest: str) -> Iterator[Worker]:
+def started(command: str, job: Job, *rest: str) -> Iterator[Served]:
     """Start a process of steps.py; the end of its input ends it."""
     line = [sys.executable, bench_steps.__file__, command, json.dumps(asdict(job)), *rest]
     environment, pipe = {"GOMP_SPINCOUNT": "10000", **os.environ}, subprocess.PIPE  # as oscar_common.cli sets it
@@ -230,7 +208,7 @@ def started(command: str, job: Job, *rest: str) -> Iterator[Worker]:
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(line, env=environment, stdin=pipe, stdout=pipe, stderr=said, text=True) as process,
     ):
-        yield Worker(way=job.way, process=process, said=said)
+        yield Served(way=job.way, process=process, said=said)
 
 
 def measure(plan: Plan) -> dict[str, Any]:
@@ -266,14 +244,14 @@ def run_ways(plan: Plan) -> dict[str, list[Lap]]:
     largest = 0.0
     while pending:
         with ExitStack() as stack:
-            workers: list[Worker] = []
+            workers: list[Served] = []
             while pending and (not workers or has_room(plan, len(workers), largest)):
                 workers.append(stack.enter_context(started("serve", replace(plan.job, way=pending.pop(0)))))
                 largest = max(largest, Lap(**workers[-1].answer()).peak_gb)
             title = f"{plan.job.size}: {', '.join(worker.way for worker in workers)}"
             for _ in track(range(plan.rounds), title, transient=True):
                 for worker in workers:
-                    laps[worker.way].append(worker.lap(plan.lead, plan.steps))
+                    laps[worker.way].append(Lap(**worker.ask(plan.lead, plan.steps)))
     return laps
 
 

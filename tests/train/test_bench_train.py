@@ -27,9 +27,9 @@ class Inline:
         content: dict[str, Any] = json.loads(json.dumps(next(self._answers)))
         return content
 
-    def lap(self, lead: int, steps: int) -> Any:
-        self._lines.append(f"{lead} {steps}")
-        return import_module("steps").Lap(**self.answer())
+    def ask(self, *words: object) -> Any:
+        self._lines.append(" ".join(map(str, words)))
+        return self.answer()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from oscar_common.settings import Train
 from oscar_train.corpus import Corpus
 from oscar_train.evaluation.exam import Exam, make_exam
-from oscar_train.evaluation.held_out import apart, split
+from oscar_train.evaluation.held_out import apart, asked, split
 from oscar_train.objectives import choose_objective
 from oscar_train.sources import Source
 from oscar_train.stream import Stream, open_stream
@@ -37,12 +37,12 @@ class HeldOut:
         if self.beside is None and not self.settings.eval_fraction:
             return None
         source = stream if self.beside is None else self.beside
-        only = split(source.corpus, self.settings.eval_fraction).held if self.beside is None else None
+        partly = [self.beside is None] * len(source.corpus.sources)
         return make_exam(
             source.corpus,
             source.reader,
             choose_objective(self.settings),
-            only,
+            asked(source.corpus, partly, self.settings.eval_fraction),
             triples=self.settings.eval_triples,
             images=self.settings.eval_images,
         )
@@ -52,9 +52,8 @@ class HeldOut:
 def holding_out(settings: Train, sources: Sequence[Source], tags: TagRule, tokenizer: Tokenizer) -> Iterator[HeldOut]:
     """Open what is held out beside --shards. sources: those of --eval-shards."""
     opened = (
-        open_stream(
+        open_asked(
             sources,
-            batch_size=1,
             tokenizer=tokenizer,
             objective=choose_objective(settings),
             tags=tags,
@@ -66,11 +65,16 @@ def holding_out(settings: Train, sources: Sequence[Source], tags: TagRule, token
         else nullcontext()
     )
     with opened as beside:
-        if beside is not None:
-            beside.reader.tars.begin()
         yield HeldOut(settings, beside)
-        if beside is not None:
-            beside.reader.tars.end()
+
+
+@contextmanager
+def open_asked(sources: Sequence[Source], **options: Any) -> Iterator[Stream]:
+    """Open shards of which no batch is asked for, but regions at any time; options: of `open_stream`."""
+    with open_stream(sources, batch_size=1, **options) as stream:
+        stream.reader.tars.begin()
+        yield stream
+        stream.reader.tars.end()
 
 
 def is_due(settings: Train, step: int) -> bool:

@@ -17,6 +17,7 @@ from oscar_common.device import choose_device
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
 from oscar_train import run_folder
+from oscar_train.evaluation.during import open_asked
 from oscar_train.evaluation.exam import Exam, make_exam
 from oscar_train.evaluation.held_out import asked
 from oscar_train.evaluation.measure import Answering, answer, measure
@@ -28,7 +29,6 @@ from oscar_train.ranks import Ranks
 from oscar_train.reading.regions import BOX
 from oscar_train.sources import Source, check_together, manifest_sha256, open_source, warn
 from oscar_train.state import modules
-from oscar_train.stream import open_stream
 from oscar_train.texts.tags import TagRule
 from oscar_train.weights import classes_of
 
@@ -120,9 +120,8 @@ def opened(model: Model, sources: list[Source], objective: Objective, given: Ask
     if any(known) and (given.everything or not fraction):
         warn("the model was trained on these shards: what follows is not what it knows of other images")
     partly = [each and fraction > 0 and not given.everything for each in known]
-    with open_stream(
+    with open_asked(
         sources,
-        batch_size=1,
         tokenizer=model.tokenizer,
         objective=objective,
         tags=_rule(about),
@@ -131,9 +130,7 @@ def opened(model: Model, sources: list[Source], objective: Objective, given: Ask
     ) as stream:
         corpus, reader = stream.corpus, stream.reader
         only = asked(corpus, partly, fraction)
-        reader.tars.begin()
         yield make_exam(corpus, reader, objective, only, triples=given.triples, images=given.images, seed=given.seed)
-        reader.tars.end()
 
 
 def _rule(about: dict[str, Any]) -> TagRule:

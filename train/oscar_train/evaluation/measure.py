@@ -175,8 +175,7 @@ def _retrieval(exam: Exam, answering: Answering, shuffled: str | None) -> dict[s
 
 def _each(answering: Answering, count: int) -> Iterator[int]:
     """Yield the numbers below `count` that are this rank's."""
-    one = Answering(forward=answering.forward, ranks=answering.ranks, size=1, stopped=answering.stopped)
-    return (begin for begin, _ in one.shares(count))
+    return (begin for begin, _ in replace(answering, size=1).shares(count))
 
 
 def _recalls(scores: Any) -> dict[str, float]:
