@@ -14,6 +14,7 @@ VARIANTS = ("paper", "release")
 NEGATIVES = ("typed", "any", "lines")
 TAGS = ("detected", "ground-truth", "none")
 TAG_ORDERS = ("detector", "score", "random")
+REGION_INITS = ("tags", "random")
 SCHEDULES = ("linear", "cosine", "constant")
 LAYOUTS = ("coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa")
 AUTO = 0  # the batch size that `auto` stands for, until it is known
@@ -237,6 +238,12 @@ class Train:
     tag_vocabulary: str | None = setting(None, "File of tags, one a line; all others are left out.")
     image_layernorm: bool = setting(
         False, "A LayerNorm on the embedded regions, as Oscar+ has, even if --init has none."
+    )
+    region_init: str | None = setting(
+        None,
+        "Where the embedding of regions begins, if --init has none for these features: at their tags' embeddings, by "
+        "least squares, or random. [default: tags; random with --variant release]",
+        choices=REGION_INITS,
     )
     steps: int = setting(1000, "Optimiser steps in all.", low=1)
     batch_size: int = setting(

@@ -24,16 +24,16 @@ from oscar_train import run_folder
 from oscar_train.arguments import CHECKPOINT
 from oscar_train.guard import Guard
 from oscar_train.model import OscarForPreTraining
-from oscar_train.objectives import choose_objective
+from oscar_train.objectives import choose_objective, choose_region_init
 from oscar_train.texts.tokens import Tokenizer
 
 RECORD = "trainer.json"
 DECISIVE = (
-    *("init", "objective", "variant", "negatives", "whole_word_masking", "image_layernorm"),
+    *("init", "objective", "variant", "negatives", "whole_word_masking", "image_layernorm", "region_init"),
     *("steps", "batch_size", "lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "precision", "spike"),
     *("seed", "mix", "shuffle_window", "eval_fraction"),
 )
-UNSAID = Train()  # what runs had before there was a setting
+UNSAID = Train(region_init="random")  # what runs had before there was a setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ def identity(settings: Train) -> dict[str, Any]:
     values = {name: getattr(settings, name) for name in DECISIVE}
     values["mix"] = " ".join(map(str, settings.mix))
     values["negatives"] = choose_objective(settings).negatives
+    values["region_init"] = choose_region_init(settings)
     init = Path(settings.init)
     return {**values, "init": str(init.resolve() if init.is_dir() else init)}
 

@@ -15,6 +15,7 @@ from oscar_common.errors import Stopped
 from oscar_common.files import locked
 from oscar_common.settings import AUTO, Train
 from oscar_train import checkpoint, run_folder
+from oscar_train.anchors import anchor
 from oscar_train.arguments import check_ranks
 from oscar_train.batch_size import largest_batch
 from oscar_train.ceiling import count
@@ -25,7 +26,7 @@ from oscar_train.evaluation.measure import Answering, Interrupted, answer, measu
 from oscar_train.evaluation.report import describe_exam, line
 from oscar_train.metrics import Log, open_log
 from oscar_train.model import OscarForPreTraining
-from oscar_train.objectives import choose_objective
+from oscar_train.objectives import choose_objective, choose_region_init
 from oscar_train.ranks import Ranks, joined
 from oscar_train.run import Reports, Run
 from oscar_train.signals import Stop
@@ -97,6 +98,7 @@ def _model(start: Start, settings: Train, stream: Stream) -> tuple[OscarForPreTr
         settings.seed,
         classes=choose_objective(settings).classes,
         image_layernorm=settings.image_layernorm,
+        begin=partial(anchor, stream=stream) if choose_region_init(settings) == "tags" else None,
     )
 
 

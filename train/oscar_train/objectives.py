@@ -71,3 +71,8 @@ def choose_tags(settings: Train) -> str:
     if settings.objective == "visualbert":
         return "none"
     return "ground-truth" if settings.variant == "release" else "detected"
+
+
+def choose_region_init(settings: Train) -> str:
+    """Return where the embedding of regions begins: one of `oscar_common.settings.REGION_INITS`."""
+    return settings.region_init or ("random" if settings.variant == "release" else "tags")

@@ -168,6 +168,13 @@ class Stream:
         """Return the triples of this rank's share of a step, int64 [B / R]."""
         return self._triples(self._position(step), self.size)
 
+    def first_images(self, count: int) -> Ints:
+        """Return the images of the first triples, each once, at most `count`: the same on all ranks."""
+        total = len(self.corpus) if self.only is None else len(self.only)
+        images = self.corpus.image[self._triples(0, min(8 * count, total))]
+        first = np.sort(np.unique(images, return_index=True)[1])
+        return images[first[:count]].astype(np.int64)
+
     def keys(self, step: int) -> list[str]:
         """Return the keys of the images of a step's whole global batch, in its order."""
         triples = self._triples(step * self.batch_size, self.batch_size)

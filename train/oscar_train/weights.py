@@ -1,5 +1,6 @@
 """Where the weights begin: a BERT or Oscar folder, a hub name, or random ones."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ def build(
     *,
     classes: tuple[str, ...] | None = None,
     image_layernorm: bool = False,
+    begin: Callable[[OscarForPreTraining], str] | None = None,
 ) -> tuple[OscarForPreTraining, str]:
     """Make the model, and say in one line what was filled from where, what is random and what was not used.
 
@@ -82,6 +84,7 @@ def build(
         classes: names of the contrastive classes in the order of their labels, into which the head's rows are put; None
             takes the head as it is.
         image_layernorm: whether regions have a LayerNorm even if the folder's have none.
+        begin: sets the embedding of regions, where the folder has none for these, and says to what.
 
     Raises:
         UsageError: the weights cannot be read, or have other shapes than the configuration says.
@@ -94,9 +97,13 @@ def build(
     model = OscarForPreTraining(oscar_config(config, feature_dim))
     total = f"{start.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
     if start.folder is None:
-        return model, f"{total}, all random"
-    filled = fill(model, weights, start.place)
-    return model, "; ".join([total, *differences(model, weights, filled)])
+        filled, line = set(), f"{total}, all random"
+    else:
+        filled = fill(model, weights, start.place)
+        line = "; ".join([total, *differences(model, weights, filled)])
+    if begin is not None and f"{REGIONS}.weight" not in filled:
+        line += f"; {begin(model)}"
+    return model, line
 
 
 def read(start: Start) -> tuple[BertConfig, dict[str, Tensor]]:
