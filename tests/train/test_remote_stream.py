@@ -540,7 +540,8 @@ def test_a_process_ends_at_once_with_fetches_under_way(server: Server, folder: P
 
 def test_ctrl_c_twice_ends_a_run_that_waits_for_a_server(server: Server, tmp_path: Path):
     server.faults |= dict.fromkeys(TARS, Fault.MUTE)
-    process = launch("--shards", server.url, "--out", tmp_path / "run", "--cache", tmp_path, *SETTINGS)
+    out = ("--out", tmp_path / "run", "--cache", tmp_path, "--region-init", "random")  # so it waits in the first step
+    process = launch("--shards", server.url, *out, *SETTINGS)
     until(lambda: sum(map(server.gets, TARS)) >= 4, process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -550,6 +551,18 @@ def test_ctrl_c_twice_ends_a_run_that_waits_for_a_server(server: Server, tmp_pat
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - began < 5
     said = "error: stopped by SIGINT at once; the same command again continues from the last checkpoint"
+    assert (process.returncode, err.strip()) == (130, said)
+
+
+def test_ctrl_c_once_ends_a_run_that_waits_for_where_its_regions_begin(server: Server, tmp_path: Path):
+    server.faults |= dict.fromkeys(TARS, Fault.MUTE)
+    process = launch("--shards", server.url, "--out", tmp_path / "run", "--cache", tmp_path, *SETTINGS)
+    until(lambda: sum(map(server.gets, TARS)) >= 4, process)  # several at once
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5
+    said = "error: stopped by SIGINT before the first step; the same command again continues"
     assert (process.returncode, err.strip()) == (130, said)
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding_bag, pad
 
 from oscar_train.corpus import Corpus
 from oscar_train.model import OscarForPreTraining
+from oscar_train.reading.ahead import fetching
 from oscar_train.reading.regions import BOX
 from oscar_train.sampling.triples import MAX_TOKENS
 from oscar_train.stream import Stream, make_room, put_regions
@@ -95,18 +96,20 @@ def _tagged_regions(stream: Stream) -> Iterator[tuple[list[str], Tensor]]:
     """Yield the tags of regions, and the regions [v'; z], float64 [R, P + 6]; those of some images at a time."""
     tags = _region_tags(stream.corpus, np.sort(stream.first_images(IMAGES)))
     room = make_room(CHUNK, stream.corpus.feature_dim)
-    listed = list(tags)
-    for begin in range(0, len(listed), CHUNK):
-        images = np.array(listed[begin : begin + CHUNK])
-        part = room.rows(0, len(images))
-        stream.reader.read(images, part.slots)
-        put_regions(stream.reader, images, part)
-        there = part.batch.region_mask
-        regions = torch.cat([part.batch.features[there].double(), part.batch.z[there].double()], 1)
-        counts = part.slots.counts.tolist()
-        names = [tag for image, count in zip(images.tolist(), counts, strict=True) for tag in tags[image][:count]]
-        whole = regions.isfinite().all(1)
-        yield list(compress(names, whole.tolist())), regions[whole]
+    listed = np.array(list(tags), np.int64)
+    shards = np.unique(stream.corpus.images.shard[listed]).tolist()
+    with fetching(stream.reader.tars, shards):
+        for begin in range(0, len(listed), CHUNK):
+            images = listed[begin : begin + CHUNK]
+            part = room.rows(0, len(images))
+            stream.reader.read(images, part.slots)
+            put_regions(stream.reader, images, part)
+            there = part.batch.region_mask
+            regions = torch.cat([part.batch.features[there].double(), part.batch.z[there].double()], 1)
+            counts = part.slots.counts.tolist()
+            names = [tag for image, count in zip(images.tolist(), counts, strict=True) for tag in tags[image][:count]]
+            whole = regions.isfinite().all(1)
+            yield list(compress(names, whole.tolist())), regions[whole]
 
 
 def _region_tags(corpus: Corpus, images: Ints) -> dict[int, list[str]]:

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 from oscar_common.errors import OperationError
@@ -71,3 +72,14 @@ class Ahead:
         except (OperationError, OSError):
             self._failed[wanted[n]] = time.monotonic()
             return True
+
+
+@contextmanager
+def fetching(tars: Tars, shards: Sequence[int]) -> Iterator[None]:
+    """Fetch tars that are needed in this order while the block lasts; nothing if they lie here."""
+    if tars.cache is None:
+        yield
+        return
+    with Ahead(tars) as ahead:
+        ahead.want(shards)
+        yield
