@@ -51,12 +51,13 @@ from rich.table import Table
 
 import steps as bench_steps
 from machine import machine
+from oscar_common.cli import SPIN
 from oscar_common.device import choose_device
 from oscar_common.errors import UsageError
 from oscar_common.sample import Regions
 from oscar_shards.manifest import Layout, write_manifest
 from oscar_shards.write import shard_path, write_shard
-from oscar_train.arguments import SIZES
+from oscar_train.arguments import FEW_SHAPES, SIZES
 from oscar_train.ceiling import Work, count, flops, matrix_ceiling
 from oscar_train.model import oscar_config, random_config
 from oscar_train.packing import pack
@@ -203,7 +204,7 @@ def circumstances(device: str, threads: int) -> dict[str, Any]:
 def started(command: str, job: Job, *rest: str) -> Iterator[Served]:
     """Start a process of steps.py; the end of its input ends it."""
     line = [sys.executable, bench_steps.__file__, command, json.dumps(asdict(job)), *rest]
-    environment, pipe = {"GOMP_SPINCOUNT": "10000", **os.environ}, subprocess.PIPE  # as oscar_common.cli sets it
+    environment, pipe = {**SPIN, **FEW_SHAPES, **os.environ}, subprocess.PIPE  # as oscar-train sets them
     with (
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(line, env=environment, stdin=pipe, stdout=pipe, stderr=said, text=True) as process,

@@ -6,8 +6,9 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -18,6 +19,10 @@ from oscar_common.errors import Stopped, UsageError, nearest
 from oscar_common.settings import Catalog, Train
 
 S = TypeVar("S")
+
+# How long torch's threads spin before they sleep. By default they spin so long that two jobs on two cores run at a
+# tenth of their speed; this costs a twentieth of it when nothing else runs.
+SPIN = {"GOMP_SPINCOUNT": "10000"}
 
 
 class _Path(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
@@ -91,14 +96,20 @@ def settings_command(
     return decorate
 
 
-def run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
+def run(
+    command: click.Command, arguments: list[str] | None = None, environment: Mapping[str, str] = MappingProxyType({})
+) -> NoReturn:
     """Run a command: exit 0, or one line on stderr and exit 2 (bad input), 1 (trouble) or 128 + a signal's number.
 
     Of processes that torchrun started, one a machine speaks of bad input, and only the first of signals.
+
+    Args:
+        command: what to run.
+        arguments: those of the command line, unless others are given.
+        environment: what torch is to find there when it is imported, unless the user has set it.
     """
-    # How long torch's threads spin before they sleep, read when torch is imported. By default they spin so long that
-    # two jobs on two cores run at a tenth of their speed; this costs a twentieth of it when nothing else runs.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for name, value in {**SPIN, **environment}.items():
+        os.environ.setdefault(name, value)
     try:
         sys.exit(command.main(arguments, standalone_mode=False) or 0)
     except click.ClickException as error:

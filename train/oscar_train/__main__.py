@@ -5,7 +5,7 @@ from pathlib import Path
 from oscar_common.cli import run, settings_command
 from oscar_common.errors import OperationError
 from oscar_common.settings import Catalog, Train
-from oscar_train.arguments import check
+from oscar_train.arguments import FEW_SHAPES, check
 from oscar_train.run_folder import resumed
 from oscar_train.signals import Stop, watched_signals
 
@@ -57,7 +57,7 @@ def _train(settings: Train, out: Path, stop: Stop) -> None:
 
 def main() -> None:
     """Run the command."""
-    run(command)
+    run(command, environment=FEW_SHAPES)
 
 
 if __name__ == "__main__":

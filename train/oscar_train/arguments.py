@@ -11,6 +11,9 @@ from oscar_common.settings import Train
 RANDOM = "random:"
 CHECKPOINT = "checkpoint-"  # of folders' names
 SHUFFLES = ("features", "tags", "captions")  # what an evaluation may take from another image
+# Batches have ever other numbers of tokens, and on a CPU torch keeps what it prepared for the last 1,024 of them, which
+# takes gigabytes; what a step needs more than once are some dozens.
+FEW_SHAPES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 SIZES = {  # layers, hidden size, heads; the inner size is four times the hidden size
     "tiny": (2, 128, 2),
     "small": (4, 512, 8),

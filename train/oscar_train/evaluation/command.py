@@ -8,7 +8,7 @@ import click
 from oscar_common import __version__
 from oscar_common.cli import PATH, examples, run
 from oscar_common.settings import DEVICES, OBJECTIVES, PRECISIONS
-from oscar_train.arguments import SHUFFLES
+from oscar_train.arguments import FEW_SHAPES, SHUFFLES
 
 HELP = """Ask a model about images that it was not trained on.
 
@@ -66,7 +66,7 @@ def command(shuffle: tuple[str, ...], controls: bool, **flags: Any) -> None:
 
 def main() -> None:
     """Run the command."""
-    run(command)
+    run(command, environment=FEW_SHAPES)
 
 
 if __name__ == "__main__":
