@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +15,9 @@ from running import rows
 from small_shards import CLASSES, P, make_samples, write_folder
 from support import error_line, run_here, train
 
+from oscar_common.errors import UsageError
 from oscar_common.sample import Regions, Sample, Text
+from oscar_train.corpus import Corpus
 from oscar_train.evaluation.command import command
 from oscar_train.evaluation.exam import SHUFFLES, Exam, make_exam
 from oscar_train.evaluation.held_out import apart, held_images, split
@@ -350,10 +353,19 @@ def test_a_run_that_goes_on_makes_up_for_a_missing_evaluation(shards: Path, run:
     assert (out / "evaluation.csv").read_text() == "".join(lines)
 
 
+def test_a_share_that_is_too_small_names_one_that_is_not(corpus: Corpus):
+    with pytest.raises(UsageError) as told:
+        split(corpus, 0.001)
+    enough = float(re.search(r"give --eval-fraction (\S+) or more", str(told.value))[1])
+    assert len(np.unique(corpus.image[split(corpus, enough).held])) >= 2
+    with pytest.raises(UsageError, match="two are needed"):
+        split(corpus, enough - 0.01)
+
+
 def test_what_cannot_be_evaluated_is_said_in_a_line(run: Path, shards: Path, tmp_path: Path):
     bad = {
         ("--eval-fraction", 0.3, "--eval-shards", shards): "give one of the two",
-        ("--eval-fraction", 0.0001): "none that has a text is held out",
+        ("--eval-fraction", 0.0001): "of 39 images with a text 0 is held out, two are needed; give --eval-fraction 0.",
         ("--eval-shards", tmp_path / "none"): f"--eval-shards {tmp_path / 'none'}: no such folder",
         ("--eval-shards", shards): "nothing is left to train on",
     }

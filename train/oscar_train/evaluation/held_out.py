@@ -30,19 +30,20 @@ def split(corpus: Corpus, fraction: float) -> Split:
     it is not trained on.
 
     Raises:
-        UsageError: one of the sides has no triple.
+        UsageError: nothing is left to train on, or there are not two images to evaluate on.
     """
     images = corpus.images
     held = held_images(images, fraction)
     known = images.content != 0
     doubtful = np.isin(images.key_xxh3, images.key_xxh3[held]) | (known & np.isin(images.content, images.content[held]))
     sides = Split(trained=_of(corpus, ~(held | doubtful)), held=_of(corpus, held))
-    for side, what in ((sides.held, "held out"), (sides.trained, "left to train on")):
-        if not len(side):
-            raise UsageError(
-                f"--eval-fraction {fraction:g}: of {len(held)} images none that has a text is {what}; give another "
-                "share, or --eval-shards"
-            )
+    if len(np.unique(corpus.image[sides.held])) < 2:
+        raise UsageError(_too_few(corpus, fraction))
+    if not len(sides.trained):
+        raise UsageError(
+            f"--eval-fraction {fraction:g}: of {len(held)} images none that has a text is left to train on; give "
+            "another share, or --eval-shards"
+        )
     _check_sources(corpus, sides.trained, f"--eval-fraction {fraction:g}")
     return sides
 
@@ -87,6 +88,17 @@ def _check_sources(corpus: Corpus, trained: Array, flag: str) -> None:
     for source, count in zip(corpus.sources, counts, strict=True):
         if not count:
             raise UsageError(f"{flag}: nothing of --shards {source.place} is left to train on; leave that folder out")
+
+
+def _too_few(corpus: Corpus, fraction: float) -> str:
+    """Say how large a share would do."""
+    shares = np.sort(_mixed(_identity(corpus.images))[np.unique(corpus.image)] / 2.0**64)
+    held = int((shares < fraction).sum())
+    enough = f"--eval-fraction {np.ceil(shares[1] * 100 + 1e-6) / 100:g} or more, or " if len(shares) > 1 else ""
+    return (
+        f"--eval-fraction {fraction:g}: of {len(shares)} images with a text {held} is held out, two are needed; give "
+        f"{enough}--eval-shards"
+    )
 
 
 def held_images(images: Images, fraction: float) -> Bools:
