@@ -142,14 +142,23 @@ def test_without_tags_it_stays_random(tmp_path: Path):
 
 def test_features_that_are_all_alike_say_nothing(tmp_path: Path):
     samples = [
-        replace(s, regions=replace(s.regions, features=np.ones_like(s.regions.features))) for s in make_samples(12)
+        replace(
+            s,
+            image=replace(s.image, width=300, height=300),
+            regions=replace(
+                s.regions,
+                features=np.ones_like(s.regions.features),
+                boxes=np.tile(np.float32([3, 3, 90, 70]), (len(s.regions.boxes), 1)),
+            ),
+        )
+        for s in make_samples(12)
     ]
     folder = write_folder(tmp_path / "shards", samples)
     model = make_model()
     with open_stream([str(folder)], batch_size=8) as stream:
         anchor(model, stream)
     assert model.bert.img_embedding.weight.isfinite().all()
-    assert model.bert.img_embedding.weight[:, :P].abs().max() < 1e-6
+    assert model.bert.img_embedding.weight.abs().max() < 1e-5
 
 
 def test_a_run_says_where_its_regions_begin(shards: Path, tmp_path: Path):

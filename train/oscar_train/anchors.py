@@ -26,6 +26,7 @@ from oscar_train.texts.tokens import Tokenizer
 IMAGES = 1024  # whose regions are looked at: at 36 regions an image 18 for each of 2,054 features
 CHUNK = 64  # images that are read at once
 RIDGE = 0.03  # of the features' mean variance, added to that of each: features that few regions have mean little
+LEAST = 1e-9  # of their mean square, at least: regions may be all alike, but for the rounding
 
 
 def anchor(model: OscarForPreTraining, stream: Stream) -> str:
@@ -84,7 +85,7 @@ def _regression(squares: Tensor, counts: Tensor, sums: Tensor, tags: Tensor) -> 
     mean, tag = sums.sum(0) / total, counts @ tags / total
     covariance = squares - total * mean[:, None] * mean
     across = sums.T @ tags - total * mean[:, None] * tag
-    ridge = (RIDGE * covariance.trace() / size).clamp_min(torch.finfo(torch.float32).tiny)
+    ridge = (RIDGE * covariance.trace() / size).clamp_min(float(LEAST * squares.trace() / size))
     weight = torch.linalg.solve(covariance + ridge * torch.eye(size, dtype=torch.float64), across)
     left = (weight * (covariance @ weight - 2 * across)).sum()
     variance = counts @ (tags - tag).square().sum(1)
