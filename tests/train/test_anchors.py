@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from running import finish, launch
 from safetensors.torch import load_file
 from small_shards import P, make_samples, write_folder
+from support import error_line, train
 
 from oscar_common.sample import Sample
 from oscar_train.anchors import IMAGES, RIDGE, anchor
@@ -164,20 +164,20 @@ def test_features_that_are_all_alike_say_nothing(tmp_path: Path):
 def test_a_run_says_where_its_regions_begin(shards: Path, tmp_path: Path):
     out = tmp_path / "run"
     small = ("--shards", shards, "--steps", 2, "--batch-size", 4, "--cache", tmp_path)
-    printed, _ = finish(launch(*small, "--out", out))
+    printed = train(*small, "--out", out).stdout
     assert "all random; bert.img_embedding begins at the tags of " in printed
-    again, _ = finish(launch(*small, "--out", tmp_path / "again", "--init", out / "checkpoint-000002"))
+    again = train(*small, "--out", tmp_path / "again", "--init", out / "checkpoint-000002").stdout
     assert "random: none" in again
     assert "img_embedding" not in again
-    _, error = finish(launch(*small, "--out", out, "--region-init", "random"), 2)
-    assert "--region-init random: the run in --out began with tags" in error
+    refused = train(*small, "--out", out, "--region-init", "random")
+    assert "--region-init random: the run in --out began with tags" in error_line(refused)
 
 
 @pytest.mark.parametrize("flags", [("--region-init", "random"), ("--variant", "release")])
 def test_random_is_as_bert_begins(shards: Path, tmp_path: Path, flags: tuple[str, ...]):
     out = tmp_path / "run"
     small = ("--shards", shards, "--steps", 2, "--batch-size", 4, "--cache", tmp_path, "--lr", 0, "--weight-decay", 0)
-    printed, _ = finish(launch(*small, "--out", out, *flags))
+    printed = train(*small, "--out", out, *flags).stdout
     assert "all random; on cpu" in printed
     weight = load_file(out / "checkpoint-000002" / "model.safetensors")["bert.img_embedding.weight"]
     assert weight.std().item() == pytest.approx(0.02, rel=0.05)
