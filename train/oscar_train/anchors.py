@@ -1,8 +1,8 @@
 """Where the embedding of regions begins: as near to the embeddings of their tags as a linear map can bring it.
 
 Tags are Oscar's anchors: what the regions and the words have in common (section 3). An embedding with random weights
-has to find out from the losses which region is which tag, for thousands of steps; the linear part of that is one least
-squares problem. The model is what it would be otherwise, only its weights begin elsewhere.
+has to find out from the losses which region is which tag, and has not after hundreds of steps (docs/objectives.md); the
+linear part of that is one least squares problem. The model is what it would be otherwise, only its weights begin elsewhere.
 """
 
 from collections.abc import Iterator
