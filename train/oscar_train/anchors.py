@@ -2,7 +2,8 @@
 
 Tags are Oscar's anchors: what the regions and the words have in common (section 3). An embedding with random weights
 has to find out from the losses which region is which tag, and has not after hundreds of steps (docs/objectives.md); the
-linear part of that is one least squares problem. The model is what it would be otherwise, only its weights begin elsewhere.
+linear part of that is one least squares problem. The model is what it would be otherwise, only its weights begin
+elsewhere.
 """
 
 from collections.abc import Iterator
