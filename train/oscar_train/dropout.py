@@ -8,6 +8,8 @@ numbers), so no generator has a state to save, and neither padding nor the other
 import torch
 from torch import Tensor, nn
 
+from oscar_train import fused
+
 _LOW, _SPAN = -(2**31), 2**32
 _SITE, _HEAD, _PLACE = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35  # odd numbers that are far from each other's multiples
 
@@ -29,13 +31,25 @@ class TripleDropout(nn.Module):
         super().__init__()
         self.p, self.site = p, site
         self._tokens = tokens
+        # A tensor, as compiled code would be made anew for each number
+        self.register_buffer("offset", torch.tensor(_signed(site * _SITE), dtype=torch.int32), persistent=False)
+
+    offset: Tensor
+
+    @property
+    def tokens(self) -> Tokens:
+        """The bits of the tokens that the model is working on."""
+        return self._tokens
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return `hidden` with a share p of its numbers 0 and the others larger by 1 / (1 - p); as it is in eval."""
         if not self.training or self.p == 0:
             return hidden
-        tokens = self._tokens.packed[None] if hidden.dim() == 3 else by_head(self._tokens.in_rows, hidden.shape[1])
-        kept = keep(tokens, self.site, hidden.shape[-1], self.p)
+        packed = hidden.dim() == 3
+        if packed and hidden.is_cuda and not torch.compiler.is_compiling():  # a compiler fuses it with what is around
+            return fused.dropout(hidden[0], self._tokens.packed, self.offset, self.p)[None]
+        tokens = self._tokens.packed[None] if packed else by_head(self._tokens.in_rows, hidden.shape[1])
+        kept = keep(tokens, self.offset, hidden.shape[-1], self.p)
         return torch.where(kept, hidden * (1 / (1 - self.p)), 0.0)
 
 
@@ -49,14 +63,27 @@ def by_head(tokens: Tensor, heads: int) -> Tensor:
     return tokens[:, None] + _multiples(_HEAD, heads, tokens.device)[:, None]
 
 
-def keep(tokens: Tensor, site: int, width: int, p: float) -> Tensor:
-    """Return which of the numbers of tokens stay, bool [..., width] for bits [...]; each token's depend on its own."""
-    bits = _mixed(tokens + _signed(site * _SITE))[..., None] + _mixed(_multiples(1, width, tokens.device))
+def keep(tokens: Tensor, site: int | Tensor, width: int, p: float) -> Tensor:
+    """Return which of the numbers of tokens stay, bool [..., width] for bits [...]; each token's depend on its own.
+
+    Args:
+        tokens: int32 [...].
+        site: a number, or `TripleDropout.offset`.
+        width: how many numbers a token has.
+        p: the share that does not stay.
+    """
+    offset = site if isinstance(site, Tensor) else _signed(site * _SITE)
+    bits = _mixed(tokens + offset)[..., None] + _mixed(_multiples(1, width, tokens.device))
     # Both are random bits already, and of the result the high ones count: half of lowbias32 is enough, in place
     bits *= 0x7FEB352D
     bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
     bits *= _signed(0x846CA68B)
-    return bits >= _LOW + round(p * _SPAN)
+    return bits >= threshold(p)
+
+
+def threshold(p: float) -> int:
+    """Return the least int32 of 2^32 equally likely ones that stays."""
+    return _LOW + round(p * _SPAN)
 
 
 def _multiples(factor: int, count: int, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertPooler, BertPredictionHeadTransform
 
+from oscar_train import fused
 from oscar_train.arguments import SIZES
 from oscar_train.dropout import Tokens, TripleDropout, token_bits
 from oscar_train.packing import Packed
@@ -50,16 +51,32 @@ def oscar_config(bert: BertConfig, feature_dim: int) -> BertConfig:
 
 
 def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, slots: Tensor, **rest: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scaling: float,
+    slots: Tensor,
+    places: Tensor | None,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' BERT asks for it: packed [1, heads, N, D] to [1, N, heads, D].
 
-    In training it is written out, because torch's own takes no mask for its dropout.
+    On a GPU it is a kernel of ours. Elsewhere it is written out in training, because torch's own takes no mask for its
+    dropout.
 
     Args:
         mask: [B, 1, 1, L], what is added to the scores of the rows.
         slots: int64 [N], where the tokens are in the rows.
+        places: int32 [B, L], which token stands where, for the kernel.
     """
+    if places is not None:
+        packed = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
+        dropout = module.dropout
+        p = dropout.p if module.training else 0.0
+        return fused.attention(*packed, places, dropout.tokens.in_rows, dropout.offset, p, scaling)[None], None
     query, key, value = (_in_rows(each, mask, slots) for each in (query, key, value))
     if module.training and module.dropout.p:
         weights = (query * scaling @ key.transpose(2, 3) + mask).softmax(-1)
@@ -112,14 +129,26 @@ class OscarModel(nn.Module):
         hidden = self.dropout(torch.cat([text, regions[None]], 1))
         unseen = torch.zeros(batch.seen.shape, dtype=hidden.dtype, device=hidden.device)
         unseen = unseen.masked_fill(~batch.seen, torch.finfo(hidden.dtype).min)[:, None, None, :]
+        places = _places(batch) if self._fused(batch) else None
         for layer in self.encoder.layer:
             if self.recompute and self.training:
-                again = partial(layer, slots=batch.slots)
+                again = partial(layer, slots=batch.slots, places=places)
                 hidden = checkpoint(again, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden = layer(hidden, unseen, slots=batch.slots)
+                hidden = layer(hidden, unseen, slots=batch.slots, places=places)
         tokens: Tensor = hidden[0]
         return tokens
+
+    def _fused(self, batch: Packed) -> bool:
+        config = self.encoder.config
+        return fused.fits(batch.slots.device, batch.seen.shape[1], config.hidden_size // config.num_attention_heads)
+
+
+def _places(batch: Packed) -> Tensor:
+    """Return which token stands where in the rows, int32 [B, L]; -1 where there is none."""
+    tokens = torch.arange(len(batch.slots), dtype=torch.int32, device=batch.slots.device)
+    nothing = torch.full(batch.seen.shape, -1, dtype=torch.int32, device=batch.slots.device)
+    return nothing.flatten().index_copy(0, batch.slots, tokens).view(batch.seen.shape)
 
 
 def _make_dropouts_stateless(model: nn.Module, tokens: Tokens) -> None:

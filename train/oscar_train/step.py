@@ -96,7 +96,8 @@ def open_workshop(model: OscarForPreTraining, settings: Train, ranks: Ranks) -> 
     torch.set_float32_matmul_precision("highest" if settings.precision == "fp32" else "high")
     model.bert.recompute = settings.activation_checkpointing
     if settings.compile:
-        model.bert.compile(dynamic=True)  # no two batches have as many tokens
+        for layer in model.bert.encoder.layer:  # one is compiled, and all are alike
+            layer.compile(dynamic=True)  # no two batches have as many tokens
     network: nn.Module = model
     if ranks.size > 1:
         devices = [ranks.device] if ranks.device.type == "cuda" else None
