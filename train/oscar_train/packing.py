@@ -45,31 +45,49 @@ class Packed:
 def pack(batch: Batch, device: torch.device) -> Packed:
     """Return a batch without padding, on a device; copies from pinned memory may still be under way."""
     text, regions = batch.attention_mask, batch.region_mask
+    # Chosen by number: torch takes 6 ms for each choice by a mask, which a GPU would be waiting for
+    of_text, of_regions = _numbers(text), _numbers(regions)
     seen = torch.cat([text, regions], 1)
     lengths, place = seen.sum(1), seen.cumsum(1) - 1
+
     rows = torch.arange(int(lengths.max())) < lengths[:, None]
     slots = place + torch.arange(len(rows))[:, None] * rows.shape[1]
-    words, labels = text.sum(1), batch.mlm_labels[text]
-    masked = (labels != IGNORED).nonzero()[:, 0]
+    width = text.shape[1]
+    slots_of_text = _chosen(slots[:, :width], of_text)
+    slots_of_regions = _chosen(slots[:, width:], of_regions)
+
+    words, labels = text.sum(1), _chosen(batch.mlm_labels, of_text)
+    masked = _numbers(labels != IGNORED)
     right = (batch.match_labels != IGNORED).sum()
     small = {
-        "input_ids": batch.input_ids[text],
-        "token_type_ids": batch.token_type_ids[text],
-        "position_ids": text.nonzero()[:, 1],
-        "z": batch.z[regions],
+        "input_ids": _chosen(batch.input_ids, of_text),
+        "token_type_ids": _chosen(batch.token_type_ids, of_text),
+        "position_ids": of_text % width,
+        "z": batch.z.flatten(0, 1).index_select(0, of_regions),
         "match_labels": batch.match_labels,
         "dropout_seeds": batch.dropout_seeds,
         "first": words.cumsum(0) - words,
         "masked": masked,
-        "masked_ids": labels[masked],
+        "masked_ids": labels.index_select(0, masked),
         "seen": rows,
-        "slots": torch.cat([slots[:, : text.shape[1]][text], slots[:, text.shape[1] :][regions]]),
+        "slots": torch.cat([slots_of_text, slots_of_regions]),
         "counts": torch.tensor([len(masked), int(right), int(lengths.sum())], dtype=torch.float32),
     }
+
     # A gather of features is better done there: here it would copy them once more
     features = _copied(batch.features, device).flatten(0, 1)
-    features = features.index_select(0, _copied(regions.flatten().nonzero()[:, 0], device))
+    features = features.index_select(0, _copied(of_regions, device))
     return Packed(features=features, **{name: _copied(tensor, device) for name, tensor in small.items()})
+
+
+def _numbers(mask: Tensor) -> Tensor:
+    """Return where a mask is true, int64, counted row after row."""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def _chosen(table: Tensor, numbers: Tensor) -> Tensor:
+    """Return those of a table's numbers [B, L] that are counted in `numbers`, row after row."""
+    return table.flatten().index_select(0, numbers)
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
