@@ -47,7 +47,8 @@ class TripleDropout(nn.Module):
             return hidden
         packed = hidden.dim() == 3
         if packed and hidden.is_cuda and not torch.compiler.is_compiling():  # a compiler fuses it with what is around
-            return fused.dropout(hidden[0], self._tokens.packed, self.offset, self.p)[None]
+            dropped: Tensor = fused.dropout(hidden[0], self._tokens.packed, self.offset, self.p)
+            return dropped[None]
         tokens = self._tokens.packed[None] if packed else by_head(self._tokens.in_rows, hidden.shape[1])
         kept = keep(tokens, self.offset, hidden.shape[-1], self.p)
         return torch.where(kept, hidden * (1 / (1 - self.p)), 0.0)

@@ -18,7 +18,7 @@ _SECOND = tl.constexpr(0x846CA68B - 2**32)
 
 
 @triton.jit
-def _mixed(bits):  # type: ignore[no-untyped-def]
+def _mixed(bits):
     """lowbias32, as `dropout._mixed`."""
     bits = bits ^ ((bits >> 16) & 0xFFFF)
     bits = bits * _FIRST
@@ -28,7 +28,7 @@ def _mixed(bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _kept(tokens, site, numbers, least):  # type: ignore[no-untyped-def]
+def _kept(tokens, site, numbers, least):
     """`dropout.keep`: bool [T, W] for the bits of T tokens and the places of W numbers."""
     bits = _mixed(tokens + site)[:, None] + _mixed(numbers)[None, :]
     bits = bits * _FIRST
@@ -38,13 +38,13 @@ def _kept(tokens, site, numbers, least):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _addresses(at, head, HEADS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _addresses(at, head, HEADS: tl.constexpr, SIZE: tl.constexpr):
     """Where the numbers of a head of tokens are in [N, HEADS, SIZE]: int64 [T, SIZE]."""
     return (at.to(tl.int64) * HEADS + head)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
 
 
 @triton.jit
-def _weights(query, key, there, scaling, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weights(query, key, there, scaling, PRECISION: tl.constexpr):
     """Attention weights, float32 [Q, K], of which those of absent keys are 0."""
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scaling
     scores = tl.where(there[None, :], scores, float("-inf"))
@@ -53,7 +53,7 @@ def _weights(query, key, there, scaling, PRECISION: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _forward(
     query, key, value, out, places, bits, site, scaling, scale, least, length,
     HEADS: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
+def _backward(
     gradient, query, key, value, to_query, to_key, to_value, places, bits, site, scaling, scale, least, length,
     HEADS: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _dropout(hidden, out, bits, site, scale, least, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dropout(hidden, out, bits, site, scale, least, width, BLOCK: tl.constexpr):
     """One program has one token."""
     token, numbers = tl.program_id(0), tl.arange(0, BLOCK)
     tokens = tl.load(bits + token + tl.zeros([1], dtype=tl.int32))
