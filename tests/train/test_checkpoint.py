@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -104,12 +105,39 @@ def test_another_runs_checkpoint_is_refused_with_both_values(made: Checkpoint):
         checkpoint.agree(made, {**RUN, "corpus": "xyz"})
 
 
-def test_only_the_newest_are_kept_and_leftovers_swept(tmp_path: Path):
-    for step in (5, 10, 999_995, 1_000_000):
-        (tmp_path / f"checkpoint-{step:06d}").mkdir()
+def copies(made: Checkpoint, steps: list[int]) -> list[Path]:
+    """Copy a checkpoint to other steps' places, without its large files."""
+    (made.folder / "model.safetensors").write_bytes(b"weights")
+    (made.folder / "optimizer.pt").write_bytes(b"moments")
+    record = json.loads((made.folder / "trainer.json").read_text())
+    for name in ("model.safetensors", "optimizer.pt"):
+        record["files"][name] = checkpoint._seal(made.folder / name)
+    (made.folder / "trainer.json").write_text(json.dumps(record))
+    return [shutil.copytree(made.folder, made.folder.parent / f"checkpoint-{step:06d}") for step in steps]
+
+
+@pytest.mark.parametrize("damaged", [list(some) for n in range(5) for some in combinations((10, 20, 30, 40), n)])
+@pytest.mark.parametrize("keep", [1, 3])
+def test_damaged_checkpoints_never_count_as_kept(made: Checkpoint, damaged: list[int], keep: int):
+    """A run at step 30 goes on from a whole checkpoint before it, and 40 was given up."""
+    out = made.folder.parent
+    copies(made, [10, 20, 30, 40])
+    shutil.rmtree(made.folder)
+    for step in damaged:
+        content = (out / f"checkpoint-{step:06d}" / "model.safetensors").read_bytes()
+        (out / f"checkpoint-{step:06d}" / "model.safetensors").write_bytes(content[:-1] + b"?")
+    whole = [step for step in (30, 20, 10) if step not in damaged]
+
+    checkpoint.prune(out, keep, 30)
+    left = {int(place.name[-6:]) for place in out.iterdir()}
+    assert left == (set(whole[:keep]) if whole else {10, 20, 30, 40})
+
+
+def test_only_the_newest_are_kept_and_leftovers_swept(made: Checkpoint, tmp_path: Path):
+    copies(made, [5, 10, 999_995, 1_000_000])
     (tmp_path / ".tmp-checkpoint-000015").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, 1_000_000)
     checkpoint.sweep(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-999995", "checkpoint-1000000", "notes.txt"}
     checkpoint.sweep(tmp_path, everything=True)

@@ -8,6 +8,7 @@ trainer.json    step, the settings that decide the numbers, what the guard remem
 import json
 import shutil
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def newest(out: Path) -> tuple[Checkpoint | None, list[str]]:
         UsageError: there are checkpoints, but none is whole.
     """
     damages: list[str] = []
-    for folder in sorted(out.glob(f"{CHECKPOINT}*"), key=lambda f: (len(f.name), f.name), reverse=True):
+    for folder in _newest_first(out):
         try:
             return whole(folder), damages
         except ValueError as error:
@@ -178,13 +179,42 @@ def agree(checkpoint: Checkpoint | None, run: dict[str, Any]) -> None:
         raise UsageError(f"--{name.replace('_', '-')} {value}: the run in --out began with {before}; {instead}")
 
 
-def prune(out: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, each by a rename first, so that none is ever half there."""
-    folders = sorted(out.glob(f"{CHECKPOINT}*"), key=lambda f: (len(f.name), f.name))
-    for folder in folders[:-keep]:
-        shutil.rmtree(temporary(folder), ignore_errors=True)
-        folder.replace(temporary(folder))
-        shutil.rmtree(temporary(folder))
+def prune(out: Path, keep: int, step: int) -> None:
+    """Delete all but the newest `keep` whole checkpoints up to `step`, the one just saved.
+
+    Those after it belong to a line of steps that was given up because they were damaged. A damaged checkpoint never
+    counts, and if none is whole, none is deleted. Each goes by a rename first, so that none is ever half there.
+    """
+    newest_first = _newest_first(out)
+    last = folder(out, step).name
+    line = [place for place in newest_first if _order(place) <= (len(last), last)]
+    kept = list(islice(filter(_is_whole, line), keep))
+    if not kept:
+        return
+
+    for place in newest_first:
+        if place in kept:
+            continue
+        shutil.rmtree(temporary(place), ignore_errors=True)
+        place.replace(temporary(place))
+        shutil.rmtree(temporary(place))
+
+
+def _newest_first(out: Path) -> list[Path]:
+    return sorted(out.glob(f"{CHECKPOINT}*"), key=_order, reverse=True)
+
+
+def _order(place: Path) -> tuple[int, str]:
+    """Return what sorts checkpoints by their step, also past the sixth digit."""
+    return len(place.name), place.name
+
+
+def _is_whole(place: Path) -> bool:
+    try:
+        whole(place)
+    except ValueError:
+        return False
+    return True
 
 
 def sweep(out: Path, everything: bool = False) -> None:

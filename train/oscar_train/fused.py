@@ -11,7 +11,7 @@ These are operators of torch, so that `torch.compile` and fake tensors see them 
 import torch
 from torch import Tensor
 
-LARGEST = 256  # tokens in a row: what a program can hold
+LARGEST = 128  # tokens in a row: what a program can hold
 HEAD_SIZES = (16, 32, 64, 128)
 
 

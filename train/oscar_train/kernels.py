@@ -175,7 +175,7 @@ def _blocks(query: Tensor, length: int) -> dict[str, int | str]:
     return {
         "HEADS": query.shape[1],
         "SIZE": query.shape[2],
-        "QUERIES": min(keys, 64 if keys <= 128 else 32),
+        "QUERIES": min(keys, 64),
         "KEYS": keys,
         "PRECISION": "ieee" if exact else "tf32",
     }

@@ -264,4 +264,4 @@ def _save(run: Run, step: int) -> None:
         guard=run.shop.guard.state(),
         about=run.about,
     )
-    checkpoint.prune(run.out, run.settings.keep)
+    checkpoint.prune(run.out, run.settings.keep, step)
