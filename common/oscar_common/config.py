@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from oscar_common.errors import UsageError, nearest
+from oscar_common.errors import UsageError, nearest, shorten
 from oscar_common.settings import Catalog
 
 FILE = "pipelines.yaml"
 _SAID = "_said"  # attribute of what `parse` made: the names that were said
+LONGEST = 1 << 20  # bytes of a file of settings
 S = TypeVar("S")
 
 
@@ -38,11 +39,13 @@ def read_yaml(path: Path, flag: str) -> Any:
         UsageError: no such file, or no YAML.
     """
     try:
+        if (size := path.stat().st_size) > LONGEST:
+            raise UsageError(f"{flag} {path}: {size:,} bytes are too many for a file of settings; give a YAML file")
         return yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give an existing file with {flag}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path}: not valid YAML: {shorten(str(error))}") from None
 
 
 def installed_catalog() -> Catalog:
@@ -54,12 +57,12 @@ def installed_catalog() -> Catalog:
 def parse(schema: type[S], content: Any, place: str) -> S:
     """Make a dataclass from a mapping; `place` (`pipelines.yaml: pipelines.demo.train`) begins every message."""
     if not isinstance(content, Mapping):
-        raise UsageError(f"{place}: {content!r} is no mapping of {schema.__name__.lower()} settings")
+        raise UsageError(f"{place}: {shown(content)} is no mapping of {schema.__name__.lower()} settings")
     hints = typing.get_type_hints(schema)
     fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     for key in content:
         if key not in fields:
-            raise UsageError(f"{place}: unknown key {key!r}{nearest(str(key), fields)}")
+            raise UsageError(f"{place}: unknown key {shown(key)}{nearest(str(key), fields)}")
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     for name in required:
         if name not in content:
@@ -74,6 +77,11 @@ def parse(schema: type[S], content: Any, place: str) -> S:
 def said_in(settings: Any) -> dict[str, Any]:
     """Return those values of parsed settings that were said, and are not just defaults."""
     return {name: getattr(settings, name) for name in getattr(settings, _SAID, ())}
+
+
+def shown(value: Any) -> str:
+    """Return a value as part of a message; of a long one, such as all of a file that is no YAML, only the beginning."""
+    return shorten(repr(value), 60)
 
 
 def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") -> Any:
@@ -115,17 +123,17 @@ def check_range(given: Any, place: str, field: "dataclasses.Field[Any]") -> None
         return
     choices, low, high = (field.metadata.get(k) for k in ("choices", "low", "high"))
     if choices and given not in choices:
-        raise UsageError(f"{place}: {given!r} is not allowed{nearest(str(given), choices)}")
+        raise UsageError(f"{place}: {shown(given)} is not allowed{nearest(str(given), choices)}")
     if (low is not None and not given >= low) or (high is not None and not given <= high):
         allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UsageError(f"{place}: {given!r} is out of range; it must be {allowed}{_or_words(field)}")
+        raise UsageError(f"{place}: {shown(given)} is out of range; it must be {allowed}{_or_words(field)}")
 
 
 def _entries(hint: Any, given: Any, place: str) -> dict[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        raise UsageError(f"{place}: {given!r} is no mapping of names to entries")
+        raise UsageError(f"{place}: {shown(given)} is no mapping of names to entries")
     if dataclasses.is_dataclass(hint):
         return {str(k): parse(typing.cast("type[Any]", hint), v, f"{place}.{k}") for k, v in given.items()}
     return dict(given)
@@ -143,7 +151,7 @@ def _scalar(hint: Any, given: Any, place: str, instead: str = "") -> Any:
     if isinstance(given, hint) and (hint is bool or not isinstance(given, bool)):
         return given
     quote = "; put it in quotes" if hint is str else ""
-    raise UsageError(f"{place}: {given!r} is no {_NAMES.get(hint, hint.__name__)}{instead}{quote}")
+    raise UsageError(f"{place}: {shown(given)} is no {_NAMES.get(hint, hint.__name__)}{instead}{quote}")
 
 
 _NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", list: "list", dict: "mapping"}

@@ -36,3 +36,19 @@ def nearest(value: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]!r}? " if close else ""
     return f" ({guess}known: {', '.join(known) or 'none'})"
+
+
+def reason(error: BaseException) -> str:
+    """Return what a library's exception says, its first line, as a short one that is never empty."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = shorten(next((line for line in str(error).splitlines() if line.strip()), ""))
+    if not text or isinstance(error, LookupError | AssertionError | MemoryError):  # these hold a key, or nothing
+        return f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text
+
+
+def shorten(text: str, length: int = 200) -> str:
+    """Return a text as part of a message: in one line, and cut where it is too long."""
+    line = " ".join(text[: 2 * length].split())
+    return line if len(line) <= length and len(text) <= 2 * length else f"{line[:length]}..."

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason
 
 NAMES = Path(__file__).parent / "vg"  # objects.txt and attributes.txt of bottom-up attention: 1600 and 400
 
@@ -25,5 +25,5 @@ def read_names(flag: str, file: Path, key: str = "") -> list[str]:
     except KeyError:
         raise UsageError(f"{flag} {file}: it has no {key!r}; give VinVL's label map or one name a line") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{flag} {file}: cannot be read as one name a line or a label map: {error}") from None
+        raise UsageError(f"{flag} {file}: cannot be read as one name a line or a label map: {reason(error)}") from None
     return [line.split(",")[0].strip().lower() for line in lines]

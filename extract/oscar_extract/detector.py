@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import oscar_extract.backbone  # noqa: F401  (registers the built-in detector's backbone)
 from oscar_common import settings
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason
 from oscar_common.files import sha256
 from oscar_common.vocabulary import NAMES, read_names
 from oscar_extract.architecture import add_config
@@ -96,7 +96,7 @@ def load_config(name: str, config: str) -> CfgNode:
     try:
         cfg.merge_from_file(str(path), allow_unsafe=False)
     except Exception as error:  # yaml, yacs and fvcore each raise their own kinds; all mean that the file is no config
-        raise UsageError(f"--detector {path}: not a detectron2 config: {str(error) or error!r}") from None
+        raise UsageError(f"--detector {path}: not a detectron2 config: {reason(error)}") from None
     return cfg
 
 
@@ -146,7 +146,7 @@ def build(name: str, cfg: CfgNode) -> Any:
     try:
         model = build_model(cfg).eval().requires_grad_(False)
     except (KeyError, AssertionError, ValueError, RuntimeError) as error:
-        raise UsageError(f"--detector {name}: detectron2 cannot build it: {error!r}") from None
+        raise UsageError(f"--detector {name}: detectron2 cannot build it: {reason(error)}") from None
     _check_architecture(name, model)
     return model
 

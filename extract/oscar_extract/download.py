@@ -6,7 +6,7 @@ import urllib.request
 from pathlib import Path
 from typing import NoReturn
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason, shorten
 
 HUB = "hf://"  # hf://OWNER/NAME/FILE
 TIMEOUT = 10  # seconds to wait for a server's first answer
@@ -69,8 +69,9 @@ def _check_reachable(name: str, url: str) -> None:
 
 
 def _give_up(name: str, url: str, error: Exception) -> NoReturn:
-    reason = str(getattr(error, "reason", error)).splitlines()[0] or type(error).__name__
+    cause = getattr(error, "reason", error)  # urllib's, which may be a text
+    what = reason(cause) if isinstance(cause, Exception) else shorten(str(cause)) or reason(error)
     raise UsageError(
-        f"--detector {name}: its weights are not on this machine and cannot be downloaded ({reason}); fetch {url} "
+        f"--detector {name}: its weights are not on this machine and cannot be downloaded ({what}); fetch {url} "
         "where there is a network, and give the file with --weights FILE"
     )

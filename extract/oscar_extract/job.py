@@ -21,7 +21,7 @@ import torchvision
 
 import oscar_common
 from oscar_common.device import choose_device
-from oscar_common.errors import OperationError
+from oscar_common.errors import OperationError, reason
 from oscar_common.sample import ImageRecord, Regions, Sample
 from oscar_common.settings import Detector as Entry
 from oscar_common.settings import Extract
@@ -52,8 +52,9 @@ def device_failures() -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, ACCELERATOR_ERROR) or any(s in str(error) for s in ("CUDA error", "cuDNN error"))):
             raise
-        what = str(error).splitlines()[0]
-        raise DeviceFailure(f"the GPU of {platform.node()} failed: {what}; the same command again continues") from None
+        raise DeviceFailure(
+            f"the GPU of {platform.node()} failed: {reason(error)}; the same command again continues"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason
+from oscar_common.weight_files import fault, read_weight_file
 from oscar_extract.checkpoint import Family, convert
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
@@ -45,10 +46,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content = _read(path)
     except FileNotFoundError:
         raise UsageError(f"--weights {path}: no such file; give one of {' '.join(SUFFIXES)}") from None
-    except (
-        Exception
-    ) as error:  # a foreign or hostile file makes the readers raise anything; one line says which file it was
-        raise UsageError(f"--weights {path}: cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--weights {path}: cannot be read: {reason(error)}") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -59,14 +58,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    if path.suffix == ".pkl":
+    if path.suffix != ".pkl":
+        return read_weight_file(path)
+    try:
         with path.open("rb") as file:
             return _ArraysOnly(file, encoding="latin1").load()
-    return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a foreign or hostile file makes an unpickler raise anything
+        raise ValueError(fault(path, error)) from None
 
 
 def fill(model: nn.Module, family: Family, preset: str, state: dict[str, Tensor], path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from distributed import KilledWorker, WorkerPlugin, get_worker
 
-from oscar_common.errors import OperationError, UsageError
+from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.memory import free_memory
 from oscar_extract.tasks import DeviceFailure, Done, Job, Survey, Trial
 
@@ -304,9 +304,7 @@ def remote_cluster(address: str) -> Iterator[Dask]:
     try:
         client = Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--scheduler {address}: no dask scheduler answers there: {error or type(error).__name__}"
-        ) from None
+        raise UsageError(f"--scheduler {address}: no dask scheduler answers there: {reason(error)}") from None
     with client:
         yield Dask(client=client)
 

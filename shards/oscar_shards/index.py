@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from oscar_common.errors import reason
 from oscar_common.files import replacing
 from oscar_shards.content import CONTENT, read_content
 from oscar_shards.samples import Entry, Span, entries
@@ -136,7 +137,7 @@ def _reading(name: str, tar: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ValueError(f"it has no index {Path(error.filename or name).name}; {again}") from None
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        raise ValueError(f"its index {name} is damaged ({str(error).splitlines()[0][:200]}); {again}") from None
+        raise ValueError(f"its index {name} is damaged ({reason(error)}); {again}") from None
 
 
 class _Unfit(ValueError):

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason
 from oscar_common.processes import each
 from oscar_common.progress import meter
 from oscar_shards.index import (
@@ -117,7 +117,7 @@ def _count_rejects(tar: Path, faults: list[tuple[str, str]]) -> int:
     try:
         return len(read_bounded(path, MOST_REJECTS, REJECTS_LIMIT))
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        faults.append(("", f"{path.name} is damaged ({str(error).splitlines()[0][:200]})"))
+        faults.append(("", f"{path.name} is damaged ({reason(error)})"))
         return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason
 from oscar_common.files import replacing
 
 FOLDERS = ("tensorboard", "wandb")  # of a run folder
@@ -67,9 +67,8 @@ def _begin(out: Path, project: str, config: Mapping[str, Any]) -> Any:
     try:
         return wandb.init(project=project, dir=str(out), id=_name(out), resume="allow", config=dict(config))
     except Exception as error:  # not logged in, no network, no such project: its exceptions differ between versions
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(
-            f"--wandb {project}: cannot begin ({reason[0]}); log in with `wandb login`, or set WANDB_MODE=offline"
+            f"--wandb {project}: cannot begin ({reason(error)}); log in with `wandb login`, or set WANDB_MODE=offline"
         ) from None
 
 

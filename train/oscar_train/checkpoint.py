@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from oscar_common.errors import OperationError, UsageError
+from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import TEMPORARY, replacing_folder, temporary
 from oscar_common.settings import Train
 from oscar_train import run_folder
@@ -106,7 +106,7 @@ def save(
             tokenizer.save(unfinished)
         except (RuntimeError, SafetensorError) as error:  # what the two libraries make of a full disk
             raise OperationError(
-                f"{place}: cannot be written ({str(error).splitlines()[0]}); the disk may be full: free some space; "
+                f"{place}: cannot be written ({reason(error)}); the disk may be full: free some space; "
                 "the same command again continues"
             ) from None
         files = {path.name: _seal(path) for path in sorted(unfinished.iterdir())}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig
 
-from oscar_common.errors import OperationError, UsageError
+from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import replacing_folder
 from oscar_train import checkpoint, run_folder
 from oscar_train.arguments import CHECKPOINT
@@ -146,7 +146,7 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
         kind = UsageError if isinstance(error, PermissionError | NotADirectoryError) else OperationError
         raise kind(f"--out {out}: cannot be written: {error.strerror}; {INSTEAD}") from None
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-        raise OperationError(f"--out {out}: cannot be written: {' '.join(str(error).split())}; {INSTEAD}") from None
+        raise OperationError(f"--out {out}: cannot be written: {reason(error)}; {INSTEAD}") from None
     return model
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason
+from oscar_common.weight_files import read_weight_file
 from oscar_train.model import OscarForPreTraining
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -43,8 +43,8 @@ def read_weights(place: str, folder: Path) -> dict[str, Tensor]:
         raise UsageError(f"{place}: {folder} has none of {', '.join(WEIGHTS)}")
     try:
         named = [(_renamed(name), tensor) for part in _parts(path) for name, tensor in _load(part).items()]
-    except Exception as error:  # what a damaged file raises is not documented by either library
-        raise UsageError(f"{place}: {path} cannot be read: {error}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last three: an index's JSON
+        raise UsageError(f"{place}: {path} cannot be read: {reason(error)}") from None
     state = dict(named)
     if len(state) < len(named):
         twice = Counter(name for name, _ in named).most_common(1)[0][0]
@@ -116,9 +116,9 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    loaded = read_weight_file(path)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"it holds a {type(loaded).__name__}, not named tensors")
     return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason
 from oscar_train.arguments import RANDOM
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
 from oscar_train.objectives import MATCHED, WRONG, WRONG_Q, WRONG_W
@@ -190,7 +190,7 @@ def _read_config(place: str, folder: Path) -> BertConfig:
     except UsageError:
         raise
     except Exception as error:  # OSError for JSON that is none, and a validation error of the library's own
-        raise UsageError(f"{place}: {path} cannot be read: {error}") from None
+        raise UsageError(f"{place}: {path} cannot be read: {reason(error)}") from None
 
 
 def _download(init: str) -> Path:

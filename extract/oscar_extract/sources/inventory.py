@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason
 from oscar_common.tables import Ints, array, columns, find, last, reading, stems, table, without_extension
 from oscar_extract.images import EXTENSIONS
 from oscar_extract.sources.tables import FILES
@@ -280,7 +280,7 @@ def scan_tar(place: tuple[int, Path, str]) -> tuple[list[tuple[Any, ...]], str]:
                 elif extension in (".txt", ".json") and size <= SIDECAR_BYTES and stem not in told:
                     sidecars.setdefault(stem, {}).update(_sidecar(extension, file.read(offset, size)))
     except (TarError, OSError) as error:
-        fault = str(error) or type(error).__name__
+        fault = reason(error)
     rows = [
         (number, f"{label}/{_harmless(member)}", raw, offset, size, beside.get("url"), beside.get("text"))
         for member, stem, offset, size in images

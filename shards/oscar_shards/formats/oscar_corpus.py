@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from oscar_common.errors import UsageError, nearest
+from oscar_common.errors import UsageError, nearest, shorten
 from oscar_shards.formats.foreign import Ints, Vocabulary
 from oscar_shards.formats.lines import NAME_LIMIT, SPAN, Spans, index_lines
 from oscar_shards.formats.oscar_tsv import OscarRows
@@ -103,7 +103,7 @@ def _read_yaml(path: Path, source: str | None) -> tuple[list[_Dataset], Path | N
     except FileNotFoundError:
         raise UsageError(f"FROM {path}: no such file; give a corpus' .yaml, a {FEATURES}, or its folder") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"FROM {path}: cannot be read as YAML: {error}") from None
+        raise UsageError(f"FROM {path}: cannot be read as YAML: {shorten(str(error))}") from None
     if not isinstance(content, dict) or not isinstance(content.get("corpus"), str) or not content["corpus"]:
         raise UsageError(f"FROM {path}: no key `corpus` in it; a corpus' YAML has datasets' names there, joined by _")
     features, labels = (_paths(content, key, path) for key in ("image_feature_path", "image_label_path"))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason
 from oscar_shards.formats.foreign import Ints, Rows
 from oscar_shards.read import parse_content
 from oscar_shards.write import Reject
@@ -82,7 +82,7 @@ def read_images(path: Path, format: str, found: Rows) -> Images:
         tables = [file.read_row_group(n, ["shard", "key", "file", "id"]) for n in range(file.num_row_groups)]
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         again = "export again, or delete it to have the files alone read"
-        raise UsageError(f"FROM {path}: it is damaged ({str(error).splitlines()[0]}); {again}") from None
+        raise UsageError(f"FROM {path}: it is damaged ({reason(error)}); {again}") from None
     if said != format:
         raise UsageError(f"FORMAT {format}: {path} is of an export in the format {said}; give that")
     if not all(isinstance(t, str) and t.endswith(".tar") and Path(t).name == t and t[0] != "." for t in tars):

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from oscar_common.errors import UsageError, nearest
+from oscar_common.errors import UsageError, nearest, reason
 from oscar_common.files import replacing
 from oscar_common.progress import meter
 from oscar_shards.manifest import Manifest
@@ -114,9 +114,7 @@ def checked_index(tar: Path) -> pa.Table:
         table = read_index(tar)
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(
-            f"PATH {tar}: its index is damaged ({str(error).splitlines()[0]}); run: oscar-shards index {tar}"
-        ) from None
+        raise UsageError(f"PATH {tar}: its index is damaged ({reason(error)}); run: oscar-shards index {tar}") from None
     return table
 
 

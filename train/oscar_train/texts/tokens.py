@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import UsageError, reason
 from oscar_common.files import replacing
 from oscar_common.wordpiece import SHIPPED
 from oscar_train.texts.arrays import digest
@@ -93,7 +93,7 @@ def load_tokenizer(folder: Path | None) -> Tokenizer:
     try:
         backend = BertTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # the tokenizer's libraries raise bare Exception for files they cannot read
-        raise UsageError(f"--init {folder}: its tokenizer cannot be read ({error}); repair vocab.txt") from None
+        raise UsageError(f"--init {folder}: its tokenizer cannot be read ({reason(error)}); repair vocab.txt") from None
     for name in ("is_local", "local_files_only", "name_or_path"):  # where it came from is no property of a tokenizer
         backend.init_kwargs.pop(name, None)
     backend.backend_tokenizer.no_truncation()
