@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import time
 import subprocess
 import sys
 import tracemalloc
@@ -65,6 +66,7 @@ def test_logs_have_the_columns_promised_and_are_cut_where_a_run_goes_on(
     assert whole[3].startswith("3,1,0.428571429,")
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("7,2,0.99")  # a row cut by a kill
+    time.sleep(1)  # TensorBoard orders files by the second in their names, then `.10` before `.9`
     with open_log(tmp_path, 4, 10, 1) as log:
         assert lines(tmp_path) == whole[:5]
         log.add(row(5))
