@@ -4,9 +4,9 @@ import json
 import math
 import os
 import re
-import time
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import asdict
