@@ -9,7 +9,7 @@ PEERS := $(VENV)/peers
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium demo test test-slow fuzz bench bench-store bench-scale bench-corpus bench-stream bench-train bench-leaks check format clean
+.PHONY: help setup chromium demo test test-slow test-gpu fuzz bench bench-store bench-scale bench-corpus bench-stream bench-train bench-leaks check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -47,10 +47,13 @@ demo: setup ## real photos -> regions -> shards -> a small pre-trained Oscar -> 
 	@echo "done: open $(DEMO)/report.html in a browser"
 
 test: setup ## run the tests, except the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
 test-slow: setup ## run the slow tests
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup ## run the tests that need a GPU; some minutes
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 fuzz: setup ## try 100,000 damaged tars, indexes and JSONs each; most of an hour
 	OSCAR_FUZZ=100000 $(BIN)/python -m pytest -q tests/shards/test_fuzz.py
