@@ -165,7 +165,7 @@ def random_weights(name: str, preset: Preset, path: Path, files: list[Path], dev
     sketch = Detector(model=model, cfg=cfg, preset=preset, precision="fp32", record=None)  # type: ignore[arg-type]
     images = load_batch(sketch, [make_input(sketch, read_image(files[0])[0])])
     maps = feature_maps(sketch, images)
-    boxes = preset.propose(model, images, maps, [make_input(sketch, read_image(files[0])[0]).target], True)
+    boxes = preset.propose(model, images, maps, [make_input(sketch, read_image(files[0])[0]).target])
     features = classify(sketch, maps, boxes, []).features[0]
     mean, spread = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     weight = torch.randn_like(head.weight) * 4 / len(mean) ** 0.5 / spread
@@ -220,7 +220,7 @@ def timed_batch(
     with clock.stage("backbone"):
         maps = feature_maps(detector, images)
     with clock.stage("rpn"):
-        proposals = preset.propose(model, images, maps, [i.target for i in inputs], False)
+        proposals = preset.propose(model, images, maps, [i.target for i in inputs])
     with clock.stage("head"):
         found = classify(detector, maps, proposals, [i.target for i in inputs])
     with clock.stage("selection"):
@@ -248,7 +248,7 @@ def count_flops(detector: Detector, inputs: list[Input]) -> int:
     images = load_batch(detector, inputs)
     with FlopCounterMode(display=False) as backbone:
         maps = feature_maps(detector, images)
-    proposals = preset.propose(model, images, maps, [i.target for i in inputs], False)
+    proposals = preset.propose(model, images, maps, [i.target for i in inputs])
     with FlopCounterMode(display=False) as head:
         classify(detector, maps, proposals, [i.target for i in inputs])
     return int(backbone.get_total_flops() + head.get_total_flops())
@@ -310,7 +310,7 @@ def reference_way(detector: Detector, files: list[Path], selection: Selection, o
         with clock.stage("image"):
             images = load_batch(slow, [item])
             maps = feature_maps(slow, images)
-            found = classify(slow, maps, preset.propose(model, images, maps, [item.target], True), [item.target])
+            found = classify(slow, maps, preset.propose(model, images, maps, [item.target]), [item.target])
             fields = ("boxes", "features", "logits", "deltas")
             loop_over_classes(slow, replace(found, **{n: getattr(found, n).cpu() for n in fields}))
     milliseconds = 1e3 * statistics.median(clock.seconds["image"][1:])

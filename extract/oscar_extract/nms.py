@@ -1,8 +1,8 @@
 """Greedy non-maximum suppression of one set of boxes under many orders at once: every class, every threshold.
 
-The classes of a detector see the same boxes with other scores. So who overlaps whom is computed once, kept as bits,
-and the greedy rule runs rank by rank for all classes of all images together: no loop over classes, and on a GPU nothing
-that the host would have to wait for.
+The classes of a detector see the same boxes with other scores. So who overlaps whom is computed once, and the greedy
+rule runs for all classes of all images together: on a CPU rank by rank, with the overlaps kept as bits; on a GPU in one
+kernel, with nothing that the host would have to wait for.
 """
 
 import torch
@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import nms
 
 BITS = 64
-ROUNDS = 32
 
 
 def intersection_over_union(boxes: Tensor, plus: float) -> Tensor:
@@ -37,6 +36,8 @@ def nms_by_class(over: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
     Returns:
         bool [G, C, R], which boxes survive in which class.
     """
+    if scores.is_cuda:
+        return survivors_on_gpu(over, scores.argsort(dim=-1, descending=True, stable=True), valid)
     groups, classes, count = scores.shape
     apart = ~torch.eye(count, dtype=torch.bool, device=over.device)
     neighbours = _pack(over & apart).flatten(0, 1)  # [G R, words]
@@ -51,6 +52,19 @@ def nms_by_class(over: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
         dead |= neighbours.index_select(0, row[rank]) & -lives
     survives: Tensor = ~_unpack(dead, count).reshape(scores.shape)
     return survives
+
+
+@torch.library.custom_op("oscar::nms_by_class", mutates_args=())
+def survivors_on_gpu(over: Tensor, order: Tensor, valid: Tensor) -> Tensor:
+    """Do what `nms_by_class` says, for the order int64 [G, C, R] in which each class takes the boxes."""
+    from oscar_extract import nms_kernel
+
+    return nms_kernel.nms_by_class(over, order, valid)
+
+
+@survivors_on_gpu.register_fake
+def _(over: Tensor, order: Tensor, valid: Tensor) -> Tensor:
+    return torch.empty_like(order, dtype=torch.bool)
 
 
 def _pack(flags: Tensor) -> Tensor:
@@ -72,51 +86,28 @@ def strict(threshold: float) -> float:
     return (nearest if nearest.item() <= threshold else torch.nextafter(nearest, torch.tensor(0.0))).item()
 
 
-def first_survivors(
-    boxes: Tensor, valid: Tensor, threshold: float, plus: int, count: int, wait: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def first_survivors(boxes: Tensor, valid: Tensor, threshold: float, plus: int, count: int) -> tuple[Tensor, Tensor]:
     """Run greedy NMS over boxes that come in descending order of score, in every image.
+
+    On a GPU the host waits once an image, for the number of survivors. That is cheaper than any form without a wait
+    that we measured: 2.7 instead of 6.3 ms an image for 6,000 boxes (vg-r101, H100).
 
     Args:
         boxes: [B, N, 4], xyxy. valid: bool [B, N], which of them there are.
         threshold: of IoU. plus: see `intersection_over_union`; with 1, as in Caffe, an IoU of the threshold suppresses.
         count: how many survivors are wanted.
-        wait: whether the host may wait for a GPU.
 
     Returns:
         index: [B, R], the survivors; R is `count`, or less if no image has so many.
-        found: bool [B, R], which of them are real. settled: bool [B], see `survivors_in_rounds`.
+        found: bool [B, R], which of them are real.
     """
     below = torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)).item() if plus else strict(threshold)
     wider = boxes + boxes.new_tensor([0, 0, plus, plus])
-    if boxes.device.type != "cpu" and not wait:
-        return survivors_in_rounds(wider, valid, below, count)
     kept = []
     for of_image, there in zip(wider, valid, strict=True):
         rows = there.nonzero()[:, 0]
         kept.append(rows[nms(of_image[rows], -rows.float(), below)[:count]])
-    index, found = pad(kept)
-    return index, found, valid.new_ones(len(boxes))
-
-
-def survivors_in_rounds(boxes: Tensor, valid: Tensor, threshold: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `first_survivors` says without the host, which torchvision's NMS tells how many boxes survive.
-
-    A box survives if no survivor before it overlaps it: after t rounds that is settled for all whose chain of
-    suppressions has up to t links. `settled` says if the last round changed nothing; if not, the result is no NMS.
-    """
-    kept, settled = [], []
-    for of_image, there in zip(boxes, valid, strict=True):
-        before = (intersection_over_union(of_image, plus=0) > threshold).triu(diagonal=1)
-        survives = there
-        for _ in range(ROUNDS):
-            last = survives
-            survives = there & ~(before & last[:, None]).any(dim=0)
-        kept.append(survives)
-        settled.append((survives == last).all())
-    survivors = torch.stack(kept)
-    index = survivors.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-    return index, survivors.gather(1, index), torch.stack(settled)
+    return pad(kept)
 
 
 def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

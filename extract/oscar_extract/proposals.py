@@ -1,7 +1,4 @@
-"""From the RPN's outputs to proposals: the rules of the reference extractors.
-
-With `wait`, a GPU may be waited for. Without it, the proposals may turn out not to be final: see `Proposals.settled`.
-"""
+"""From the RPN's outputs to proposals: the rules of the reference extractors."""
 
 import math
 from dataclasses import dataclass
@@ -21,27 +18,21 @@ MAX_LOG_GROWTH = math.log(1000 / 16)  # detectron2's and maskrcnn-benchmark's li
 class Proposals:
     """The proposals of a batch, in descending order of objectness.
 
-    boxes: [B, R, 4], xyxy, pixels of the input. valid: bool [B, R]. settled: bool [B], False where a GPU has not come
-    to the end of NMS (`survivors_in_rounds`).
+    boxes: [B, R, 4], xyxy, pixels of the input. valid: bool [B, R], which of them there are.
     """
 
     boxes: Tensor
     valid: Tensor
-    settled: Tensor
 
 
-def propose_detectron2(
-    model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target], wait: bool
-) -> Proposals:
-    """Use detectron2's own RPN, which waits for the GPU now and then."""
+def propose_detectron2(model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target]) -> Proposals:
+    """Use detectron2's own RPN."""
     instances, _ = model.proposal_generator(images, maps, None)
     boxes, valid = pad([i.proposal_boxes.tensor for i in instances])
-    return Proposals(boxes=boxes, valid=valid, settled=valid.new_ones(len(valid)))
+    return Proposals(boxes=boxes, valid=valid)
 
 
-def propose_caffe(
-    model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target], wait: bool
-) -> Proposals:
+def propose_caffe(model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target]) -> Proposals:
     """Follow py-faster-rcnn's proposal layer (`lib/rpn/proposal_layer.py`) in MILVLG's reading.
 
     Decode all, clip, drop what is small in the original image, then take the best and suppress.
@@ -53,11 +44,11 @@ def propose_caffe(
     sides = boxes[..., 2:] - boxes[..., :2]
     large = ((sides > 0) & (sides + 1 > rpn.min_box_size * scale)).all(dim=-1)
     best, order = _best(logits.masked_fill(~large, -math.inf), rpn.pre_nms_topk[False])
-    return _suppress(rpn, boxes.gather(1, order[..., None].expand(-1, -1, 4)), best, 1, wait)
+    return _suppress(rpn, boxes.gather(1, order[..., None].expand(-1, -1, 4)), best, 1)
 
 
 def propose_maskrcnn_benchmark(
-    model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target], wait: bool
+    model: Any, images: ImageList, maps: dict[str, Tensor], targets: list[Target]
 ) -> Proposals:
     """Follow maskrcnn-benchmark's RPNPostProcessor: take the best, then decode, clip, and suppress."""
     rpn = model.proposal_generator
@@ -65,17 +56,17 @@ def propose_maskrcnn_benchmark(
     best, order = _best(logits, rpn.pre_nms_topk[False])
     chosen = deltas.gather(1, order[..., None].expand(-1, -1, 4))
     boxes = clip_pixels(decode_pixels(anchors[order], chosen, minus=1), targets[0])
-    return _suppress(rpn, boxes, best, 0, wait)
+    return _suppress(rpn, boxes, best, 0)
 
 
-def _suppress(rpn: Any, boxes: Tensor, scores: Tensor, plus: int, wait: bool) -> Proposals:
+def _suppress(rpn: Any, boxes: Tensor, scores: Tensor, plus: int) -> Proposals:
     """Take the survivors among boxes [B, N, 4] in order of score; what is not finite is not there."""
     valid = scores.isfinite() & boxes.isfinite().all(dim=-1)
     boxes = boxes.masked_fill(~valid[..., None], 0)
     count = rpn.post_nms_topk[False]
-    index, found, settled = first_survivors(boxes, valid, rpn.nms_thresh, plus, count, wait)
+    index, found = first_survivors(boxes, valid, rpn.nms_thresh, plus, count)
     kept = boxes.gather(1, index[..., None].expand(-1, -1, 4))
-    return Proposals(boxes=kept.masked_fill(~found[..., None], 0), valid=found, settled=settled)
+    return Proposals(boxes=kept.masked_fill(~found[..., None], 0), valid=found)
 
 
 def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -53,19 +53,13 @@ def make_input(detector: Detector, pixels: npt.NDArray[np.uint8]) -> Input:
 @torch.inference_mode()
 def detect(detector: Detector, inputs: list[Input], selection: Selection) -> list[Regions]:
     """Find the regions of images whose targets have one shape."""
-    regions, settled = _detect(detector, inputs, selection, wait=False)
-    return regions if settled else _detect(detector, inputs, selection, wait=True)[0]
-
-
-def _detect(detector: Detector, inputs: list[Input], selection: Selection, wait: bool) -> tuple[list[Regions], bool]:
-    """Return the regions, and whether they are final: see `Proposals.settled`, which is always true with `wait`."""
     model, preset, targets = detector.model, detector.preset, [i.target for i in inputs]
     images = load_batch(detector, inputs)
     maps = feature_maps(detector, images)
-    proposals = preset.propose(model, images, maps, targets, wait)
+    proposals = preset.propose(model, images, maps, targets)
     found = classify(detector, maps, proposals, targets)
     kept = preset.select(model.roi_heads.box_predictor, found, selection)
-    return collect(detector, inputs, maps, found, kept), bool(proposals.settled.all())
+    return collect(detector, inputs, maps, found, kept)
 
 
 def load_batch(detector: Detector, inputs: list[Input]) -> ImageList:
@@ -119,7 +113,7 @@ def pool(detector: Detector, maps: dict[str, Tensor], boxes: list[Tensor]) -> Te
         if not isinstance(heads, Res5ROIHeads):
             pooled = heads.box_pooler([maps[f] for f in heads.box_in_features], [Boxes(b) for b in boxes])
             return torch.cat([heads.box_head(part).float() for part in pooled.split(size * 8)])
-        levels = [maps[f] for f in heads.in_features]
+        levels = [maps[f].contiguous() for f in heads.in_features]  # once: the pooler would do it for each chunk
         return torch.cat([_res5(heads, heads.pooler(levels, chunk), size) for chunk in _chunks(boxes, size)])
 
 

@@ -12,7 +12,6 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from oscar_extract.architecture import AttributeHead
-from oscar_extract.nms import survivors_in_rounds
 from oscar_extract.preset import PRESETS
 from oscar_extract.resize import Target, normalize
 from oscar_extract.selection import Candidates
@@ -71,40 +70,6 @@ def test_these_tests_would_notice_a_wait(fake):
     predictor, _ = heads(background=True)
     with pytest.raises(DynamicOutputShapeException):
         PRESETS["detectron2"].select(predictor, candidates(), PRESETS["detectron2"].selection)
-
-
-class FakeRPN:
-    """The outputs of an RPN on 10 x 12 cells of 12 or 15 anchors, on the fake GPU, and its settings."""
-
-    in_features, min_box_size, nms_thresh = ("res4",), 16.0, 0.7
-    pre_nms_topk, post_nms_topk = {False: 1000}, {False: 300}
-
-    def __init__(self, anchors):
-        self.anchors = anchors
-
-    def anchor_generator(self, maps):
-        boxes = torch.zeros(120 * self.anchors, 4, device="cuda")
-        return [type("Boxes", (), {"tensor": boxes})]
-
-    def rpn_head(self, maps):
-        logits = torch.zeros(2, self.anchors, 10, 12, device="cuda")
-        return [logits], [torch.zeros(2, 4 * self.anchors, 10, 12, device="cuda")]
-
-
-@pytest.mark.parametrize(("name", "anchors"), [("bua", 12), ("vinvl", 15)])
-def test_proposals_leave_the_gpu_alone(fake, name, anchors):
-    model = type("Model", (), {"proposal_generator": FakeRPN(anchors)})
-    proposals = PRESETS[name].propose(model, None, {"res4": None}, TARGETS, wait=False)
-    assert (proposals.boxes.shape, proposals.boxes.device.type) == ((2, 300, 4), "cuda")
-    assert (proposals.valid.shape, proposals.valid.device.type) == ((2, 300), "cuda")
-    assert (proposals.settled.shape, proposals.settled.device.type) == ((2,), "cuda")
-
-
-def test_suppression_in_rounds_leaves_the_gpu_alone(fake):
-    boxes = torch.zeros(2, 50, 4, device="cuda")
-    index, found, settled = survivors_in_rounds(boxes, torch.zeros(2, 50, dtype=torch.bool, device="cuda"), 0.7, 20)
-    assert (index.shape, found.shape, settled.shape) == ((2, 20), (2, 20), (2,))
-    assert {t.device.type for t in (index, found, settled)} == {"cuda"}
 
 
 @pytest.mark.parametrize("rule", ["caffe", "detectron2", "maskrcnn-benchmark"])

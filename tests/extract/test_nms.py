@@ -6,12 +6,10 @@ import torch
 from torchvision.ops import nms
 
 from oscar_extract.nms import (
-    ROUNDS,
     first_survivors,
     intersection_over_union,
     nms_by_class,
     strict,
-    survivors_in_rounds,
 )
 
 
@@ -55,6 +53,23 @@ def test_every_class_of_every_image_is_suppressed_as_if_alone(count, threshold):
             assert survives[image, label].nonzero()[:, 0].tolist() == sorted(alone.tolist())
 
 
+def test_the_gpus_kernel_suppresses_as_the_cpu_does():
+    """On a GPU, or else in Triton's interpreter (see conftest.py)."""
+    pytest.importorskip("triton", reason="Triton comes with torch's builds for GPUs")
+    from oscar_extract.nms_kernel import nms_by_class as by_kernel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    boxes = torch.stack([some_boxes(21, seed) for seed in range(2)])
+    over = intersection_over_union(boxes, plus=0) > 0.02
+    scores = torch.rand(2, 3, 21, generator=torch.Generator().manual_seed(1)).round(decimals=1)  # some are equal
+    valid = torch.arange(21) < torch.tensor([[21], [12]])
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+
+    expected = nms_by_class(over, scores, valid)
+    assert 2 * 3 < expected.sum() < 3 * valid.sum()
+    assert torch.equal(by_kernel(over.to(device), order.to(device), valid.to(device)).cpu(), expected)
+
+
 def test_equal_scores_go_in_the_boxes_order():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [0, 0, 10, 12]])
     over = intersection_over_union(boxes, plus=0)[None] > 0.5
@@ -73,17 +88,11 @@ def test_overlap_counts_pixels_or_edges(plus):
     assert found[0, 2] == 0
 
 
-def survivors(boxes, threshold, plus, in_rounds):
+def survivors(boxes, threshold, plus):
     """Those of one image's boxes, which come in order of score, the second image having only half of them."""
     both = torch.stack([boxes, boxes])
     valid = torch.stack([torch.ones(len(boxes)), (torch.arange(len(boxes)) % 2 == 0).float()]).bool()
-    if in_rounds:
-        below = float(np.nextafter(np.float32(threshold), np.float32(0))) if plus else strict(threshold)
-        wider = both + torch.tensor([0, 0, plus, plus])
-        index, found, settled = survivors_in_rounds(wider, valid, below, len(boxes))
-    else:
-        index, found, settled = first_survivors(both, valid, threshold, plus, len(boxes), wait=True)
-    assert settled.all()
+    index, found = first_survivors(both, valid, threshold, plus, len(boxes))
     half = index[1][found[1]]
     assert (half % 2 == 0).all()
     assert half.tolist() == [2 * n for n in slow_nms(*of_pixels(boxes[::2]), threshold, plus)]
@@ -94,38 +103,29 @@ def of_pixels(boxes):
     return boxes.tolist(), [-n for n in range(len(boxes))]
 
 
-@pytest.mark.parametrize("in_rounds", [False, True])
 @pytest.mark.parametrize("plus", [0, 1])
 @pytest.mark.parametrize("threshold", [0.3, 0.7])
-def test_the_rpns_suppression_is_the_greedy_rule(threshold, plus, in_rounds):
+def test_the_rpns_suppression_is_the_greedy_rule(threshold, plus):
     """On boxes of whole pixels, so that an IoU may be the threshold."""
     boxes = some_boxes(200).round()
-    assert survivors(boxes, threshold, plus, in_rounds) == slow_nms(*of_pixels(boxes), threshold, plus)
+    assert survivors(boxes, threshold, plus) == slow_nms(*of_pixels(boxes), threshold, plus)
 
 
-@pytest.mark.parametrize("in_rounds", [False, True])
-def test_an_overlap_of_exactly_the_threshold_suppresses_in_caffe(in_rounds):
+def test_an_overlap_of_exactly_the_threshold_suppresses_in_caffe():
     """Rows of 30 and of 15 pixels, which share 15 of 30."""
     boxes = torch.tensor([[0.0, 0, 29, 0], [15, 0, 29, 0]])
-    assert survivors(boxes, 0.5, 1, in_rounds) == [0]
-    assert survivors(boxes, 0.51, 1, in_rounds) == [0, 1]
+    assert survivors(boxes, 0.5, 1) == [0]
+    assert survivors(boxes, 0.51, 1) == [0, 1]
     edges = boxes + torch.tensor([0, 0, 1, 1])
-    assert survivors(edges, 0.5, 0, in_rounds) == [0, 1]
+    assert survivors(edges, 0.5, 0) == [0, 1]
 
 
-def test_a_chain_too_long_for_the_rounds_is_not_called_settled():
-    """Each box overlaps the next alone, so the last is decided after as many rounds as there are boxes."""
-    ends = torch.arange(2.0 * ROUNDS) * 4
+def test_every_second_of_a_chain_survives():
+    """Each box overlaps the next alone, so the last is decided after all others."""
+    ends = torch.arange(64.0) * 4
     boxes = torch.stack([ends, torch.zeros_like(ends), ends + 10, torch.full_like(ends, 10)], dim=1)[None]
-    valid = torch.ones(1, len(ends), dtype=torch.bool)
-    *_, settled = survivors_in_rounds(boxes, valid, 0.4, 300)
-    assert not settled.any()
-    index, found, settled = first_survivors(boxes, valid, 0.4, 0, 300, wait=True)
-    assert settled.all()
-    assert index[found].tolist() == list(range(0, len(ends), 2))
-    few, _, settled = survivors_in_rounds(boxes[:, : ROUNDS // 2], valid[:, : ROUNDS // 2], 0.4, 300)
-    assert settled.all()
-    assert few[0, : ROUNDS // 4].tolist() == list(range(0, ROUNDS // 2, 2))
+    index, found = first_survivors(boxes, torch.ones(1, 64, dtype=torch.bool), 0.4, 0, 300)
+    assert index[found].tolist() == list(range(0, 64, 2))
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])

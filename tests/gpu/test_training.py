@@ -22,7 +22,8 @@ from oscar_train.stream import Stream, open_stream
 pytestmark = pytest.mark.gpu
 
 STEPS, BATCH = 20, 32
-COMMAND = ("--init", "random:tiny", "--batch-size", "16", "--steps", "300", "--checkpoint-every", "100", "--device", "cuda")
+TINY = ("--init", "random:tiny", "--device", "cuda")
+COMMAND = (*TINY, "--batch-size", "16", "--steps", "300", "--checkpoint-every", "100")
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,6 @@ def test_a_rank_of_nccl_does_the_same(shards: Path, undisturbed: Path, tmp_path:
 
 def test_the_largest_batch_is_one_that_fits(shards: Path, tmp_path: Path):
     out = tmp_path / "run"
-    line = [*COMMAND, "--batch-size", "auto", "--steps", "3"]
-    printed = "".join(finish(launch("--shards", shards, "--out", out, *line)))
+    line = ("--shards", shards, "--out", out, *TINY, "--batch-size", "auto", "--steps", "3")
+    printed = "".join(finish(launch(*line)))
     assert has_row(out, 3), printed
