@@ -1,7 +1,7 @@
 """Every setting of both stages, once: these dataclasses are the schema of pipelines.yaml and of the commands' flags."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -27,12 +27,27 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     words: Mapping[str, int] = MappingProxyType({}),
+    decides: bool | None = None,
+    path: bool | None = None,
 ) -> Any:
     """Declare a field: its default, the sentence that `--help` shows, and the values allowed.
 
-    Instead of a number one of `words` may be given, each of which stands for one that is out of the range.
+    Args:
+        words: what may be given instead of a number; each stands for one that is out of the range.
+        decides: whether the numbers of a run depend on it, so that a run must go on with the same value. Every
+            setting of `Train` says so.
+        path: whether it names files or folders (it may be a URL or a name, too). Every setting of `Train` that is a
+            text without `choices` says so.
     """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "words": words}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "words": words,
+        "decides": decides,
+        "path": path,
+    }
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -186,11 +201,15 @@ class Train:
         "Settings to begin with: oscar-base, oscar-large, oscar-plus-base, oscar-plus-large, visualbert or another "
         "name under `recipes:` in pipelines.yaml, or a YAML file of settings like a run's run.yaml. What a pipeline or "
         "flag says wins.",
+        decides=False,
+        path=False,
     )
     shards: list[str] = setting(
         [],
         "Folder of shards made by oscar-extract, or its URL: s3://, gs://, hf://, https://. May be given again: then "
         "their images are mixed.",
+        decides=False,
+        path=True,
     )
     mix: list[float] = setting(
         [],
@@ -198,103 +217,155 @@ class Train:
         "epoch, those of one of weight 0.5 in every other epoch. [default: 1 each]",
         low=0.001,
         high=1000,
+        decides=True,
     )
     texts: list[str] = setting(
         [],
         "Overlay that adds texts to the images of --shards or replaces theirs, a .parquet file made by oscar-shards "
         "texts. May be given again; they are laid over the shards in that order.",
+        decides=False,
+        path=True,
     )
-    out: str | None = setting(None, "Folder for checkpoints and logs. The same command again continues what is there.")
-    init: str = setting("random:tiny", "Start from: a BERT folder, a hub name, or random:tiny|small|base|large.")
+    out: str | None = setting(
+        None,
+        "Folder for checkpoints and logs. The same command again continues what is there.",
+        decides=False,
+        path=True,
+    )
+    init: str = setting(
+        "random:tiny",
+        "Start from: a BERT folder, a hub name, or random:tiny|small|base|large.",
+        decides=True,
+        path=True,
+    )
     objective: str = setting(
         "oscar",
         "What is asked of a triple: oscar (are its tags its own?), oscar-plus (are its text and its tags, or answer?) "
         "or visualbert (is its text?). docs/objectives.md has all of it.",
         choices=OBJECTIVES,
+        decides=True,
     )
     variant: str = setting(
-        "paper", "As the paper describes the objective, or as the released code does it.", choices=VARIANTS
+        "paper",
+        "As the paper describes the objective, or as the released code does it.",
+        choices=VARIANTS,
+        decides=True,
     )
     negatives: str | None = setting(
         None,
         "What replaces a text or tags: typed (tags by tags, answers by answers, ...), any (of all triples), or lines "
         "(also texts for tags). [default: the objective's]",
         choices=NEGATIVES,
+        decides=True,
     )
-    whole_word_masking: bool = setting(False, "Mask all tokens of a word or none.")
+    whole_word_masking: bool = setting(False, "Mask all tokens of a word or none.", decides=True)
     tags: str | None = setting(
         None,
         "Which tags are q: detected, ground-truth (where shards carry them, else detected), or none. [default: "
         "detected; ground-truth with --variant release; none with --objective visualbert]",
         choices=TAGS,
+        decides=False,
     )
-    tag_budget: int | None = setting(None, "Most tags of an image. [default: as many as 35 tokens hold]", low=1)
-    tag_dedupe: bool = setting(False, "Each tag of an image once.")
+    tag_budget: int | None = setting(
+        None, "Most tags of an image. [default: as many as 35 tokens hold]", low=1, decides=False
+    )
+    tag_dedupe: bool = setting(False, "Each tag of an image once.", decides=False)
     tag_order: str = setting(
         "detector",
         "Tags of an image as the detector has them, by score (highest first), or shuffled, once for all epochs.",
         choices=TAG_ORDERS,
+        decides=False,
     )
-    tag_vocabulary: str | None = setting(None, "File of tags, one a line; all others are left out.")
+    tag_vocabulary: str | None = setting(
+        None, "File of tags, one a line; all others are left out.", decides=False, path=True
+    )
     image_layernorm: bool = setting(
-        False, "A LayerNorm on the embedded regions, as Oscar+ has, even if --init has none."
+        False, "A LayerNorm on the embedded regions, as Oscar+ has, even if --init has none.", decides=True
     )
     region_init: str | None = setting(
         None,
         "Where the embedding of regions begins, if --init has none for these features: at their tags' embeddings, by "
         "least squares, or random. [default: tags; random with --variant release]",
         choices=REGION_INITS,
+        decides=True,
     )
-    steps: int = setting(1000, "Optimiser steps in all.", low=1)
+    steps: int = setting(1000, "Optimiser steps in all.", low=1, decides=True)
     batch_size: int = setting(
         64,
         "Triples per step, over all devices and --accumulate: the global batch. auto: the largest that fits.",
         low=2,
         words={"auto": AUTO},
+        decides=True,
     )
-    accumulate: int = setting(1, "Parts in which each device does its share of a batch: memory for time.", low=1)
-    lr: float = setting(1e-4, "Peak learning rate.", low=0)
-    schedule: str = setting("linear", "The learning rate after the warm-up: down to 0, or constant.", choices=SCHEDULES)
-    warmup_steps: int = setting(0, "Steps of linear warm-up.", low=0)
-    weight_decay: float = setting(0.01, "AdamW weight decay; biases and LayerNorm have none.", low=0)
-    max_grad_norm: float = setting(10.0, "Clip the gradient's norm to this; 0: no clipping.", low=0)
+    accumulate: int = setting(
+        1, "Parts in which each device does its share of a batch: memory for time.", low=1, decides=False
+    )
+    lr: float = setting(1e-4, "Peak learning rate.", low=0, decides=True)
+    schedule: str = setting(
+        "linear", "The learning rate after the warm-up: down to 0, or constant.", choices=SCHEDULES, decides=True
+    )
+    warmup_steps: int = setting(0, "Steps of linear warm-up.", low=0, decides=True)
+    weight_decay: float = setting(0.01, "AdamW weight decay; biases and LayerNorm have none.", low=0, decides=True)
+    max_grad_norm: float = setting(10.0, "Clip the gradient's norm to this; 0: no clipping.", low=0, decides=True)
     shuffle_window: int = setting(
-        64, "Shards whose triples are shuffled together; those behind a URL are all in the cache at once.", low=1
+        64,
+        "Shards whose triples are shuffled together; those behind a URL are all in the cache at once.",
+        low=1,
+        decides=True,
     )
     read_threads: int | None = setting(
         None,
         "Threads that read and make batches, which are the same for any number. [default: as many as cores, at most 8]",
         low=1,
+        decides=False,
     )
     cache: str | None = setting(
         None,
         "Folder for token ids, made once for each tokenizer and set of texts, and for fetched shards; on a disk of "
         "this machine. It may be deleted at any time. [default: ~/.cache/oscar-pretrain]",
+        decides=False,
+        path=True,
     )
-    cache_size: float = setting(100.0, "GB of fetched shards that may be in --cache; the least used go.", low=0)
+    cache_size: float = setting(
+        100.0, "GB of fetched shards that may be in --cache; the least used go.", low=0, decides=False
+    )
     skip_corrupt: bool = setting(
-        False, "Count and name shards and images that are gone or damaged, and go on without them."
+        False, "Count and name shards and images that are gone or damaged, and go on without them.", decides=False
     )
-    seed: int = setting(42, "Seed of order, masks, negatives and dropout.", low=0, high=2**63 - 1)
+    seed: int = setting(42, "Seed of order, masks, negatives and dropout.", low=0, high=2**63 - 1, decides=True)
     max_skipped: int = setting(
-        20, "End the run once more steps than this were skipped: their loss was no number, or a spike.", low=0
+        20,
+        "End the run once more steps than this were skipped: their loss was no number, or a spike.",
+        low=0,
+        decides=False,
     )
     spike: float = setting(
-        3.0, "Skip a step whose loss is more than this times the median of the last 100 steps; 0: never.", low=0
+        3.0,
+        "Skip a step whose loss is more than this times the median of the last 100 steps; 0: never.",
+        low=0,
+        decides=True,
     )
-    checkpoint_every: int = setting(500, "Steps between checkpoints; one is always written at the end.", low=1)
-    keep: int = setting(2, "Keep this many of the newest checkpoints.", low=1)
-    log_every: int = setting(1, "Steps between rows of metrics.csv, TensorBoard points and terminal lines.", low=1)
+    checkpoint_every: int = setting(
+        500, "Steps between checkpoints; one is always written at the end.", low=1, decides=False
+    )
+    keep: int = setting(2, "Keep this many of the newest checkpoints.", low=1, decides=False)
+    log_every: int = setting(
+        1, "Steps between rows of metrics.csv, TensorBoard points and terminal lines.", low=1, decides=False
+    )
     wandb: str | None = setting(
         None,
         "Project at Weights & Biases that gets the same numbers. It needs pip install wandb; WANDB_MODE=offline writes "
         "to --out only.",
+        decides=False,
+        path=False,
     )
-    overwrite: bool = setting(False, "Delete the checkpoints and logs in --out and start anew.")
+    overwrite: bool = setting(False, "Delete the checkpoints and logs in --out and start anew.", decides=False)
     eval_shards: list[str] = setting(
         [],
         "Folder or URL of shards that is not trained on, for the evaluation while training; images of --shards that "
         "are in it, too, are left out of training. May be given again.",
+        decides=False,
+        path=True,
     )
     eval_fraction: float = setting(
         0.0,
@@ -302,28 +373,53 @@ class Train:
         "images alone. 0: no evaluation, unless there are --eval-shards.",
         low=0,
         high=0.9,
+        decides=True,
     )
     eval_every: int | None = setting(
-        None, "Steps between evaluations; there is one at the end, too. [default: --checkpoint-every]", low=1
+        None,
+        "Steps between evaluations; there is one at the end, too. [default: --checkpoint-every]",
+        low=1,
+        decides=False,
     )
-    eval_triples: int = setting(2000, "Held-out triples that are asked about, drawn once; 0: all.", low=0)
+    eval_triples: int = setting(
+        2000, "Held-out triples that are asked about, drawn once; 0: all.", low=0, decides=False
+    )
     eval_images: int = setting(
-        100, "Held-out images for retrieval, each with one text: the model sees the square of it. 0: none.", low=0
+        100,
+        "Held-out images for retrieval, each with one text: the model sees the square of it. 0: none.",
+        low=0,
+        decides=False,
     )
-    device: str = setting("auto", "Where to train; auto is cuda where there is one.", choices=DEVICES)
+    device: str = setting("auto", "Where to train; auto is cuda where there is one.", choices=DEVICES, decides=False)
     precision: str = setting(
         "fp32",
         "Arithmetic of the network: fp32; or tf32 or bf16, faster on a GPU. Weights and optimizer are always fp32.",
         choices=PRECISIONS,
+        decides=True,
     )
     compile: bool = setting(
         False,
         "Compile the network with torch.compile: some minutes at the start, then faster (on a CPU by a few hundredths "
         "only); for long runs.",
+        decides=False,
     )
     activation_checkpointing: bool = setting(
-        False, "Compute activations again in the backward pass: a third more time, a fraction of the memory."
+        False,
+        "Compute activations again in the backward pass: a third more time, a fraction of the memory.",
+        decides=False,
     )
+
+
+def decisive() -> list[str]:
+    """Return the settings of `Train` on which the numbers of a run depend."""
+    unsaid = [field.name for field in fields(Train) if field.metadata["decides"] is None]
+    assert not unsaid, f"say for {unsaid} whether the numbers of a run depend on it: decides="
+    return [field.name for field in fields(Train) if field.metadata["decides"]]
+
+
+def paths() -> list[str]:
+    """Return the settings of `Train` that may name files and folders."""
+    return [field.name for field in fields(Train) if field.metadata["path"]]
 
 
 @dataclass(frozen=True, kw_only=True)

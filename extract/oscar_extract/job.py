@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from time import monotonic
@@ -81,27 +81,40 @@ def equip(job: Job) -> Equipment:
     Raises:
         UsageError: see `load_detector`.
     """
-    settings = job.settings
-    return _equip(job.entry, *(getattr(settings, name) for name in (*EQUIPMENT, *SELECTION)))
+    return _equip(job.entry, Request(**{f.name: getattr(job.settings, f.name) for f in fields(Request)}))
 
 
-EQUIPMENT = ("detector", "device", "precision", "compile", "batch_size", "dtype")
-SELECTION = ("min_boxes", "max_boxes", "score_threshold")
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The settings that decide what a process is equipped with; see `oscar_common.settings.Extract`."""
+
+    detector: str
+    device: str
+    precision: str
+    compile: bool
+    batch_size: int
+    dtype: str
+    min_boxes: int | None
+    max_boxes: int | None
+    score_threshold: float | None
 
 
 @lru_cache(maxsize=1)
-def _equip(
-    entry: Entry, name: str, device: str, precision: str, compile: bool, batch_size: int, dtype: str, *selection: Any
-) -> Equipment:
-    detector = load_detector(name, entry, choose_device(device), precision)
-    detector = replace(detector, record=replace(detector.record, dtype=dtype))
-    if compile:
+def _equip(entry: Entry, request: Request) -> Equipment:
+    detector = load_detector(request.detector, entry, choose_device(request.device), request.precision)
+    detector = replace(detector, record=replace(detector.record, dtype=request.dtype))
+    if request.compile:
         compile_network(detector.model)
-    chosen = choose_selection(detector.preset.selection, *selection)
-    return Equipment(detector=detector, selection=chosen, limit=Limit(images=batch_size))
+    selection = choose_selection(
+        detector.preset.selection,
+        least=request.min_boxes,
+        most=request.max_boxes,
+        threshold=request.score_threshold,
+    )
+    return Equipment(detector=detector, selection=selection, limit=Limit(images=request.batch_size))
 
 
-def choose_selection(preset: Selection, least: int | None, most: int | None, threshold: float | None) -> Selection:
+def choose_selection(preset: Selection, *, least: int | None, most: int | None, threshold: float | None) -> Selection:
     """Return how many regions are kept: what the preset keeps, but for what is given."""
     return Selection(
         **asdict(preset)

@@ -37,7 +37,8 @@ def nms_by_class(over: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
         bool [G, C, R], which boxes survive in which class.
     """
     if scores.is_cuda:
-        return survivors_on_gpu(over, scores.argsort(dim=-1, descending=True, stable=True), valid)
+        survivors: Tensor = survivors_on_gpu(over, scores.argsort(dim=-1, descending=True, stable=True), valid)
+        return survivors
     groups, classes, count = scores.shape
     apart = ~torch.eye(count, dtype=torch.bool, device=over.device)
     neighbours = _pack(over & apart).flatten(0, 1)  # [G R, words]

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from oscar_common.errors import OperationError
+from oscar_common.settings import Train
 from oscar_train.guard import FEW, NAMES, Guard
+from oscar_train.ranks import Ranks
+from oscar_train.step import Workshop, make_optimizer, update
 
 
 def judge(guard: Guard, loss: float, norm: float = 1.0) -> str:
@@ -64,3 +67,30 @@ def test_its_memory_is_in_checkpoints():
     assert again.state() == guard.state()
     assert again.skipped == 1
     assert [judge(again, loss) for loss in (3.0, 3.4)] == [judge(guard, loss) for loss in (3.0, 3.4)]
+
+
+def test_a_fault_leaves_weights_moments_and_counts_as_they_are():
+    """For this AdamW looks at `found_inf`, an attribute that torch's GradScaler sets, and nobody else is promised."""
+    model = torch.nn.Linear(3, 2)
+    shop = Workshop(
+        model=model,  # type: ignore[arg-type]  # an update asks for parameters alone
+        network=model,
+        optimizer=make_optimizer(model, Train()),
+        guard=Guard(0, 0),
+        settings=Train(),
+        ranks=Ranks(0, 1, torch.device("cpu")),
+    )
+
+    def state() -> list[torch.Tensor]:
+        moments = [moment for of_one in shop.optimizer.state.values() for moment in of_one.values()]
+        return [tensor.detach().clone() for tensor in (*model.parameters(), *moments)]
+
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    update(shop, 1e-2)
+    before = state()
+    update(shop, 1e-2, fault=torch.tensor(True))
+    assert all(torch.equal(one, other) for one, other in zip(before, state(), strict=True))
+
+    update(shop, 1e-2, fault=torch.tensor(False))
+    assert not any(torch.equal(one, other) for one, other in zip(before, state(), strict=True))

@@ -1,5 +1,6 @@
 """What settings come to: flags over a pipeline or a resumed run, over a recipe, over defaults."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -129,3 +130,10 @@ def test_a_run_folder_moved_with_its_shards_finds_them(tmp_path: Path):
 )
 def test_what_cannot_be_resumed_is_one_line(tmp_path: Path, flags: tuple[str, ...], message: str):
     assert message in resolve(*(tmp_path if flag == "EMPTY" else flag for flag in flags))
+
+
+def test_every_setting_says_whether_a_run_depends_on_it_and_whether_it_is_a_path():
+    for field in dataclasses.fields(Train):
+        assert field.metadata["decides"] is not None, field.name
+        if "str" in str(field.type) and not field.metadata["choices"]:
+            assert field.metadata["path"] is not None, field.name

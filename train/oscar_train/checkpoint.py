@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import TEMPORARY, replacing_folder, temporary
-from oscar_common.settings import Train
+from oscar_common.settings import Train, decisive
 from oscar_train import run_folder
 from oscar_train.arguments import CHECKPOINT
 from oscar_train.guard import Guard
@@ -29,11 +29,6 @@ from oscar_train.objectives import choose_objective, choose_region_init
 from oscar_train.texts.tokens import Tokenizer
 
 RECORD = "trainer.json"
-DECISIVE = (
-    *("init", "objective", "variant", "negatives", "whole_word_masking", "image_layernorm", "region_init"),
-    *("steps", "batch_size", "lr", "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "precision", "spike"),
-    *("seed", "mix", "shuffle_window", "eval_fraction"),
-)
 UNSAID = Train(region_init="random")  # what runs had before there was a setting
 
 
@@ -62,7 +57,7 @@ def folder(out: Path, step: int) -> Path:
 
 def identity(settings: Train) -> dict[str, Any]:
     """Return the settings that decide the numbers of a run; the others may change from one start to the next."""
-    values = {name: getattr(settings, name) for name in DECISIVE}
+    values = {name: getattr(settings, name) for name in decisive()}
     values["mix"] = " ".join(map(str, settings.mix))
     values["negatives"] = choose_objective(settings).negatives
     values["region_init"] = choose_region_init(settings)

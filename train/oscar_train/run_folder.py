@@ -13,19 +13,10 @@ import yaml
 from oscar_common.config import parse, read_yaml
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
-from oscar_common.settings import Train
+from oscar_common.settings import Train, paths
 from oscar_train.arguments import CHECKPOINT
 
 FILE, VOCABULARY = "run.yaml", "tag_vocabulary.txt"
-PATHS = (
-    "shards",
-    "eval_shards",
-    "texts",
-    "tag_vocabulary",
-    "init",
-    "cache",
-    "out",
-)  # settings that may name files and folders
 
 
 def write_settings(out: Path, settings: Train) -> None:
@@ -36,7 +27,7 @@ def write_settings(out: Path, settings: Train) -> None:
         with replacing(out / VOCABULARY) as file:
             file.write(content)
         values["tag_vocabulary"] = str(out / VOCABULARY)
-    values |= {name: _each(values[name], lambda path: str(path.resolve())) for name in PATHS}
+    values |= {name: _each(values[name], lambda path: str(path.resolve())) for name in paths()}
     values |= {"recipe": None, "overwrite": False}  # what a recipe said is among the values
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     with replacing(out / FILE) as file:
@@ -63,7 +54,7 @@ def resumed(folder: Path) -> Train:
         found = folder / os.path.relpath(path, before) if path.is_absolute() else path
         return str(found.resolve() if not path.exists() and found.exists() else path)
 
-    values = {name: _each(getattr(settings, name), moved, missing=True) for name in PATHS}
+    values = {name: _each(getattr(settings, name), moved, missing=True) for name in paths()}
     if any(folder.glob(f"{CHECKPOINT}*")):
         values["init"] = settings.init  # is not needed any more, and its name is that of the run
     if values["cache"] and not Path(values["cache"]).exists():
