@@ -164,7 +164,7 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> click.Option:
 
 def _type(field: "dataclasses.Field[Any]", hint: Any) -> Any:
     if choices := field.metadata["choices"]:
-        return click.Choice(choices)
+        return hint if hint is int else click.Choice(choices)  # a number is checked with the others
     if words := field.metadata["words"]:
         return _NumberOr(words)
     return typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint

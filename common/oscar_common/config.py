@@ -123,7 +123,9 @@ def check_range(given: Any, place: str, field: "dataclasses.Field[Any]") -> None
         return
     choices, low, high = (field.metadata.get(k) for k in ("choices", "low", "high"))
     if choices and given not in choices:
-        raise UsageError(f"{place}: {shown(given)} is not allowed{nearest(str(given), choices)}")
+        raise UsageError(
+            f"{place}: {shown(given)} is not allowed{nearest(str(given), [str(choice) for choice in choices])}"
+        )
     if (low is not None and not given >= low) or (high is not None and not given <= high):
         allowed = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UsageError(f"{place}: {shown(given)} is out of range; it must be {allowed}{_or_words(field)}")

@@ -15,6 +15,7 @@ NEGATIVES = ("typed", "any", "lines")
 TAGS = ("detected", "ground-truth", "none")
 TAG_ORDERS = ("detector", "score", "random")
 REGION_INITS = ("tags", "random")
+REGION_POSITIONS = (4, 6)
 SCHEDULES = ("linear", "cosine", "constant")
 LAYOUTS = ("coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa")
 AUTO = 0  # the batch size that `auto` stands for, until it is known
@@ -23,7 +24,7 @@ AUTO = 0  # the batch size that `auto` stands for, until it is known
 def setting(
     default: Any,
     help: str,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str | int, ...] = (),
     low: float | None = None,
     high: float | None = None,
     words: Mapping[str, int] = MappingProxyType({}),
@@ -281,6 +282,13 @@ class Train:
     )
     image_layernorm: bool = setting(
         False, "A LayerNorm on the embedded regions, as Oscar+ has, even if --init has none.", decides=True
+    )
+    region_position: int | None = setting(
+        None,
+        "Numbers of a region's position that the model takes, 4 (x1/W, y1/H, x2/W, y2/H) or 6 (w/W and h/H, too). "
+        "[default: what --init takes, else 6]",
+        choices=REGION_POSITIONS,
+        decides=True,
     )
     region_init: str | None = setting(
         None,

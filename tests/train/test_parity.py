@@ -26,17 +26,21 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(395))]
 CASES = [
-    pytest.param(size, norm, classes, id=f"{name}-{'LayerNorm' if norm else 'plain'}-{classes} classes")
-    for (name, size), norm, classes in product((("tiny", TINY), ("four layers", SMALL)), (0, 1), (2, 3))
+    pytest.param(
+        size, norm, classes, position, id=f"{name}-{'LayerNorm' if norm else 'plain'}-{classes} classes-{position}-d"
+    )
+    for (name, size), norm, (classes, position) in product(
+        (("tiny", TINY), ("four layers", SMALL)), (0, 1), ((2, 4), (2, 6), (3, 6))
+    )
 ]
 
 
-def released(size: dict[str, int], norm: int, classes: int) -> tuple[BertImgForPreTraining, Sizes]:
+def released(size: dict[str, int], norm: int, classes: int, position: int) -> tuple[BertImgForPreTraining, Sizes]:
     """The reference with random weights: norms and biases, too, are far from 1 and 0."""
     sizes = Sizes(
         **size,
         vocab_size=len(VOCABULARY),
-        img_feature_dim=FEATURES + 6,
+        img_feature_dim=FEATURES + position,
         use_img_layernorm=norm,
         img_layer_norm_eps=1e-3,  # not that of the other norms
         num_contrast_classes=classes,
@@ -84,7 +88,8 @@ def random_batch(classes: int, rows: int = 6) -> Batch:
 
 def reference_scores(model: BertImgForPreTraining, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores at the masked positions, of the pairs, and both losses."""
-    features = torch.cat([batch.features.float(), batch.z], -1)
+    position = model.bert.img_embedding.in_features - FEATURES
+    features = torch.cat([batch.features.float(), batch.z[..., :position]], -1)
     seen = torch.cat([batch.attention_mask, batch.region_mask], 1).float()
     words, pairs = model(batch.input_ids, batch.token_type_ids, seen, features)
     labels = batch.mlm_labels.masked_fill(batch.mlm_labels == IGNORED, bert_img.IGNORED)
@@ -98,9 +103,11 @@ def load(folder: Path) -> OscarForPreTraining:
     return model.eval()
 
 
-@pytest.mark.parametrize(("size", "norm", "classes"), CASES)
-def test_scores_losses_and_gradients_are_the_releases(tmp_path: Path, size: dict[str, int], norm: int, classes: int):
-    theirs, sizes = released(size, norm, classes)
+@pytest.mark.parametrize(("size", "norm", "classes", "position"), CASES)
+def test_scores_losses_and_gradients_are_the_releases(
+    tmp_path: Path, size: dict[str, int], norm: int, classes: int, position: int
+):
+    theirs, sizes = released(size, norm, classes, position)
     ours, batch = load(write(tmp_path, theirs, sizes)), random_batch(classes)
     expected = reference_scores(theirs, batch)
     part = pack(batch, torch.device("cpu"))
@@ -120,10 +127,10 @@ def test_scores_losses_and_gradients_are_the_releases(tmp_path: Path, size: dict
     assert not gradients
 
 
-@pytest.mark.parametrize(("size", "norm", "classes"), CASES)
-def test_the_weights_come_back_unchanged(tmp_path: Path, size: dict[str, int], norm: int, classes: int):
+@pytest.mark.parametrize(("size", "norm", "classes", "position"), CASES)
+def test_the_weights_come_back_unchanged(tmp_path: Path, size: dict[str, int], norm: int, classes: int, position: int):
     """From its folder into our model, from there into a checkpoint, and from that into a folder for it."""
-    theirs, sizes = released(size, norm, classes)
+    theirs, sizes = released(size, norm, classes, position)
     start = open_init(str(write(tmp_path, theirs, sizes)))
     ours, _ = build(start, FEATURES, seed=99)
     run = {**checkpoint.identity(Train()), "corpus": "abc"}

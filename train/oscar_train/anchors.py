@@ -37,7 +37,7 @@ def anchor(model: OscarForPreTraining, stream: Stream) -> str:
     A tag's embedding is that of its tokens as q, at q's mean position. Regions are those of the first images of the
     stream whose tags are one for each region; if there are none the model stays as it is.
     """
-    names, moments = _moments(stream)
+    names, (squares, counts, sums) = _moments(stream)
     if len(names) < 2:
         return "bert.img_embedding stays random, as no regions have tags"
     bert, layer = model.bert, model.bert.img_embedding
@@ -47,10 +47,11 @@ def anchor(model: OscarForPreTraining, stream: Stream) -> str:
             bert.LayerNorm.load_state_dict(bert.embeddings.LayerNorm.state_dict())
         else:
             tags = bert.embeddings.LayerNorm(tags.float()).double()
-        weight, bias, explained = _regression(*moments, tags)
+        size = layer.in_features  # of a model that takes 4 numbers of z, the last two are left out
+        weight, bias, explained = _regression(squares[:size, :size], counts, sums[:, :size], tags)
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
-    count = int(moments[1].sum())
+    count = int(counts.sum())
     return f"bert.img_embedding begins at the tags of {count:,} regions ({explained:.0%} of their variance)"
 
 

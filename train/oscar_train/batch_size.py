@@ -50,6 +50,7 @@ def largest_batch(settings: Train, start: Start, feature_dim: int, ranks: Ranks)
         settings.seed,
         classes=choose_objective(settings).classes,
         image_layernorm=settings.image_layernorm,
+        position=settings.region_position,
     )
     shop = open_workshop(model.to(ranks.device), alone, replace(ranks, rank=0, size=1))
     sizes, free = PROBES[ranks.device.type], _free(ranks.device)

@@ -22,7 +22,7 @@ from oscar_train.reading.regions import BOX
 from oscar_train.sources import warn
 from oscar_train.state import IMAGE_NORM, PICKLED, REGIONS, SAFETENSORS, TIED, WEIGHTS, WORDS, fitting, modules, shapes
 from oscar_train.texts.tokens import FILES, Tokenizer
-from oscar_train.weights import classes_of, open_folder, read
+from oscar_train.weights import classes_of, open_folder, position_of, read
 
 CONFIG = "config.json"
 RELEASED = 2048  # features of a region in Oscar's releases
@@ -83,7 +83,9 @@ def find(path: Path) -> Model:
     folder = path if made is None else made.folder
     start = open_folder(str(path), folder, place)
     config, weights = read(start)
-    config = oscar_config(config, (config.img_feature_dim if f"{REGIONS}.weight" in weights else RELEASED + BOX) - BOX)
+    position = position_of(config) if f"{REGIONS}.weight" in weights else BOX
+    features = config.img_feature_dim - position if f"{REGIONS}.weight" in weights else RELEASED
+    config = oscar_config(config, features, position)
     expected = shapes(config)
     taken = fitting(weights, expected, place) | {TIED: weights[WORDS]}
     return Model(
@@ -107,7 +109,9 @@ def describe(model: Model) -> list[str]:
         "parameters": f"{model.parameters:,}",
         "sizes": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads, "
         f"inner {config.intermediate_size}, {config.max_position_embeddings} positions",
-        "features": f"{config.img_feature_dim - BOX} and {BOX} of the box" if model.has_regions else "none",
+        "features": f"{config.img_feature_dim - config.region_position} and {config.region_position} of the box"
+        if model.has_regions
+        else "none",
         "image norm": f"LayerNorm, eps {config.img_layer_norm_eps:g}" if has_norm else "none",
         "classes": _classes(config),
         "vocabulary": f"{model.tokenizer.size:,} entries, {config.vocab_size:,} rows",

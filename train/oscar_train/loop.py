@@ -98,6 +98,7 @@ def _model(start: Start, settings: Train, stream: Stream) -> tuple[OscarForPreTr
         settings.seed,
         classes=choose_objective(settings).classes,
         image_layernorm=settings.image_layernorm,
+        position=settings.region_position,
         begin=partial(anchor, stream=stream) if choose_region_init(settings) == "tags" else None,
     )
 

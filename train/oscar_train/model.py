@@ -35,9 +35,15 @@ def random_config(size: str, vocab_size: int) -> BertConfig:
     )
 
 
-def oscar_config(bert: BertConfig, feature_dim: int) -> BertConfig:
-    """Add Oscar's fields to a BERT configuration, for regions of `feature_dim` features; those it has already stay."""
-    bert.img_feature_dim = feature_dim + BOX
+def oscar_config(bert: BertConfig, feature_dim: int, position: int = BOX) -> BertConfig:
+    """Add Oscar's fields to a BERT configuration; those it has already stay.
+
+    Args:
+        bert: is changed.
+        feature_dim: of the regions, P.
+        position: how many numbers of z the model takes, 4 (x1/W, y1/H, x2/W, y2/H) or 6 (w/W and h/H, too).
+    """
+    bert.img_feature_dim, bert.region_position = feature_dim + position, position
     for name, default in (
         ("img_feature_type", "faster_r-cnn"),
         ("use_img_layernorm", 0),
@@ -118,12 +124,14 @@ class OscarModel(nn.Module):
         """Return the last hidden states of the N tokens, [N, H].
 
         A region is Linear([v'; z]), with a LayerNorm if the configuration has it (Oscar section 3; VinVL's code), and
-        has neither position nor token type. Every token of a row sees every other.
+        has neither position nor token type. Of z it is the first 4 numbers or all 6, as the weights are wide. Every
+        token of a row sees every other.
         """
         self._tokens.in_rows = token_bits(batch.dropout_seeds, batch.seen.shape[1])
         self._tokens.packed = self._tokens.in_rows.flatten().index_select(0, batch.slots)
         text = self.embeddings(*(each[None] for each in (batch.input_ids, batch.token_type_ids, batch.position_ids)))
-        regions = self.img_embedding(torch.cat([batch.features.to(text.dtype), batch.z.to(text.dtype)], -1))
+        z = batch.z[:, : self.img_embedding.in_features - batch.features.shape[1]]
+        regions = self.img_embedding(torch.cat([batch.features.to(text.dtype), z.to(text.dtype)], -1))
         if self.use_img_layernorm:
             regions = self.LayerNorm(regions)
         hidden = self.dropout(torch.cat([text, regions[None]], 1))

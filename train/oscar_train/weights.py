@@ -14,6 +14,7 @@ from oscar_common.errors import UsageError, reason
 from oscar_train.arguments import RANDOM
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
 from oscar_train.objectives import MATCHED, WRONG, WRONG_Q, WRONG_W
+from oscar_train.reading.regions import BOX, POSITIONS
 from oscar_train.sampling.triples import MAX_TOKENS
 from oscar_train.state import HEAD, IMAGE_NORM, PICKLED, REGIONS, SAFETENSORS, TIED, fitting, modules, read_weights
 from oscar_train.texts.tokens import FILES, Tokenizer, has_tokenizer, load_tokenizer
@@ -73,6 +74,7 @@ def build(
     *,
     classes: tuple[str, ...] | None = None,
     image_layernorm: bool = False,
+    position: int | None = None,
     begin: Callable[[OscarForPreTraining], str] | None = None,
 ) -> tuple[OscarForPreTraining, str]:
     """Make the model, and say in one line what was filled from where, what is random and what was not used.
@@ -84,17 +86,20 @@ def build(
         classes: names of the contrastive classes in the order of their labels, into which the head's rows are put; None
             takes the head as it is.
         image_layernorm: whether regions have a LayerNorm even if the folder's have none.
+        position: how many numbers of z the model takes, 4 or 6; None is what the folder's does, else 6.
         begin: sets the embedding of regions, where the folder has none for these, and says to what.
 
     Raises:
-        UsageError: the weights cannot be read, or have other shapes than the configuration says.
+        UsageError: the weights cannot be read, have other shapes than the configuration says, or take another number
+            of z than `position`.
     """
     config, weights = read(start)
+    position = _position(start, config, feature_dim, position)
     if classes is not None:
         _order_classes(config, weights, classes)
     config.use_img_layernorm = int(bool(getattr(config, "use_img_layernorm", 0)) or image_layernorm)
     torch.manual_seed(seed)
-    model = OscarForPreTraining(oscar_config(config, feature_dim))
+    model = OscarForPreTraining(oscar_config(config, feature_dim, position))
     total = f"{start.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
     if start.folder is None:
         filled, line = set(), f"{total}, all random"
@@ -104,6 +109,28 @@ def build(
     if begin is not None and f"{REGIONS}.weight" not in filled:
         line += f"; {begin(model)}"
     return model, line
+
+
+def _position(start: Start, config: Any, feature_dim: int, asked: int | None) -> int:
+    """Return how many numbers of z a model takes: as its weights do if they are for P features, else what is asked."""
+    theirs = getattr(config, "img_feature_dim", 0) - feature_dim
+    if start.folder is None or theirs not in POSITIONS:
+        return asked or BOX
+    if asked not in (None, theirs):
+        raise UsageError(
+            f"--region-position {asked}: {start.place} takes {theirs} numbers of a region's position "
+            f"(img_feature_dim {config.img_feature_dim}, {feature_dim} of them features); leave the flag out"
+        )
+    return theirs
+
+
+def position_of(config: Any) -> int:
+    """Return how many numbers of z a model takes.
+
+    Ours say so. Of a released one only the sum with the features is known, whose number is a multiple of 8.
+    """
+    likely = (position for position in (BOX, 4) if (config.img_feature_dim - position) % 8 == 0)
+    return getattr(config, "region_position", None) or next(likely, BOX)
 
 
 def read(start: Start) -> tuple[BertConfig, dict[str, Tensor]]:

@@ -26,11 +26,11 @@ from oscar_train.export import Model, find
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import TABLE, Objective
 from oscar_train.ranks import Ranks
-from oscar_train.reading.regions import BOX
+from oscar_train.reading.regions import POSITIONS
 from oscar_train.sources import Source, check_together, manifest_sha256, open_source, warn
 from oscar_train.state import modules
 from oscar_train.texts.tags import TagRule
-from oscar_train.weights import classes_of
+from oscar_train.weights import classes_of, position_of
 
 BY_CLASSES = {2: "oscar", 3: "oscar-plus"}  # objectives of models that do not say theirs
 
@@ -147,7 +147,9 @@ def loaded(model: Model, feature_dim: int) -> OscarForPreTraining:
         UsageError: it is for regions of another number of features.
     """
     network = OscarForPreTraining(model.config)
-    if (wanted := network.bert.img_embedding.in_features - BOX) != feature_dim:
+    width = network.bert.img_embedding.in_features
+    if width - feature_dim not in POSITIONS:
+        wanted = width - position_of(model.config)
         raise UsageError(f"--shards: their regions have {feature_dim} features, the model is for {wanted}")
     network.load_state_dict(model.tensors)
     return network.eval()

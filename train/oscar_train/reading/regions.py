@@ -27,7 +27,8 @@ from oscar_train.texts.collection import FLOAT16, UNREADABLE
 from oscar_train.texts.ragged import Ints
 
 MAX_REGIONS = 50  # the first ones: those the detector is surest of
-BOX = 6  # numbers in z
+BOX = 6  # numbers in z: x1/W, y1/H, x2/W, y2/H, w/W, h/H
+POSITIONS = (4, BOX)  # how many of them a model may take
 GAP = 4096  # bytes between two arrays that are read along rather than with another call
 TORCH_ALONE = 32767  # numbers that torch works on in the thread that asks
 LAST = "; others will only be counted"
