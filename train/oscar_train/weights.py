@@ -114,7 +114,8 @@ def build(
 def _position(start: Start, config: Any, feature_dim: int, asked: int | None) -> int:
     """Return how many numbers of z a model takes: as its weights do if they are for P features, else what is asked."""
     theirs = getattr(config, "img_feature_dim", 0) - feature_dim
-    if start.folder is None or theirs not in POSITIONS:
+    of_other_features = getattr(config, "region_position", theirs) != theirs
+    if start.folder is None or theirs not in POSITIONS or of_other_features:
         return asked or BOX
     if asked not in (None, theirs):
         raise UsageError(
