@@ -6,9 +6,11 @@ Nothing is guessed and nothing replaced: what is in another encoding is refused 
 import codecs
 import csv
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def decode(content: bytes) -> str:
     Raises:
         NotText: it is neither UTF-8 nor UTF-16 with a byte-order mark.
     """
-    return "".join(_decoded([content]))
+    return "".join(filter(None, _decoded([content])))  # of a single piece, no copy
 
 
 def read_text(path: Path, flag: str) -> str:
@@ -175,22 +177,17 @@ def _split(texts: Iterable[str]) -> Iterator[str]:
 
 def _decoded(chunks: Iterable[bytes]) -> Iterator[str]:
     """Yield the text of each chunk; the first must be as long as `HEAD`, if there is as much."""
-    decoder, encoding, before = None, "", 0
-    for chunk in chunks:
-        if decoder is None:
-            encoding, chunk = _begun(chunk)
-            decoder = codecs.getincrementaldecoder(encoding)()
-        try:
-            text = decoder.decode(chunk)
-        except UnicodeDecodeError as error:
-            raise _fault(error, encoding, before) from None
-        yield text
-        before += text.count("\n") or text.count("\r")
+    decoder, encoding, text, before = None, "", "", 0
     try:
-        if decoder is not None:
-            decoder.decode(b"", final=True)
+        for chunk in chain(chunks, [b""]):
+            if decoder is None:
+                encoding, chunk = _begun(chunk)
+                decoder = codecs.getincrementaldecoder(encoding)()
+            before += text.count("\n") or text.count("\r")
+            text = decoder.decode(chunk, final=not chunk)
+            yield text
     except UnicodeDecodeError as error:
-        raise _fault(error, encoding, before) from None
+        raise _fault(error, encoding, text, before) from None
 
 
 def _begun(head: bytes) -> tuple[str, bytes]:
@@ -206,12 +203,12 @@ def _begun(head: bytes) -> tuple[str, bytes]:
     return encoding, head[len(mark) :]
 
 
-def _fault(error: UnicodeDecodeError, encoding: str, before: int) -> NotText:
-    """Return what is wrong with a chunk that `before` lines come before."""
+def _fault(error: UnicodeDecodeError, encoding: str, last: str, before: int) -> NotText:
+    """Return what is wrong with bytes that come after `before` lines, and those directly after the text `last`."""
     content = bytes(error.object)
     written = content[: error.start].decode(encoding)
     number = before + 1 + (written.count("\n") or written.count("\r"))
-    tail = shorten(written.replace("\r", "\n").rpartition("\n")[2][-20:])
+    tail = shorten(re.split(r"[\r\n]", last[-20:] + written)[-1][-20:])
     shown = f"byte 0x{content[error.start]:02x}" + (f" after {tail!r}" if tail else "")
     if encoding == "utf-8":
         return NotText(f"line {number} is not UTF-8 ({shown}); it may be Latin-1", "latin1")
