@@ -141,8 +141,8 @@ def csv_rows(path: Path, flag: str) -> Iterator[tuple[int, list[str]]]:
 
 def refusal(path: Path, flag: str, error: NotText) -> UsageError:
     """Return what to say of a file that is no text, and what to do about it."""
-    new = shlex.quote(f"{path.stem}.utf8{path.suffix}")
-    command = f": iconv -f {error.encoding} -t utf-8 {shlex.quote(path.name)} > {new}" if error.encoding else ""
+    old, new = (shlex.quote(str(name)) for name in (path, path.with_name(f"{path.stem}.utf8{path.suffix}")))
+    command = f": iconv -f {error.encoding} -t utf-8 {old} > {new}" if error.encoding else ""
     return UsageError(f"{flag} {path}: {error}; convert it to UTF-8{command}")
 
 
