@@ -1193,15 +1193,12 @@ def test_other_encodings_are_refused_with_the_line_and_what_to_do(tmp_path, data
     if name.startswith("SBU"):
         write(tmp_path / "SBU_captioned_photo_dataset_urls.txt", ["http://x/1.jpg", "http://x/2.jpg"])
     (tmp_path / name).write_bytes(content.encode("latin1"))
-    with pytest.raises(
-        UsageError, match=rf"^--\w+ {tmp_path / name}: line 2 is not UTF-8 .*: iconv -f latin1 "
-    ) as error:
-        if name.startswith("x"):
-            plan(images=tmp_path, exclude=[str(tmp_path / name)])
-        elif name.startswith("m"):
-            plan(images=tmp_path / name)
-        else:
-            plan(dataset, tmp_path)
+    ways = {
+        "x": lambda: plan(images=tmp_path, exclude=[str(tmp_path / name)]),
+        "m": lambda: plan(images=tmp_path / name),
+    }
+    with pytest.raises(UsageError, match=rf"^--\w+ {tmp_path / name}: line 2 is not UTF-8 .*: iconv -f lat") as error:
+        ways.get(name[0], lambda: plan(dataset, tmp_path))()
     assert len(error.value.message.splitlines()) == 1
 
 
