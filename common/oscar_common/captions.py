@@ -179,6 +179,8 @@ _HEADER_WORDS = frozenset(
 def _told(records: Iterable[Any], path: Path) -> Iterator[Any]:
     """Yield the records, and of the first one say what `_tell_ids` has to say."""
     for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise UsageError(f"{FLAG} {path}: row {number} is no object, {{...}}, but {in_line(repr(record))}")
         if not number:
             _tell_ids(record, path)
         yield record

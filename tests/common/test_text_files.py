@@ -127,6 +127,7 @@ def test_a_return_inside_a_line_is_a_character_of_it(tmp_path: Path):
         ("c.csv", b"image,caption\na.jpg,A cat, sitting\n", "line 2 has 3 cells, the first row 2.* comma .* quote it"),
         ("c.tsv", b"image\tcaption\n\na.jpg\tA\tcat\n", "line 3 has 3 cells, the first row 2.* tab .* a space"),
         ("c.jsonl", b'{"image": "a", "text": "t"}\n\n{"image": "a",\n', "line 3 is not JSON: Expecting"),
+        ("c.jsonl", b'{"image": "a", "text": "t"}\n["b", "u"]\n', r"row 1 is no object, \{...\}, but \['b', 'u'\]"),
         ("c.tsv", b"image\tcomment\na.jpg\tA cat.\n", "row 0 has the columns image, comment; needed are"),
         ("c.csv", b"Photo,Caption\na.jpg,A cat.\n", "row 0 has the columns photo, caption; needed are"),
         ("c.tsv", b"img\tdesc\na.jpg\tA cat.\n", "row 0 has the columns img, desc; needed are"),
