@@ -97,8 +97,10 @@ def read_json(path: Path, flag: str, object_hook: Callable[[dict[str, Any]], Any
     return json.loads(read_text(path, flag), object_hook=object_hook)
 
 
-def table_rows(path: Path, flag: str) -> Iterator[list[str]]:
+def table_rows(path: Path, flag: str, *, ragged: bool = False) -> Iterator[list[str]]:
     """Yield the rows of a .tsv or .csv file that are not empty; the first, a header or not, says how wide they are.
+
+    With `ragged` each may be as wide as it likes.
 
     A .tsv file has a row a line and no quoting: a quotation mark is a character like any other. A .csv file is as
     RFC 4180 has it: fields in quotes may hold commas, line breaks, and quotation marks written twice.
@@ -111,7 +113,7 @@ def table_rows(path: Path, flag: str) -> Iterator[list[str]]:
         if not any(row):
             continue
         width = width or len(row)
-        if len(row) > width and any(row[width:]):
+        if not ragged and len(row) > width and any(row[width:]):
             mark, instead = ("tab", "write it as a space") if path.suffix.lower() == ".tsv" else ("comma", "quote it")
             raise UsageError(
                 f"{flag} {path}: line {number} has {len(row)} cells, the first row {width}; if a text has a {mark} in "

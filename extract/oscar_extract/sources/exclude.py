@@ -29,7 +29,7 @@ def read_excluded(path: Path) -> list[str]:
         if (form := path.suffix.lower()) == ".json":
             return _json(read_json(path, FLAG))
         if form in (".csv", ".tsv"):
-            names = [row[0].strip().strip('"') for row in table_rows(path, FLAG)]
+            names = [row[0].strip().strip('"') for row in table_rows(path, FLAG, ragged=True)]
         else:
             names = [line.strip() for line in split_lines(read_text(path, FLAG))]
     if not any(names):
