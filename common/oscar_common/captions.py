@@ -1,8 +1,8 @@
 """Files of captions and questions in several forms: tables of texts, and which image each one's name means."""
 
-import csv
-import json
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -28,8 +28,12 @@ from oscar_common.tables import (
     table,
     text_array,
 )
+from oscar_common.text_files import json_lines, read_json, read_text, split_lines, table_rows
 
-IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "path", "image_id", "id", "key")
+# Names of columns, of captions and of lists of images alike; of several that a file has, the first counts
+PATH_COLUMNS = ("path", "image_path", "image", "file_name", "filename", "filepath", "file_path", "file", "image_name")
+ID_COLUMNS = ("image_id", "id", "key")
+IMAGE_COLUMNS = (*PATH_COLUMNS, *ID_COLUMNS)
 TEXT_COLUMNS = ("caption", "captions", "text", "texts", "sentence", "sentences")
 FLAG = "--captions"
 
@@ -84,16 +88,16 @@ def _beside(folder: Path, paths: pa.Array) -> Iterator[Named]:
     for image in paths.to_pylist():
         path = folder / (os.path.splitext(image)[0] + ".txt")
         if os.path.isfile(path):  # unlike the method, for names that are too long as well
-            for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n")):
+            for number, line in enumerate(split_lines(read_text(path, FLAG))):
                 if line.strip():
                     yield _caption(image, line, str(number))
 
 
 def _json(path: Path, source: str) -> Iterator[pa.Table]:
     """Read COCO's captions_*.json, VQA's *_questions.json, or a list of objects like the lines of a .jsonl file."""
-    content = json.loads(path.read_bytes())
+    content = read_json(path, FLAG)
     if isinstance(content, list):
-        yield _filled(_records(content, path), source)
+        yield _filled(_records(_told(content, path), path), source)
     elif isinstance(content, dict) and isinstance(content.get("questions"), list):
         yield from _chunks(
             _vqa(content["questions"], path), ["image", "question_id", "question", "answer"], path, source
@@ -118,7 +122,7 @@ def _vqa(questions: list[Any], path: Path) -> Iterator[list[str]]:
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     if beside == path or not beside.is_file():
         raise UsageError(f"{FLAG} {path}: questions without answers: no *_annotations.json of the same name beside it")
-    found = json.loads(beside.read_bytes(), object_hook=lambda o: {k: o[k] for k in _VQA & o.keys()})["annotations"]
+    found = read_json(beside, FLAG, lambda o: {k: o[k] for k in _VQA & o.keys()})["annotations"]
     answers = {one["question_id"]: str(one["multiple_choice_answer"]) for one in found}
     for asked in questions:
         if (number := asked["question_id"]) in answers:
@@ -129,13 +133,13 @@ _VQA = {"annotations", "question_id", "multiple_choice_answer"}
 
 
 def _jsonl(path: Path, source: str) -> Iterator[pa.Table]:
-    with path.open(encoding="utf-8-sig") as file:
-        yield _filled(_records((json.loads(line) for line in file if line.strip()), path), source)
+    yield _filled(_records(_told(json_lines(path, FLAG), path), path), source)
 
 
 def _parquet(path: Path, source: str) -> Iterator[pa.Table]:
     number = 0
     with pq.ParquetFile(path) as file:
+        _tell_ids(file.schema_arrow.names, path)
         for batch in file.iter_batches():
             yield _batch(batch, path, number, source)
             number += len(batch)
@@ -143,18 +147,57 @@ def _parquet(path: Path, source: str) -> Iterator[pa.Table]:
 
 def _table(path: Path, source: str) -> Iterator[pa.Table]:
     """Read a .tsv or .csv file; without a header its two columns are image and caption."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = tsv_rows(file) if path.suffix.lower() == ".tsv" else csv.reader(file)
-        first = next(rows, [])
-        header = [column.strip().lower() for column in first]
-        asks = {"question", "answer"} <= set(header)
-        if set(header) & set(IMAGE_COLUMNS) and (asks or set(header) & set(TEXT_COLUMNS)):
-            yield from _chunks(filter(None, rows), header, path, source)
-        elif len(header) == 2:  # no header
-            pairs = ([*row, ""][:2] for row in chain([first], rows))
-            yield from _chunks(pairs, ["image", "caption"], path, source)
-        elif header:
-            next(_records([dict.fromkeys(header, "")], path))  # says which columns are needed
+    rows = table_rows(path, FLAG)
+    first = next(rows, [])
+    header = [column.strip().lower() for column in first]
+    asks = {"question", "answer"} <= set(header)
+    if set(header) & set(IMAGE_COLUMNS) and (asks or set(header) & set(TEXT_COLUMNS)):
+        _tell_ids(header, path)
+        yield from _chunks(rows, header, path, source)
+    elif len(header) == 2 and not _is_header(header):
+        pairs = ([*row, ""][:2] for row in chain([first], rows))
+        yield from _chunks(pairs, ["image", "caption"], path, source)
+    elif header:
+        next(_records([dict.fromkeys(header, "")], path))  # says which columns are needed
+
+
+def _is_header(cells: list[str]) -> bool:
+    """Whether the two cells of a first row are names of columns, though not such as are known, and not a caption."""
+    if known := {*IMAGE_COLUMNS, *TEXT_COLUMNS}.intersection(cells):
+        return all(cell in known or re.fullmatch(r"[a-z]+([ _-][a-z]+)?", cell) for cell in cells)
+    return all(_HEADER_WORDS.issuperset(re.split(r"[ _-]", cell)) for cell in cells)
+
+
+_HEADER_WORDS = frozenset(
+    [
+        *(word for name in (*IMAGE_COLUMNS, *TEXT_COLUMNS) for word in name.split("_")),
+        *("images", "img", "photo", "picture", "url", "src", "description", "desc", "comment", "title", "label", "alt"),
+    ]
+)
+
+
+def _told(records: Iterable[Any], path: Path) -> Iterator[Any]:
+    """Yield the records, and of the first one say what `_tell_ids` has to say."""
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise UsageError(f"{FLAG} {path}: row {number} is no object, {{...}}, but {in_line(repr(record))}")
+        if not number:
+            _tell_ids(record, path)
+        yield record
+
+
+def _tell_ids(names: Iterable[str], path: Path) -> None:
+    """Say that `id` is taken for the image's where it may be the row's: the file has further columns."""
+    known = {*TEXT_COLUMNS, "question", "answer", "question_id", "caption_id"}
+    if next((name for name in IMAGE_COLUMNS if name in names), None) != "id":
+        return
+    if others := [name for name in names if name != "id" and name not in known]:
+        print(
+            f"warning: {FLAG} {path}: its column id is taken for the image's; of its other columns "
+            f"({in_line(', '.join(others))}) none is an image by its name (such as image or file_name)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _chunks(rows: Iterator[list[str]], header: list[str], path: Path, source: str) -> Iterator[pa.Table]:
@@ -224,14 +267,6 @@ def _normal(paths: pa.Array) -> pa.Array:
     mask = np.zeros(len(paths), bool)
     mask[odd] = True
     return pc.replace_with_mask(paths, pa.array(mask), mended)
-
-
-def tsv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Split line by line, so that a caption with a lone quotation mark cannot swallow the lines after it."""
-    for line in lines:
-        bare = line.rstrip("\r\n")
-        # Without a quotation mark there is nothing that csv would do but take its time
-        yield next(csv.reader([bare], delimiter="\t"), []) if '"' in bare else bare.split("\t") if bare else []
 
 
 def _records(records: Iterable[dict[str, Any]], path: Path, start: int = 0) -> Iterator[Named]:

@@ -13,6 +13,7 @@ import yaml
 
 from oscar_common.errors import UsageError, nearest, shorten
 from oscar_common.settings import Catalog
+from oscar_common.text_files import read_text
 
 FILE = "pipelines.yaml"
 _SAID = "_said"  # attribute of what `parse` made: the names that were said
@@ -41,16 +42,16 @@ def read_yaml(path: Path, flag: str) -> Any:
     try:
         if (size := path.stat().st_size) > LONGEST:
             raise UsageError(f"{flag} {path}: {size:,} bytes are too many for a file of settings; give a YAML file")
-        return yaml.safe_load(path.read_text()) or {}
+        return yaml.safe_load(read_text(path, flag)) or {}
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give an existing file with {flag}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML: {shorten(str(error))}") from None
 
 
 def installed_catalog() -> Catalog:
     """Read the pipelines.yaml that ships with the package."""
-    text = resources.files("oscar_common").joinpath(FILE).read_text()
+    text = resources.files("oscar_common").joinpath(FILE).read_text(encoding="utf-8")
     return parse(Catalog, yaml.safe_load(text), FILE)
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.processes import each
 from oscar_common.progress import meter
+from oscar_common.text_files import read_text, split_lines
 from oscar_shards.index import index_path, index_tar, write_index
 from oscar_shards.manifest import DetectorRecord, Manifest, PlanRecord, write_manifest
 from oscar_shards.read import manifest_of, tars_at
@@ -129,6 +130,6 @@ def read_lines(path: Path) -> list[str]:
         UsageError: it cannot be read.
     """
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--classes {path}: cannot be read ({error}); give one name a line") from None
+        return [line.strip() for line in split_lines(read_text(path, "--classes")) if line.strip()]
+    except OSError as error:
+        raise UsageError(f"--classes {path}: cannot be read ({error.strerror}); give one name a line") from None

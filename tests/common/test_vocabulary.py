@@ -29,7 +29,8 @@ def test_a_label_map_is_read_in_its_order(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("no.txt", None, "no such file"), ("bytes.txt", b"\xff\xfe", "cannot be read"), ("map.json", b"[]", "cannot be"),
+    [("no.txt", None, "no such file"), ("bytes.txt", b"cat\ncaf\xe9", "line 2 is not UTF-8"),
+     ("empty.txt", b"\n", "no name in it"), ("map.json", b"[]", "cannot be"),
      ("map.json", b"{}", "it has no 'label_to_idx'"), ("map.json", b"{", "cannot be read")],
 )  # fmt: skip
 def test_what_is_no_vocabulary_is_named(tmp_path, name, content, message):

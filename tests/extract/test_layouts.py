@@ -1089,6 +1089,144 @@ def test_a_lone_quotation_mark_in_a_manifest_swallows_nothing(tmp_path):
     assert said(plan(images=path))["m/2"] == [("m", "A room.")]
 
 
+# Encodings, line ends and quotation marks of all of them
+
+WRITTEN = ['"Hello," he said', 'a 5" screen', '"a 5" screen"', "l'été\u2028au \u0085caf\xe9"]
+ENCODED = pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+ENDED = pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+
+
+def recode(path: Path, encoding: str, end: str = "\n") -> None:
+    path.write_bytes(path.read_bytes().decode().replace("\n", end).encode(encoding))
+
+
+@ENCODED
+@ENDED
+@pytest.mark.parametrize("reverse", [False, True])
+def test_conceptual_captions_keep_their_quotation_marks(tmp_path, encoding, end, reverse):
+    rows = [(f"http://x/{n}.jpg", text) for n, text in enumerate(WRITTEN)]
+    listed = write(tmp_path / "Train_GCC-training.tsv", ("\t".join(row[::-1] if reverse else row) for row in rows))
+    recode(listed, encoding, end)
+    put(tmp_path, *(f"{n}.jpg" for n in range(len(WRITTEN))))
+    assert [text for ((_, text),) in said(plan("cc", tmp_path)).values()] == WRITTEN
+
+
+@ENCODED
+@ENDED
+def test_sbus_lists_keep_their_quotation_marks(tmp_path, encoding, end):
+    urls = write(tmp_path / "SBU_captioned_photo_dataset_urls.txt", [f"http://x/{n}.jpg" for n in range(len(WRITTEN))])
+    recode(urls, "utf-8", end)
+    recode(write(tmp_path / "SBU_captioned_photo_dataset_captions.txt", WRITTEN), encoding, end)
+    put(tmp_path, *(f"{n}.jpg" for n in range(len(WRITTEN))))
+    assert [text for ((_, text),) in said(plan("sbu", tmp_path)).values()] == WRITTEN
+
+
+@ENCODED
+@ENDED
+@pytest.mark.parametrize("name", ["results_20130124.token", "results.csv", "captions.txt"])
+def test_flickr30k_keeps_its_quotation_marks(tmp_path, encoding, end, name):
+    mark = {"results.csv": "| ", "captions.txt": ","}.get(name, "\t")
+    header = {"results.csv": ["image_name| comment"], "captions.txt": ["image,caption"]}.get(name, [])
+    texts = [json.dumps(t, ensure_ascii=False).replace('\\"', '""') for t in WRITTEN] if mark == "," else WRITTEN
+    hash_ = "#0" if ".token" in name else ""
+    listed = write(tmp_path / name, [*header, *(f"{n}.jpg{hash_}{mark}{text}" for n, text in enumerate(texts))])
+    recode(listed, encoding, end)
+    recode(write(tmp_path / "test.txt", ["3.jpg"]), encoding, end)
+    put(tmp_path, *(f"{n}.jpg" for n in range(len(WRITTEN))))
+    assert [text for ((_, text),) in said(plan("flickr30k", tmp_path)).values()] == WRITTEN[:3]
+
+
+def test_flickr_captions_with_commas_but_no_quotes_are_whole_and_quotes_may_span_lines(tmp_path):
+    rows = ["image_name,comment_number,comment", "1.jpg,0, Two, three , and four .", '2.jpg,0,"one', 'two"']
+    put(tmp_path, "1.jpg", "2.jpg")
+    write(tmp_path / "captions.txt", rows)
+    assert list(said(plan("flickr30k", tmp_path)).values()) == [
+        [("flickr30k", "Two, three , and four .")],
+        [("flickr30k", "one\ntwo")],
+    ]
+
+
+@ENCODED
+@ENDED
+@pytest.mark.parametrize("form", ["jsonl", "csv", "tsv"])
+def test_a_manifest_keeps_its_quotation_marks(tmp_path, encoding, end, form):
+    rows = [{"path": f"{n}.jpg", "text": text} for n, text in enumerate(WRITTEN)]
+    if form == "csv":
+        rows = [row | {"text": '"' + str(row["text"]).replace('"', '""') + '"'} for row in rows]
+    recode(manifest(tmp_path / f"m.{form}", rows), encoding, end)
+    put(tmp_path, *(f"{n}.jpg" for n in range(len(WRITTEN))))
+    assert [text for ((_, text),) in said(plan(images=tmp_path / f"m.{form}")).values()] == WRITTEN
+
+
+@ENCODED
+@ENDED
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [("x.txt", ["b.jpg", "c,d.jpg"]), ("x.csv", ["b.jpg", '"c,d.jpg",2']), ("x.tsv", ["b.jpg", '"c,d.jpg"\t2'])],
+)
+def test_lists_of_excluded_images_are_read_alike(tmp_path, encoding, end, name, listed):
+    recode(write(tmp_path / name, listed), encoding, end)
+    put(tmp_path / "images", "a.jpg", "b.jpg", "c,d.jpg")
+    found = plan(images=tmp_path / "images", exclude=[str(tmp_path / name)])
+    assert list(images(found)) == ["images/a"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "content"),
+    [
+        ("cc", "Train_GCC-training.tsv", "A cat.\thttp://x/1.jpg\ncafé\thttp://x/2.jpg\n"),
+        ("sbu", "SBU_captioned_photo_dataset_captions.txt", "A cat.\ncafé\n"),
+        ("sbu", "sbu-captions-all.json", '{"image_urls": [],\n "captions": ["café"]}'),
+        ("flickr30k", "results_20130124.token", "1.jpg#0\tA cat.\n1.jpg#1\tcafé\n"),
+        ("flickr30k", "results.csv", "image_name| comment\n1.jpg| café\n"),
+        ("flickr30k", "train.txt", "1.jpg\ncafé.jpg\n"),
+        ("coco", "captions_train2014.json", '{"images":\n["café"]}'),
+        ("", "m.jsonl", '{"path": "1.jpg"}\n{"path": "café.jpg"}'),
+        ("", "m.csv", "path,text\n1.jpg,café\n"),
+        ("", "m.tsv", "path\ttext\n1.jpg\tcafé\n"),
+        ("", "x.txt", "1.jpg\ncafé\n"),
+        ("", "x.json", '[\n"café"]'),
+    ],
+)
+def test_other_encodings_are_refused_with_the_line_and_what_to_do(tmp_path, dataset, name, content):
+    put(tmp_path, "1.jpg")
+    if name.startswith("SBU"):
+        write(tmp_path / "SBU_captioned_photo_dataset_urls.txt", ["http://x/1.jpg", "http://x/2.jpg"])
+    (tmp_path / name).write_bytes(content.encode("latin1"))
+    ways = {
+        "x": lambda: plan(images=tmp_path, exclude=[str(tmp_path / name)]),
+        "m": lambda: plan(images=tmp_path / name),
+    }
+    with pytest.raises(UsageError, match=rf"^--\w+ {tmp_path / name}: line 2 is not UTF-8 .*: iconv -f lat") as error:
+        ways.get(name[0], lambda: plan(dataset, tmp_path))()
+    assert len(error.value.message.splitlines()) == 1
+
+
+def test_a_text_beside_an_image_in_a_tar_is_read_or_named_never_altered(tmp_path):
+    photos = {f"{n}.jpg": f"{tmp_path}{n}".encode() for n in range(5)}
+    texts = {"0.txt": "\ufeffcafé".encode(), "1.txt": "café".encode("utf-16"), "2.txt": "café".encode("latin1"),
+             "3.json": '{"caption": "café"}'.encode("latin1"), "4.json": '{"caption": "café"}'.encode()}  # fmt: skip
+    tar(tmp_path / "a.tar", dict(sorted((photos | texts).items())))
+    found = plan(images=tmp_path)
+    assert [text for texts in said(found).values() for _, text in texts] == ["café"] * 3
+    assert left_out(found, "encoding") == ["a.tar/2.jpg", "a.tar/3.jpg"]
+    messages = [r["message"] for r in found.left_out.to_pylist() if r["reason"] == "encoding"]
+    assert messages[0] == "its .txt file: line 1 is not UTF-8 (byte 0xe9 after 'caf'); it may be Latin-1"
+    given = write(tmp_path / "c.tsv", ["a/2.jpg\tA cat."])
+    assert left_out(plan(images=tmp_path, captions=given), "encoding") == []
+
+
+def test_a_text_file_beside_an_image_is_read_or_refused_by_name(tmp_path):
+    put(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    (tmp_path / "a.txt").write_bytes("café\rtwo\r".encode("utf-16"))
+    (tmp_path / "b.txt").write_bytes('"One," he said\u2028on\r\n'.encode("utf-8-sig"))
+    found = [text for texts in said(plan(images=tmp_path, captions="txt")).values() for _, text in texts]
+    assert found == ["café", "two", '"One," he said\u2028on']
+    (tmp_path / "c.txt").write_bytes(b"one\ncaf\xe9")
+    with pytest.raises(UsageError, match=r"^--captions .*/c.txt: line 2 is not UTF-8 .*: iconv "):
+        plan(images=tmp_path, captions="txt")
+
+
 # The order, the shards, and a plan that lies there already
 
 

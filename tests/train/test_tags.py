@@ -237,7 +237,7 @@ def test_the_settings_become_a_rule(tmp_path: Path):
     ("content", "message"),
     [
         (None, r"cannot be read \(No such file or directory\)"),
-        (b"caf\xe9\n", "it is not UTF-8"),
+        (b"caf\xe9\n", r"line 1 is not UTF-8 \(byte 0xe9 after 'caf'\).* iconv -f latin1 -t utf-8 .*/names.txt"),
         (b"", "it has no tag"),
         (b" \n\r\n\t\n", "it has no tag"),
     ],

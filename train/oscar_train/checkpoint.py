@@ -169,7 +169,8 @@ def agree(checkpoint: Checkpoint | None, run: dict[str, Any]) -> None:
         if name == "corpus":
             raise UsageError(
                 f"--shards and --texts: their content is not what the run in --out began with ({before}, now {value}), "
-                f"or other --tags are chosen from it; {instead}"
+                "or other --tags are chosen from it, or an earlier version took texts that spell [MASK], [SEP] or the "
+                f"like for special tokens; {instead}"
             )
         raise UsageError(f"--{name.replace('_', '-')} {value}: the run in --out began with {before}; {instead}")
 

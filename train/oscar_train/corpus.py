@@ -27,7 +27,7 @@ from oscar_train.texts.ragged import Ints, Ragged
 from oscar_train.texts.tags import DETECTED, TagRule
 from oscar_train.texts.tokens import Tokenizer
 
-FORMAT = 2
+FORMAT = 3  # since 3, no text holds a special token
 META = "corpus.json"
 # What a training run can see; the other arrays say where it lies
 SEEN = (

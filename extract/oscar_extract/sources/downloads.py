@@ -16,6 +16,7 @@ from pyarrow import csv
 from oscar_common.captions import TEXT_COLUMNS
 from oscar_common.errors import UsageError
 from oscar_common.tables import TEXTS, Ints, array, columns, find, last, numbers, once, reading, stems, strings, table
+from oscar_common.text_files import lines, read_text, split_lines
 from oscar_extract.sources.folder import read_files
 from oscar_extract.sources.inventory import Bools
 from oscar_extract.sources.place import Place, read_json, split_of
@@ -25,6 +26,7 @@ URL = r"(?i)^https?://"
 COLUMNS = 100  # of a .tsv file that are looked at
 SBU_URLS = r"(?i)(^|/)sbu[^/]*urls[^/]*\.txt$"
 SBU_JSON = r"(?i)(^|/)sbu[^/]*\.json$"
+MARKS = b"\xef\xbb\xbf\xff\xfe"  # bytes of byte-order marks
 PEEK = 1 << 16  # bytes that tell whether a .tsv is a list of URLs, or something else, and large
 
 
@@ -62,9 +64,8 @@ def read_sbu(place: Place) -> Annotations:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return a file's lines; captions may hold what Python's splitlines takes for the end of one."""
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    return [line.strip() for line in (lines if lines[-1].strip() else lines[:-1])]
+    """Return a file's lines, without the space around them."""
+    return [line.strip() for line in lines(path, "--root")]
 
 
 def _tsv(place: Place, path: Path) -> tuple[pa.Array, pa.Array, pa.Table] | None:
@@ -82,8 +83,11 @@ def _tsv(place: Place, path: Path) -> tuple[pa.Array, pa.Array, pa.Table] | None
     with reading(path, "--root"):
         if not _speaks_of_urls(path):
             return None
-        content = path.read_bytes().decode("utf-8-sig", "replace").encode()
-        rows = csv.read_csv(pa.BufferReader(content), csv.ReadOptions(autogenerate_column_names=True), parse, convert)
+        content = read_text(path, "--root")
+        if "\r" in content:  # Arrow would end a row there; where rows end in \n, it is white space in a caption
+            content = "\n".join(split_lines(content)).replace("\r", " ")
+        source = pa.BufferReader(content.encode())
+        rows = csv.read_csv(source, csv.ReadOptions(autogenerate_column_names=True), parse, convert)
         texts = [array(column) for column in rows.columns[:COLUMNS]]
     address = next((n for n, t in enumerate(texts) if _is_url(t)), None)
     if address is None or len(texts) < 2:
@@ -99,7 +103,8 @@ def _tsv(place: Place, path: Path) -> tuple[pa.Array, pa.Array, pa.Table] | None
 
 def _speaks_of_urls(path: Path) -> bool:
     with path.open("rb") as file:
-        return re.search(rb"(?im)(^|\t)\s*https?://", file.read(PEEK)) is not None
+        head = file.read(PEEK).replace(b"\0", b"").lstrip(MARKS)  # of UTF-16, too, this leaves the URLs
+    return re.search(rb"(?im)(^|[\t\r])\s*https?://", head) is not None
 
 
 def _skip(skipped: list[str], row: Any) -> str:

@@ -1,6 +1,5 @@
 """Lists of images to keep out: --exclude."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow.compute as pc
 from oscar_common.captions import IMAGE_COLUMNS
 from oscar_common.errors import UsageError
 from oscar_common.tables import last, numbers, reading, stems, text_array
+from oscar_common.text_files import read_json, read_text, split_lines, table_rows
 from oscar_extract.sources.place import split_of
 
 FLAG = "--exclude"
@@ -26,11 +26,12 @@ def read_excluded(path: Path) -> list[str]:
         UsageError: no such file, or not of these forms.
     """
     with reading(path, FLAG):
-        if path.suffix.lower() == ".json":
-            return _json(json.loads(path.read_bytes()))
-        mark = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-        names = [line.split(mark)[0].strip().strip('"') if mark else line.strip() for line in lines]
+        if (form := path.suffix.lower()) == ".json":
+            return _json(read_json(path, FLAG))
+        if form in (".csv", ".tsv"):
+            names = [row[0].strip().strip('"') for row in table_rows(path, FLAG, ragged=True)]
+        else:
+            names = [line.strip() for line in split_lines(read_text(path, FLAG))]
     if not any(names):
         raise UsageError(f"{FLAG} {path}: no name in it; give a list of images, one a line")
     return [name for name in names if name]

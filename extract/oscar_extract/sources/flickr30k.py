@@ -1,19 +1,19 @@
 """Flickr30k (and Flickr8k, which has its form): a token file, a folder of images, and lists of the splits if there."""
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from oscar_common.captions import PATH_COLUMNS
 from oscar_common.tables import reading, stems, strings
+from oscar_common.text_files import csv_rows, lines
 from oscar_extract.sources.place import Place, annotations, split_of
 from oscar_extract.sources.splits import karpathy_texts
 from oscar_extract.sources.tables import Annotations
 
 TOKENS = r"(?i)(^|/)((results|flickr\d+k)[^/]*\.token|flickr\d+k\.token\.txt|results(_20130124)?\.csv|captions\.txt)$"
 LISTS = r"(?i)(^|/)((flickr_?\d+k[._])?(train|val|dev|test)(images)?)\.txt$"
-HEADERS = ("image", "image_name", "filename", "file_name")
 
 
 def read_flickr30k(place: Place) -> Annotations:
@@ -48,25 +48,37 @@ def _stem(name: str) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yield (image, number, caption) of `1000092795.jpg#0⇥Two young guys ...` or of a table with those three."""
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        if path.suffix == ".token" or ".token" in path.name:
-            for line in file:
-                name, _, caption = line.strip().partition("\t")
-                if caption:
-                    image, _, number = name.rpartition("#")
-                    yield image or name, number, caption.strip()
-            return
-        for count, line in enumerate(file):
-            cells = line.split("|", 2) if "|" in line else next(csv.reader([line.rstrip("\r\n")]), [])
-            cells = [cell.strip() for cell in cells]
-            if count == 0 and cells and cells[0].lower() in HEADERS:
-                continue
-            if len(cells) == 2 and (start := re.match(r"(\d+)\s+(?=\S)", cells[1])) and "|" in line:
+    if ".token" in path.name:
+        for line in lines(path, "--root"):
+            name, _, caption = line.strip().partition("\t")
+            if caption:
+                image, _, number = name.rpartition("#")
+                yield image or name, number, caption.strip()
+        return
+    for count, row in enumerate(_table(path)):
+        cells = [cell.strip() for cell in row]
+        if count == 0 and cells and cells[0].lower() in PATH_COLUMNS:
+            continue
+        if len(cells) == 3:
+            yield cells[0], cells[1], cells[2]
+        elif len(cells) == 2:
+            yield cells[0], str(count), cells[1]
+
+
+def _table(path: Path) -> Iterator[list[str]]:
+    """Yield the rows of a table with bars and without quoting, as Kaggle's results.csv is, or of CSV."""
+    if "|" in next(lines(path, "--root"), ""):
+        for line in lines(path, "--root"):
+            cells = line.split("|", 2)
+            if len(cells) == 2 and (start := re.match(r"\s*(\d+)\s+(?=\S)", cells[1])):
                 cells = [cells[0], start[1], cells[1][start.end() :]]  # as in line 19999 of Kaggle's results.csv
-            if len(cells) == 3:
-                yield cells[0], cells[1], cells[2]
-            elif len(cells) == 2:
-                yield cells[0], str(count), cells[1]
+            yield cells
+        return
+    width = 0
+    for _, row in csv_rows(path, "--root"):
+        width = width or len(row)
+        # The caption is the last column, and has its commas without quotes in some copies
+        yield row if len(row) <= width else [*row[: width - 1], ",".join(row[width - 1 :])]
 
 
 def _lists(place: Place) -> dict[str, str]:
@@ -74,7 +86,7 @@ def _lists(place: Place) -> dict[str, str]:
     for path in place.annotations(LISTS):
         with reading(path, "--root"):
             name = re.split(r"(?i)flickr_?\d+k[._]", path.stem)[-1].lower().removesuffix("images")
-            for line in path.read_text(encoding="utf-8-sig").split():
+            for line in filter(None, map(str.strip, lines(path, "--root"))):
                 stem = line.rpartition("/")[2]
                 split[f"flickr30k/{stem.rpartition('.')[0] or stem}"] = split_of(name)
     return split

@@ -40,10 +40,19 @@ def read_files(place: Place, which: Bools, captions: str | None = None) -> Annot
         texts, left_out = read_captions(captions, place, paths, ids)
     else:
         texts = columns(TEXTS, len(rows), image=image, kind="caption", source=place.name, id="0", text=files["text"])
-        texts, left_out = texts.filter(texts["text"].is_valid()), LEFT_OUT.empty_table()
+        left_out = _undecoded(place, files)
+        texts = texts.filter(texts["text"].is_valid())
     gone = _dead(place)
     return Annotations(
         images=pa.concat_tables([images, gone.images]), texts=pa.concat_tables([texts, gone.texts]), left_out=left_out
+    )
+
+
+def _undecoded(place: Place, files: pa.Table) -> pa.Table:
+    """Return the images that have no text because what is beside them in their tars is in an unknown encoding."""
+    lost = files.filter(pc.and_(array(files["fault"]).is_valid(), array(files["text"]).is_null()))
+    return columns(
+        LEFT_OUT, len(lost), dataset=place.name, image=lost["path"], reason="encoding", message=lost["fault"]
     )
 
 

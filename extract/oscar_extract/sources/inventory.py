@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError, reason
 from oscar_common.tables import Ints, array, columns, find, last, reading, stems, table, without_extension
+from oscar_common.text_files import NotText, decode
 from oscar_extract.images import EXTENSIONS
 from oscar_extract.sources.tables import FILES
 from oscar_extract.sources.tars import Window, members
@@ -209,7 +210,7 @@ def _listed(real: str, folders: set[str]) -> bool:
 
 def _row(number: int, path: str) -> tuple[Any, ...]:
     text = readable(path)
-    return number, text, None if text == path else os.fsencode(path), None, None, None, None
+    return number, text, None if text == path else os.fsencode(path), None, None, None, None, None
 
 
 def _walk(root: Path, flag: str, seen: set[str]) -> Iterator[tuple[str, bool]]:
@@ -282,7 +283,10 @@ def scan_tar(place: tuple[int, Path, str]) -> tuple[list[tuple[Any, ...]], str]:
     except (TarError, OSError) as error:
         fault = reason(error)
     rows = [
-        (number, f"{label}/{_harmless(member)}", raw, offset, size, beside.get("url"), beside.get("text"))
+        (
+            *(number, f"{label}/{_harmless(member)}", raw, offset, size),
+            *(beside.get(name) for name in ("url", "text", "fault")),
+        )
         for member, stem, offset, size in images
         for beside in [sidecars.get(stem, {})]
     ]
@@ -306,7 +310,10 @@ def _harmless(member: str) -> str:
 
 
 def _sidecar(extension: str, content: bytes) -> dict[str, str]:
-    text = content.decode("utf-8", "replace").strip()
+    try:
+        text = decode(content).strip()
+    except NotText as error:
+        return {"fault": f"its {extension} file: {error}"}
     if extension == ".txt":
         return {"text": text}
     try:

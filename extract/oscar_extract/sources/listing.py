@@ -1,7 +1,5 @@
 """Manifest files, .jsonl, .csv, .tsv or .parquet: a row for each image and text, with columns path, text, source."""
 
-import csv
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,21 +9,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from oscar_common.captions import TEXT_COLUMNS, tsv_rows
+from oscar_common.captions import ID_COLUMNS, PATH_COLUMNS, TEXT_COLUMNS
 from oscar_common.errors import UsageError
 from oscar_common.tables import CHUNK, TEXTS, Ints, array, columns, find, in_line, reading, text_array
+from oscar_common.text_files import json_lines, table_rows
 from oscar_extract.sources.folder import make_ids
 from oscar_extract.sources.tables import FILES, IMAGES, LEFT_OUT, Annotations
 
 FLAG = "--images"
-PATH_COLUMNS = ("path", "image_path", "image", "file_name", "filename", "filepath", "file")
 NAMES = {
     "path": PATH_COLUMNS,
     "text": TEXT_COLUMNS,
     "question": ("question",),
     "answer": ("answer",),
     "source": ("source", "dataset"),
-    "id": ("image_id", "id", "key"),
+    "id": ID_COLUMNS,
 }
 ROWS = pa.schema([(name, pa.string()) for name in (*NAMES, "number")])
 
@@ -144,15 +142,13 @@ def _parquet(path: Path) -> Iterator[pa.Table]:
 
 
 def _jsonl(path: Path) -> Iterator[pa.Table]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        yield from _tables(path, (json.loads(line) for line in file if line.strip()))
+    yield from _tables(path, json_lines(path, FLAG))
 
 
 def _table(path: Path) -> Iterator[pa.Table]:
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = tsv_rows(file) if path.suffix.lower() == ".tsv" else csv.reader(file)
-        header = next(rows, [])
-        yield from _tables(path, (dict(zip(header, row, strict=False)) for row in rows if row))
+    rows = table_rows(path, FLAG)
+    header = next(rows, [])
+    yield from _tables(path, (dict(zip(header, row, strict=False)) for row in rows))
 
 
 def _tables(path: Path, records: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:

@@ -1,6 +1,5 @@
 """Where a dataset lies, and what its reader needs to find its files there."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from oscar_common import text_files
 from oscar_common.errors import UsageError
 from oscar_common.tables import TEXTS, Ints, array, reading, table
 from oscar_extract.sources.inventory import Bools, Inventory, lie_under
@@ -99,7 +99,7 @@ def read_json(path: Path, form: type | tuple[type, ...], *fields: str) -> Any:
         return {name: found[name] for name in fields if name in found} if fields[0] in found else found
 
     with reading(path, "--root"):
-        content = json.loads(path.read_bytes(), object_hook=slim if fields else None)
+        content = text_files.read_json(path, "--root", slim if fields else None)
         if not isinstance(content, form):
             raise ValueError(f"it holds a {type(content).__name__}")
         return content

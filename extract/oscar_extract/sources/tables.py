@@ -13,6 +13,7 @@ FILES = pa.schema(
         ("size", pa.int64()),  # of a tar member, else null
         ("url", pa.string()),  # where a downloader says that it is from
         ("text", pa.string()),  # the caption beside it in its tar
+        ("fault", pa.string()),  # why what is beside it there cannot be read
     ]
 )
 IMAGES = pa.schema(

@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 
 from oscar_common.errors import UsageError, nearest, shorten
+from oscar_common.text_files import read_text
 from oscar_shards.formats.foreign import Ints, Vocabulary
 from oscar_shards.formats.lines import NAME_LIMIT, SPAN, Spans, index_lines
 from oscar_shards.formats.oscar_tsv import OscarRows
@@ -99,7 +100,7 @@ def _datasets(path: Path, source: str | None) -> tuple[list[_Dataset], Path | No
 
 def _read_yaml(path: Path, source: str | None) -> tuple[list[_Dataset], Path | None]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path, "FROM"))
     except FileNotFoundError:
         raise UsageError(f"FROM {path}: no such file; give a corpus' .yaml, a {FEATURES}, or its folder") from None
     except (OSError, ValueError, yaml.YAMLError) as error:

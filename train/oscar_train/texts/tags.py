@@ -11,6 +11,7 @@ from xxhash import xxh3_64_intdigest
 
 from oscar_common.errors import UsageError
 from oscar_common.settings import Train
+from oscar_common.text_files import read_text, split_lines
 from oscar_train.objectives import choose_tags
 from oscar_train.texts.ragged import Ints, Ragged, concatenated
 from oscar_train.texts.sets import Words, spread, sums
@@ -49,7 +50,7 @@ def tag_rule(settings: Train) -> TagRule:
     """Return the rule that the settings say.
 
     Raises:
-        UsageError: the file of the vocabulary is missing, not UTF-8, or empty.
+        UsageError: the file of the vocabulary is missing, in an encoding that is not read, or empty.
     """
     return TagRule(
         which=choose_tags(settings),
@@ -62,11 +63,9 @@ def tag_rule(settings: Train) -> TagRule:
 
 def _read_vocabulary(path: Path) -> tuple[str, ...]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = split_lines(read_text(path, FLAG))
     except OSError as error:
         raise UsageError(f"{FLAG} {path}: cannot be read ({error.strerror}); give a file of one tag a line") from None
-    except ValueError:
-        raise UsageError(f"{FLAG} {path}: it is not UTF-8; give a file of one tag a line in UTF-8") from None
     if not (names := tuple(name for line in lines if (name := line.strip()))):
         raise UsageError(f"{FLAG} {path}: it has no tag; give one a line, or no {FLAG}")
     return names

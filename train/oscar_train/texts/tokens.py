@@ -61,8 +61,12 @@ class Tokenizer:
         return found
 
     def __call__(self, texts: Sequence[str], width: int) -> Ragged:
-        """Tokenise texts, without special tokens; at most `width` tokens of each are kept."""
+        """Tokenise texts; at most `width` tokens of each are kept.
+
+        None of them is a special token: a text that spells one, "[MASK]", is a bracket, a word and a bracket.
+        """
         core = self.backend.backend_tokenizer
+        core.encode_special_tokens = True  # as text; said each time, since calls of the backend itself unset it
         chunks = (list(texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK))
         encoded = (core.encode_batch_fast(chunk, add_special_tokens=False) for chunk in chunks)
         return concatenated(ragged([e.ids[:width] for e in chunk]) for chunk in encoded)
