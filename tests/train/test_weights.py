@@ -151,7 +151,7 @@ def test_what_is_lost_extra_or_of_another_shape_is_listed(bert: Path, tmp_path: 
             del weights[name]
     folder = saved(tmp_path / "m", bert, weights)
     classes = ("matched", "wrong w", "wrong q")
-    _, line = build(open_init(str(folder)), 12, seed=0, classes=classes, image_layernorm=True)
+    _, line = build(open_init(str(folder)), 13, seed=0, classes=classes, image_layernorm=True)
     assert line.split("; ")[1:] == [
         "INCOMPLETE, random instead: bert.encoder.layer.1 (16 tensors)",
         "random: bert.LayerNorm (2 tensors), bert.pooler.dense (2 tensors), cls.seq_relationship (2 tensors)",
