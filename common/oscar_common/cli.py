@@ -6,7 +6,8 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
@@ -15,7 +16,8 @@ import click
 
 from oscar_common import __version__
 from oscar_common.config import load_catalog, meaning, parse, read_yaml, said_in
-from oscar_common.errors import Stopped, UsageError, nearest
+from oscar_common.errors import Stopped, UsageError, nearest, reason
+from oscar_common.memory import lacks_memory
 from oscar_common.settings import Catalog, Train
 
 S = TypeVar("S")
@@ -81,7 +83,8 @@ def settings_command(
                 begin = resumed(Path(resume))
             else:
                 begin = _pipeline(catalog, pipeline, stage) if pipeline is not None else schema()
-            function(_resolve(catalog, begin, said), catalog)
+            with continuable():
+                function(_resolve(catalog, begin, said), catalog)
 
         command = click.Command(
             name=f"oscar-{stage}",
@@ -116,12 +119,26 @@ def run(
         _fail(error.format_message(), error.exit_code)
     except Stopped as error:
         _fail(str(error), error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same command again continues", 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        _fail(str(error.__cause__ or "") or "interrupted", 130)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "; free some space or give another --out; the same command again continues" if full else ""
         _fail(f"{error.filename or 'output'}: {error.strerror or error}{hint}", 1)
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        smaller = any(option.name == "batch_size" for option in command.params)
+        _fail(f"memory is lacking ({reason(error)}){'; give a smaller --batch-size' if smaller else ''}", 1)
+
+
+@contextmanager
+def continuable() -> Iterator[None]:
+    """Say after a Ctrl-C that the same command continues. Others begin anew, or leave nothing to continue."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command again continues") from None
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from oscar_common import __version__
-from oscar_common.cli import PATH, examples, run
+from oscar_common.cli import PATH, continuable, examples, run
 from oscar_common.settings import DTYPES
 
 FORMATS = ("oscar", "lxmert", "bottom-up", "npz")
@@ -131,7 +131,8 @@ def import_(format: str, source_path: Path, **options: Any) -> None:
     """Make shards of region features in another FORMAT: oscar (VinVL's TSV), lxmert, bottom-up, npz (MILVLG's)."""
     from oscar_shards.formats.convert import import_shards
 
-    import_shards(format, source_path, **options)
+    with continuable():
+        import_shards(format, source_path, **options)
 
 
 @command.command(

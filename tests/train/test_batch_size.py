@@ -1,18 +1,24 @@
 """`--batch-size auto`: the largest that fits, found from two small ones."""
 
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from running import ENVIRONMENT
 from support import error_line, train
 
-from oscar_common.errors import UsageError
+from oscar_common.errors import OperationError, UsageError
 from oscar_common.settings import AUTO, Train
 from oscar_train import batch_size
-from oscar_train.batch_size import MOST, fits, largest_batch
+from oscar_train.batch_size import MOST, check_part, check_weights, fits, largest_batch
 from oscar_train.ranks import Ranks
-from oscar_train.weights import open_init
+from oscar_train.step import open_workshop
+from oscar_train.stream import Stream
+from oscar_train.weights import build, open_init
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 GB = 10**9
@@ -39,9 +45,9 @@ def test_a_real_model_gets_as_many_triples_as_there_is_memory_for(
 ):
     settings, start = Train(batch_size=AUTO), open_init("random:tiny")
 
-    def found(free: float, **changes: int) -> int:
-        monkeypatch.setattr(batch_size, "free_memory", lambda: int(free * GB))
-        return largest_batch(replace(settings, **changes), start, 24, ONE)
+    def found(free: float, triples: int = 10**6, **changes: int) -> int:
+        monkeypatch.setattr(batch_size, "free_memory", lambda processes: int(free * GB))
+        return largest_batch(replace(settings, **changes), start, 24, ONE, triples)
 
     few, more = found(1), found(4)
     assert 16 <= few < more < MOST
@@ -53,6 +59,10 @@ def test_a_real_model_gets_as_many_triples_as_there_is_memory_for(
     assert first.endswith(" GB, 1.00 GB are free")
     assert last.startswith("--batch-size auto: 4080 triples a step, 1360 at a time; ")
     assert last.endswith("; more than 4096 are never chosen")
+    assert found(1000, triples=56) == 7
+    assert found(1000, triples=5000) == 624
+    assert found(1000, triples=56, accumulate=4) == 4
+    assert "; more than an eighth of the 5,000 triples are never chosen" in capsys.readouterr().out
     with pytest.raises(UsageError, match="not even a single triple fits; try --activation-checkpointing"):
         found(0)
 
@@ -94,3 +104,59 @@ def test_auto_may_stand_wherever_settings_do(tmp_path: Path):
     assert (recipes["a"].batch_size, recipes["b"].batch_size) == (AUTO, 48)
     done = train("--pipelines", tmp_path / "p.yaml", "--recipe", "b", "--batch-size", "auto")
     assert "--shards is missing" in error_line(done)
+
+
+def limited(gigabytes: float, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run `oscar-train` with so much address space."""
+    limit = round(gigabytes * GB)
+    return subprocess.run(
+        [sys.executable, "-m", "oscar_train", *map(str, arguments)],
+        text=True,
+        capture_output=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+
+
+@pytest.mark.parametrize("gigabytes", [4.5, 14])  # too few for a model's first step; enough, but not for this batch
+def test_a_batch_that_does_not_fit_is_refused_before_it_is_taken(shards: Path, tmp_path: Path, gigabytes: float):
+    done = limited(gigabytes, "--shards", shards, "--out", tmp_path / "run", "--batch-size", 100_000, "--device", "cpu")
+    assert done.returncode == 1, done.stderr
+    assert error_line(done).startswith(
+        "error: --batch-size 100000: does not fit into the memory in --accumulate 1 part"
+    )
+    assert error_line(done).endswith(
+        "give a larger --accumulate, --activation-checkpointing, a smaller --batch-size or a smaller model"
+    )
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_what_will_be_needed_is_known_from_two_small_batches(stream: Stream, monkeypatch: pytest.MonkeyPatch):
+    def check(free: float, part: int, **changes: int) -> None:
+        monkeypatch.setattr(batch_size, "free_memory", lambda processes: int(free * GB))
+        settings = replace(Train(batch_size=part), **changes)
+        model, _ = build(open_init("random:tiny"), stream.corpus.feature_dim, 1)
+        check_part(open_workshop(model, settings, ONE), replace_size(stream, part))
+
+    check(4, 64)
+    check(1000, 100_000)
+    check(20, 4096, accumulate=64)
+    with pytest.raises(OperationError, match=r"about \d+\.\d GB are needed, 3\.0 GB are free"):
+        check(3, 4096)
+    with pytest.raises(OperationError, match=r"--batch-size 64: .* GB are needed, 0\.0 GB are free"):
+        check(0.01, 64)
+
+
+def replace_size(stream: Stream, size: int) -> Stream:
+    """The same stream with another batch size."""
+    return Stream(stream.corpus, stream.reader, seed=1, batch_size=size)
+
+
+def test_a_model_too_large_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batch_size, "free_memory", lambda processes: 5 * GB)
+    start = open_init("random:large")
+    with pytest.raises(OperationError, match=r"about 5\.4 GB are needed, 5\.0 GB are free.* or a smaller model"):
+        check_weights(Train(batch_size=2), start, 2048, ONE)
+    monkeypatch.setattr(batch_size, "free_memory", lambda processes: 6 * GB)
+    check_weights(Train(batch_size=2), start, 2048, ONE)
+    assert not hasattr(start.config, "img_feature_dim")  # as it was

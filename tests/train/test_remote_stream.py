@@ -214,7 +214,7 @@ UNSAID = (Fault.SHORT, Fault.LONG, Fault.WRONG)  # of small files, whose size an
 
 
 @pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("fault", set(Fault) - {Fault.GONE, Fault.DENIED, Fault.ENDLESS})
+@pytest.mark.parametrize("fault", [f for f in Fault if f not in (Fault.GONE, Fault.DENIED, Fault.ENDLESS)])
 def test_a_fault_that_passes_changes_nothing(fault: Fault, server: Server, local: list[str], tmp_path: Path):
     names = ["manifest.json", "shard-000002.parquet", FAULTY, "shard-000007.tar"]
     server.faults |= dict.fromkeys(names, fault)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from oscar_common.cli import run, settings_command
-from oscar_common.errors import OperationError
+from oscar_common.memory import lacks_memory
 from oscar_common.settings import Catalog, Train
 from oscar_train.arguments import FEW_SHAPES, check
 from oscar_train.run_folder import resumed
@@ -42,17 +42,15 @@ def _train(settings: Train, out: Path, stop: Stop) -> None:
     sources = [open_source(place, settings.skip_corrupt) for place in settings.shards]
     beside = [open_source(place, settings.skip_corrupt, "--eval-shards") for place in settings.eval_shards]
     check_together([*sources, *beside])
-    import torch
-
+    from oscar_train.batch_size import lacking
     from oscar_train.loop import train
 
     try:
         train(settings, sources, out, stop, beside)
-    except torch.cuda.OutOfMemoryError:
-        raise OperationError(
-            f"--batch-size {settings.batch_size or 'auto'}: does not fit the GPU's memory in --accumulate "
-            f"{settings.accumulate} parts; give more, or --activation-checkpointing, or a smaller --batch-size"
-        ) from None
+    except Exception as error:  # each library has its own for a lack of memory
+        if not lacks_memory(error):
+            raise
+        raise lacking(settings) from None
 
 
 def main() -> None:

@@ -1,36 +1,84 @@
-"""`--batch-size auto`: the largest batch that fits into the memory there is."""
+"""What fits into the memory there is: `--batch-size auto` is the largest batch that does; others are refused early."""
 
 import ctypes
-import os
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 
-from oscar_common.errors import UsageError
-from oscar_common.memory import free_memory
+from oscar_common.errors import OperationError, UsageError
+from oscar_common.memory import free_memory, neighbours
 from oscar_common.settings import Train
+from oscar_train.model import oscar_config
 from oscar_train.objectives import choose_objective
 from oscar_train.ranks import Ranks
+from oscar_train.state import TIED, shapes
 from oscar_train.step import Workshop, open_workshop, rehearse
-from oscar_train.stream import make_room
+from oscar_train.stream import Stream, make_room, row_bytes
 from oscar_train.weights import Start, build
 
 PROBES = {"cpu": (4, 16), "cuda": (8, 24)}  # triples; more would tell the same, but take minutes on a CPU
 SHARE = 0.9  # of the free memory: allocators leave holes, and others may want some
 STEP = 8  # triples that matrix units like to have at a time
 MOST = 4096  # triples a step: papers have 512 to 1024; nobody knows a learning rate for many more
+EPOCH = 8  # steps that an epoch has at least: a larger share of the triples at once leaves too few updates
 NONE_FITS = (
     "--batch-size auto: not even a single triple fits; try --activation-checkpointing, --precision bf16 or a smaller "
     "model"
 )
 
 
-def largest_batch(settings: Train, start: Start, feature_dim: int, ranks: Ranks) -> int:
-    """Return the largest global batch that fits on all ranks, and say so in one line; never more than `MOST`.
+def check_weights(settings: Train, start: Start, feature_dim: int, ranks: Ranks) -> None:
+    """Check, before a model is made, that there is memory for it, for what trains it, and for two batches.
+
+    Raises:
+        OperationError: there is not.
+    """
+    config = oscar_config(deepcopy(start.config), feature_dim)
+    parameters = sum(shape.numel() for name, shape in shapes(config).items() if name != TIED)
+    copies = 4 if ranks.device.type == "cpu" else 1  # weights, gradient and AdamW's two moments; a GPU has its own
+    need = 4 * copies * parameters + 2 * (settings.batch_size // ranks.size) * row_bytes(feature_dim)
+    if need > (free := free_memory(neighbours())):
+        raise lacking(settings, need, free)
+
+
+def check_part(shop: Workshop, stream: Stream) -> None:
+    """Check on a CPU, before the largest part is rehearsed, that it fits: its memory follows from two small ones.
+
+    A GPU says by itself that memory is lacking; on a CPU the system would kill the process without a word.
+
+    Raises:
+        OperationError: it does not fit.
+    """
+    if shop.ranks.device.type != "cpu":
+        return
+    part, feature_dim = stream.size // shop.settings.accumulate, stream.corpus.feature_dim
+    sizes, whole = _small(part), replace(shop, settings=replace(shop.settings, accumulate=1))
+    peaks, free = _peaks(whole, sizes, feature_dim), _free(shop.ranks.device)
+    per_triple = max(0.0, (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]))
+    need = peaks[1] + per_triple * (part - sizes[1]) + stream.rooms * stream.size * row_bytes(feature_dim)
+    if need > free:
+        raise lacking(shop.settings, need, free)
+
+
+def lacking(settings: Train, need: float = 0, free: int = 0) -> OperationError:
+    """Return the error that says that memory is lacking: for how much, of how much, if that is known."""
+    sizes = f" (about {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free)" if need else ""
+    parts = f"{settings.accumulate} part{'s' * (settings.accumulate > 1)}"
+    return OperationError(
+        f"--batch-size {settings.batch_size or 'auto'}: does not fit into the memory in --accumulate {parts}{sizes}; "
+        "give a larger --accumulate, --activation-checkpointing, a smaller --batch-size or a smaller model"
+    )
+
+
+def largest_batch(settings: Train, start: Start, feature_dim: int, ranks: Ranks, triples: int) -> int:
+    """Return the largest global batch that fits on all ranks, and say so in one line.
+
+    It is never more than `MOST`, nor more than the `EPOCH`th part of the triples.
 
     The rehearsal of two small parts shows what a triple takes; a GPU then rehearses the answer, too.
 
@@ -39,6 +87,7 @@ def largest_batch(settings: Train, start: Start, feature_dim: int, ranks: Ranks)
         start: where the model begins; its weights are not read.
         feature_dim: of the regions, P.
         ranks: all of them call this.
+        triples: how many there are to train on, about.
 
     Raises:
         UsageError: no batch fits, or what a triple takes cannot be seen.
@@ -56,14 +105,14 @@ def largest_batch(settings: Train, start: Start, feature_dim: int, ranks: Ranks)
     sizes, free = PROBES[ranks.device.type], _free(ranks.device)
     peaks = _peaks(shop, sizes, feature_dim)
     shares = settings.accumulate * ranks.size
-    part = min(fits(sizes, peaks, free), _round(MOST // shares))
+    part = min(fits(sizes, peaks, free), _round(max(1, min(MOST, triples // EPOCH) // shares)))
     if ranks.device.type == "cuda":
         part = _verified(shop, part, feature_dim)
     part = _least(part, ranks)
     if part * shares < 2:
         raise UsageError(NONE_FITS)
     if ranks.first:
-        print(_found(part * shares, part, sizes, peaks, free), flush=True)
+        print(_found(part * shares, part, sizes, peaks, free, triples), flush=True)
     return part * shares
 
 
@@ -107,6 +156,12 @@ def _peaks(shop: Workshop, sizes: Sequence[int], feature_dim: int) -> list[int]:
     return peaks[1:]
 
 
+def _small(part: int) -> tuple[int, int]:
+    """Return the sizes of two batches that are small beside a part, so that trying them takes less than it does."""
+    larger = max(2, min(PROBES["cpu"][1], part // 2))
+    return larger // 2, larger
+
+
 def _verified(shop: Workshop, part: int, feature_dim: int) -> int:
     """Rehearse a part, and with an eighth less as long as it does not fit."""
     while part > 0:
@@ -127,10 +182,14 @@ def _least(part: int, ranks: Ranks) -> int:
     return int(ranks.total(all_parts).min())
 
 
-def _found(total: int, part: int, sizes: Sequence[int], peaks: Sequence[int], free: int) -> str:
+def _found(total: int, part: int, sizes: Sequence[int], peaks: Sequence[int], free: int, triples: int) -> str:
     """Say what was chosen, and why."""
     took = " and ".join(f"{peak / 1e9:.2f}" for peak in peaks)
-    most = f"; more than {MOST} are never chosen" if total > 0.99 * MOST else ""
+    most = ""
+    if total > 0.99 * MOST:
+        most = f"; more than {MOST} are never chosen"
+    elif (total + STEP) * EPOCH > triples:
+        most = f"; more than an eighth of the {triples:,} triples are never chosen"
     return (
         f"--batch-size auto: {total} triples a step, {part} at a time; {sizes[0]} and {sizes[1]} took {took} GB, "
         f"{free / 1e9:.2f} GB are free{most}"
@@ -142,7 +201,7 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free_memory(neighbours())
 
 
 def _held(device: torch.device) -> int:

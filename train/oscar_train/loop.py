@@ -17,7 +17,7 @@ from oscar_common.settings import AUTO, Train
 from oscar_train import checkpoint, run_folder
 from oscar_train.anchors import anchor
 from oscar_train.arguments import check_ranks
-from oscar_train.batch_size import largest_batch
+from oscar_train.batch_size import check_part, check_weights, largest_batch
 from oscar_train.ceiling import count
 from oscar_train.checkpoint import Checkpoint
 from oscar_train.evaluation.during import HeldOut, holding_out, is_due
@@ -55,8 +55,10 @@ def train(settings: Train, sources: list[Source], out: Path, stop: Stop, eval_so
             check_ranks(settings)
         checkpoint.agree(last, checkpoint.identity(settings))  # before the texts are read, which may take minutes
         start = open_init(settings.init if last is None else str(last.folder))
+        feature_dim = sources[0].manifest.detector.feature_dim
+        check_weights(settings, start, feature_dim, ranks)
         if settings.batch_size == AUTO:
-            found = largest_batch(settings, start, sources[0].manifest.detector.feature_dim, ranks)
+            found = largest_batch(settings, start, feature_dim, ranks, _triples(settings, sources))
             settings = replace(settings, batch_size=found)
         with (
             holding_out(settings, eval_sources, tags, start.tokenizer) as held,
@@ -89,6 +91,12 @@ def train(settings: Train, sources: list[Source], out: Path, stop: Stop, eval_so
                     warn("--tags ground-truth: no image of --shards has any; all q are tags of the detector")
                 run.say(f"{origin if last is None else last.folder}; on {_place(ranks)}")
                 _train(run, last, stop)
+
+
+def _triples(settings: Train, sources: list[Source]) -> int:
+    """Return about how many triples are trained on, before the texts are read."""
+    texts = sum(source.manifest.plan.num_texts for source in sources)
+    return int(texts * (1 - settings.eval_fraction))
 
 
 def _model(start: Start, settings: Train, stream: Stream) -> tuple[OscarForPreTraining, str]:
@@ -170,6 +178,7 @@ def _place(ranks: Ranks) -> str:
 def _train(run: Run, last: Checkpoint | None, stop: Stop) -> None:
     """Do the steps that are left, and say where the result is."""
     done, steps = last.step if last else 0, run.settings.steps
+    check_part(run.shop, run.stream)
     rehearse(run.shop, run.stream.room().batch)
     if last is not None:
         checkpoint.load(last, run.shop.model, run.shop.optimizer, run.shop.ranks.size)

@@ -103,6 +103,11 @@ def make_room(size: int, feature_dim: int, pin: bool = False) -> Room:
     return Room(batch=batch, slots=make_slots(batch.features.numpy()))
 
 
+def row_bytes(feature_dim: int) -> int:
+    """Return the bytes that a triple takes in a room, but for a few hundred."""
+    return 2 * MAX_REGIONS * feature_dim
+
+
 class Stream:
     """Batches of a run, or the share of them that one rank of several trains on.
 
@@ -159,6 +164,16 @@ class Stream:
     def room(self) -> Room:
         """Make room for a batch."""
         return make_room(self.size, self.corpus.feature_dim, self.pin)
+
+    @property
+    def rooms(self) -> int:
+        """How many batches there is room for while batches are made ahead."""
+        return -(-self.threads // self._parts) + 1
+
+    @property
+    def _parts(self) -> int:
+        """In how many parts a batch is made."""
+        return max(1, min(self.threads, self.size // LEAST))
 
     def epoch(self, step: int) -> int:
         """Return the epoch, from 0, that the first triple of a step belongs to."""
@@ -237,10 +252,9 @@ class Stream:
         Each makes rows of a batch in one go, text and regions, so that few hands ask for the interpreter's lock: a
         share of a large batch, so that memory does not grow with the threads, or a small one whole.
         """
-        parts = max(1, min(self.threads, self.size // LEAST))
-        depth = -(-self.threads // parts)
-        edges = [self.size * part // parts for part in range(parts + 1)]
-        rooms = [self.room() for _ in range(depth + 1)]
+        depth = self.rooms - 1
+        edges = [self.size * part // self._parts for part in range(self._parts + 1)]
+        rooms = [self.room() for _ in range(self.rooms)]
         pieces = [[(begin, room.rows(begin, end)) for begin, end in pairwise(edges)] for room in rooms]
         with ThreadPoolExecutor(self.threads, "stream") as makers, self._fetching(end) as tell:
 
