@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,10 +15,17 @@ from oscar_common.errors import OperationError, UsageError
 
 TEMPORARY = ".tmp-"  # prefix of everything unfinished; a killed run's leftovers are overwritten by the next run
 
+ASIDE = ".old-"  # prefix of a folder whose place another one takes
+
 
 def temporary(path: Path) -> Path:
     """Return the name under which `path` is written until it is whole (same folder, so that the rename is atomic)."""
     return path.with_name(TEMPORARY + path.name)
+
+
+def aside(path: Path) -> Path:
+    """Return the name that `path` has while another folder takes its place."""
+    return path.with_name(ASIDE + path.name)
 
 
 @contextmanager
@@ -31,8 +38,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-        with suppress(OSError):  # not every file system can
-            _sync(path.parent)  # the name, too, outlives a power cut, before anything that relies on it is written
+        _sync(path.parent)  # the name, too, outlives a power cut, before anything that relies on it is written
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
@@ -44,22 +50,53 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the name `path` only if the block ends without an exception.
 
-    A folder that already has the name is replaced.
+    A folder that already has the name is moved aside before and deleted after. If the process is killed in between,
+    `restore_folder` gives the name to the new one.
     """
+    path = path.resolve() if path.is_symlink() else path
     unfinished = temporary(path)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    restore_folder(path)
+    remove(unfinished)
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        for file in unfinished.rglob("*"):
-            _sync(file)
+        for content in [*unfinished.rglob("*"), unfinished]:
+            _sync(content)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(aside(path))
         unfinished.replace(path)
-        _sync(path.parent)
     except BaseException:
+        if aside(path).exists() and not path.exists():
+            aside(path).replace(path)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+    _sync(path.parent)  # the new name outlives a power cut before the old content goes
+    with suppress(OSError):  # what is left goes the next time
+        remove(aside(path))
+
+
+def restore_folder(path: Path) -> None:
+    """End what a process that was killed in `replacing_folder` had begun, so that `path` is whole: new, else old."""
+    if not aside(path).exists():
+        return
+    if not path.exists():
+        (temporary(path) if temporary(path).exists() else aside(path)).replace(path)
+    remove(aside(path))
+
+
+def restore_folders(parent: Path, prefix: str = "") -> None:
+    """Do `restore_folder` for all folders in `parent` whose names begin with `prefix`."""
+    for leftover in parent.glob(f"{ASIDE}{prefix}*"):
+        restore_folder(parent / leftover.name.removeprefix(ASIDE))
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -130,8 +167,10 @@ def sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Flush a file to disk, or the names in a folder, which not every file system can."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

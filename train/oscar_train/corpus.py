@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_common.errors import UsageError
-from oscar_common.files import TEMPORARY, hold, release, replacing_folder
+from oscar_common.files import TEMPORARY, hold, release, replacing_folder, restore_folder
 from oscar_train.sources import FLAG, Source, warn
 from oscar_train.texts.arrays import digest, mapped, seal
 from oscar_train.texts.collection import collect
@@ -140,6 +140,7 @@ def open_corpus(
     meta = _whole(folder)
     if meta is None:
         with _alone(folder):
+            restore_folder(folder)
             meta = _whole(folder)  # another process may have made it meanwhile
             if meta is None:
                 meta = _make(folder, sources, tokenizer, texts, skip_corrupt, tags)

@@ -15,7 +15,7 @@ from transformers import BertConfig
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import replacing_folder
 from oscar_train import checkpoint, run_folder
-from oscar_train.arguments import CHECKPOINT
+from oscar_train.arguments import CHECKPOINT, checkpoints
 from oscar_train.checkpoint import Checkpoint
 from oscar_train.model import oscar_config
 from oscar_train.reading.regions import BOX
@@ -156,7 +156,7 @@ def _checkpoint(path: Path) -> Checkpoint | None:
         raise UsageError(f"FOLDER {path}: no such folder; give that of a model or of a run")
     if (path / CONFIG).is_file() or (path / checkpoint.RECORD).is_file():
         return _whole(path) if (path / checkpoint.RECORD).is_file() else None
-    if any(path.glob(f"{CHECKPOINT}*")):
+    if checkpoints(path):
         try:
             made, damages = checkpoint.newest(path)
         except UsageError:
