@@ -29,21 +29,37 @@ def aside(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the name `path` only if the block ends without an exception."""
-    unfinished = temporary(path)
+def unfinished(path: Path) -> Iterator[BinaryIO]:
+    """Open `temporary(path)` for writing; it is on disk when the block ends, and gone if that ends with an exception."""
     try:
-        with unfinished.open("wb") as file:
+        with temporary(path).open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
-        _sync(path.parent)  # the name, too, outlives a power cut, before anything that relies on it is written
     except BaseException as error:
-        unfinished.unlink(missing_ok=True)
+        temporary(path).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # "no space left" alone does not say where
         raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the name `path` only if the block ends without an exception."""
+    with unfinished(path) as file:
+        yield file
+    try:
+        rename(path)
+    except BaseException:
+        temporary(path).unlink(missing_ok=True)
+        raise
+
+
+def rename(*paths: Path) -> None:
+    """Give files that `unfinished` wrote their final names, in this order."""
+    for path in paths:
+        temporary(path).replace(path)
+    _sync(paths[0].parent)  # the names, too, outlive a power cut, before anything that relies on them is written
 
 
 @contextmanager
