@@ -82,8 +82,8 @@ def test_oscar_gets_its_keys_in_its_order_and_every_field(
 ):
     made, out = save(tmp_path / "run", tokenizer, classes=classes, norm=norm), tmp_path / "out"
     export(tmp_path / "run", "oscar", out)
-    names = {"config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json", "export.json"}
-    assert {p.name for p in out.iterdir()} == names
+    files = {"config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json", "export.json"}
+    assert {p.name for p in out.iterdir()} == files
     assert not zipfile.is_zipfile(out / "pytorch_model.bin")
     state, before = torch.load(out / "pytorch_model.bin", weights_only=True), load_file(made / "model.safetensors")
     assert type(state) is OrderedDict
