@@ -142,10 +142,10 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
                 folder.rmdir()  # if nothing was written there
 
 
-def hold(path: Path) -> int | None:
+def hold(path: Path, surely: bool = False) -> int | None:
     """Open `path` (made if absent) for this process alone and return its handle; None if another process holds it.
 
-    A file system that has no locks is taken at its word that nobody else is there.
+    A file system that has no locks is taken at its word that nobody else is there; with `surely` the answer is None.
     """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -155,6 +155,9 @@ def hold(path: Path) -> int | None:
             os.close(handle)
             return None
         except OSError:
+            if surely:
+                os.close(handle)
+                return None
             return handle
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):

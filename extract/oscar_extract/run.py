@@ -16,7 +16,7 @@ from oscar_extract.summary import check_missing, check_rejects, print_corpus, pr
 from oscar_extract.tasks import Done, Job, Trial, is_done
 from oscar_extract.workers import Dask, Here, Workers, cores, gpus, local_cluster, remote_cluster
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
-from oscar_shards.write import finish_shards, remove_shards, shard_path
+from oscar_shards.write import MISSING_FILE, finish_shards, remove_shards, shard_path
 
 SAMPLE = 64  # images to try the detector with, at most
 DRY_SECONDS = 10.0
@@ -141,6 +141,7 @@ def prepare(out: Path, manifest: Manifest, plan: Plan, overwrite: bool) -> None:
         write_manifest(out, manifest)
     if len(plan.table):  # else it is the one that lies there
         write_plan(out, plan)
+    (out / MISSING_FILE).unlink(missing_ok=True)  # of a job that was refused before
 
 
 def _check_same(out: Path, there: Manifest, here: Manifest) -> None:
