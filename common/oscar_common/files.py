@@ -30,7 +30,7 @@ def aside(path: Path) -> Path:
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[BinaryIO]:
-    """Open `temporary(path)` for writing; it is on disk when the block ends, and gone if that ends with an exception."""
+    """Open `temporary(path)` for writing; it is on disk when the block ends, and gone if an exception ends it."""
     try:
         with temporary(path).open("wb") as file:
             yield file

@@ -51,7 +51,7 @@ def rejects_path(tar: Path) -> Path:
 
 
 def write_shard(tar: Path, items: Iterable[Sample | Reject], layout: Layout) -> None:
-    """Write one shard from samples and rejects, in their order; nothing takes its final name before all of it is on disk.
+    """Write one shard from samples and rejects, in their order; nothing takes its name before all of it is on disk.
 
     A shard that is already there is replaced. If this is killed between two names, `finish_shards` gives the others.
 
@@ -185,7 +185,7 @@ def remove_shards(folder: Path) -> None:
 
 
 def _is_written(name: str, made: manifest.Manifest) -> bool:
-    """Whether a file's name is one that a job gives to what it writes; `NAME-202401.parquet` is not, of three shards."""
+    """Whether a file's name is one that a job gives to what it writes; of three shards `NAME-202401.parquet` is not."""
     name = name.removeprefix(TEMPORARY)
     if name in (PLAN_FILE, LEFT_OUT_FILE, MISSING_FILE):
         return True

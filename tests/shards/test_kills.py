@@ -1,4 +1,4 @@
-"""A shard that is written once more is the old one or the new one, whenever kill -9 comes; people's files are theirs."""
+"""A shard written once more is the old one or the new one, whenever kill -9 comes; what others wrote stays."""
 
 import dataclasses
 from pathlib import Path
