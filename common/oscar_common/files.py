@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,51 +15,104 @@ from oscar_common.errors import OperationError, UsageError
 
 TEMPORARY = ".tmp-"  # prefix of everything unfinished; a killed run's leftovers are overwritten by the next run
 
+ASIDE = ".old-"  # prefix of a folder whose place another one takes
+
 
 def temporary(path: Path) -> Path:
     """Return the name under which `path` is written until it is whole (same folder, so that the rename is atomic)."""
     return path.with_name(TEMPORARY + path.name)
 
 
+def aside(path: Path) -> Path:
+    """Return the name that `path` has while another folder takes its place."""
+    return path.with_name(ASIDE + path.name)
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the name `path` only if the block ends without an exception."""
-    unfinished = temporary(path)
+def unfinished(path: Path) -> Iterator[BinaryIO]:
+    """Open `temporary(path)` for writing; it is on disk when the block ends, and gone if an exception ends it."""
     try:
-        with unfinished.open("wb") as file:
+        with temporary(path).open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
-        with suppress(OSError):  # not every file system can
-            _sync(path.parent)  # the name, too, outlives a power cut, before anything that relies on it is written
     except BaseException as error:
-        unfinished.unlink(missing_ok=True)
+        temporary(path).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # "no space left" alone does not say where
         raise
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the name `path` only if the block ends without an exception."""
+    with unfinished(path) as file:
+        yield file
+    try:
+        rename(path)
+    except BaseException:
+        temporary(path).unlink(missing_ok=True)
+        raise
+
+
+def rename(*paths: Path) -> None:
+    """Give files that `unfinished` wrote their final names, in this order."""
+    for path in paths:
+        temporary(path).replace(path)
+    _sync(paths[0].parent)  # the names, too, outlive a power cut, before anything that relies on them is written
+
+
+@contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the name `path` only if the block ends without an exception.
 
-    A folder that already has the name is replaced.
+    A folder that already has the name is moved aside before and deleted after. If the process is killed in between,
+    `restore_folder` gives the name to the new one.
     """
+    path = path.resolve() if path.is_symlink() else path
     unfinished = temporary(path)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    restore_folder(path)
+    remove(unfinished)
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        for file in unfinished.rglob("*"):
-            _sync(file)
+        for content in [*unfinished.rglob("*"), unfinished]:
+            _sync(content)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(aside(path))
         unfinished.replace(path)
-        _sync(path.parent)
     except BaseException:
+        if aside(path).exists() and not path.exists():
+            aside(path).replace(path)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+    _sync(path.parent)  # the new name outlives a power cut before the old content goes
+    with suppress(OSError):  # what is left goes the next time
+        remove(aside(path))
+
+
+def restore_folder(path: Path) -> None:
+    """End what a process that was killed in `replacing_folder` had begun, so that `path` is whole: new, else old."""
+    if not aside(path).exists():
+        return
+    if not path.exists():
+        (temporary(path) if temporary(path).exists() else aside(path)).replace(path)
+    remove(aside(path))
+
+
+def restore_folders(parent: Path, prefix: str = "") -> None:
+    """Do `restore_folder` for all folders in `parent` whose names begin with `prefix`."""
+    for leftover in parent.glob(f"{ASIDE}{prefix}*"):
+        restore_folder(parent / leftover.name.removeprefix(ASIDE))
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -89,10 +142,10 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
                 folder.rmdir()  # if nothing was written there
 
 
-def hold(path: Path) -> int | None:
+def hold(path: Path, surely: bool = False) -> int | None:
     """Open `path` (made if absent) for this process alone and return its handle; None if another process holds it.
 
-    A file system that has no locks is taken at its word that nobody else is there.
+    A file system that has no locks is taken at its word that nobody else is there; with `surely` the answer is None.
     """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -102,6 +155,9 @@ def hold(path: Path) -> int | None:
             os.close(handle)
             return None
         except OSError:
+            if surely:
+                os.close(handle)
+                return None
             return handle
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):
@@ -130,8 +186,10 @@ def sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Flush a file to disk, or the names in a folder, which not every file system can."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -16,7 +16,7 @@ from oscar_extract.summary import check_missing, check_rejects, print_corpus, pr
 from oscar_extract.tasks import Done, Job, Trial, is_done
 from oscar_extract.workers import Dask, Here, Workers, cores, gpus, local_cluster, remote_cluster
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
-from oscar_shards.write import remove_shards, shard_path
+from oscar_shards.write import MISSING_FILE, finish_shards, remove_shards, shard_path
 
 SAMPLE = 64  # images to try the detector with, at most
 DRY_SECONDS = 10.0
@@ -41,6 +41,9 @@ def run(job: Job, plan: Plan) -> None:
     out, settings, record = job.out, job.settings, plan.record
     check_missing(out, plan, settings.max_reject_fraction)
     tars = [shard_path(out, settings.name, n) for n in range(record.num_shards)]
+    if not settings.overwrite and any(out.glob(f"{TEMPORARY}*.parquet")):
+        with locked(out, "--out"):
+            finish_shards(out)
     todo = [n for n, tar in enumerate(tars) if settings.overwrite or not is_done(tar, settings.retry_rejects)]
     left = sum(record.images_in(n) for n in todo)
     with choose_workers(job, plan, left, len(todo)) as workers:
@@ -119,7 +122,7 @@ def follow(workers: Workers, job: Job, todo: list[int], progress: Meter) -> Iter
 
 def sweep(out: Path, whole: set[str]) -> None:
     """Remove what a killed worker left of shards that are whole: it had finished, but not tidied up."""
-    for path in out.glob(f"{TEMPORARY}*"):
+    for path in sorted(out.glob(f"{TEMPORARY}*")):  # the index first, for it says that the others are whole
         if path.name.removeprefix(TEMPORARY).partition(".")[0] in whole:
             path.unlink(missing_ok=True)
 
@@ -138,6 +141,7 @@ def prepare(out: Path, manifest: Manifest, plan: Plan, overwrite: bool) -> None:
         write_manifest(out, manifest)
     if len(plan.table):  # else it is the one that lies there
         write_plan(out, plan)
+    (out / MISSING_FILE).unlink(missing_ok=True)  # of a job that was refused before
 
 
 def _check_same(out: Path, there: Manifest, here: Manifest) -> None:

@@ -16,7 +16,7 @@ from oscar_extract.sources.corpus import MISSING
 from oscar_extract.tasks import Survey
 from oscar_shards.read import find_shards
 from oscar_shards.stats import count
-from oscar_shards.write import LEFT_OUT_FILE
+from oscar_shards.write import LEFT_OUT_FILE, MISSING_FILE
 
 PAPER = {  # images / texts of Oscar's pre-training corpus (Li et al. 2020, appendix)
     "coco": "112k / 560k",
@@ -98,19 +98,23 @@ def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> i
 
 
 def check_missing(out: Path, plan: Plan, allowed: float) -> None:
-    """Raise an OperationError, before the work, if more than the allowed fraction of the images is not there."""
+    """Raise an OperationError, before the work, if more than the allowed fraction of the images is not there.
+
+    The list of them has a name of its own: what lies in `out` may be another plan's.
+    """
     missing, total = plan.record.num_missing, _total(plan)
     if missing <= allowed * total:
         return
     found = plan.left_out.filter(pc.is_in(plan.left_out["reason"], value_set=pa.array(MISSING)))
+    list_file = out / (MISSING_FILE if len(found) else LEFT_OUT_FILE)  # the second of a plan that lies there
     with locked(out, "--out"):
         if len(found):
-            with replacing(out / LEFT_OUT_FILE) as file:
+            with replacing(list_file) as file:
                 pq.write_table(plan.left_out, file, compression="zstd")
     like = ", ".join(found["image"][:3].to_pylist())
     raise OperationError(
         f"{missing} of {total} images are missing ({missing / total:.3f}{f', like {like}' if like else ''}), more than "
-        f"--max-reject-fraction {allowed}; {out / LEFT_OUT_FILE} lists them"
+        f"--max-reject-fraction {allowed}; {list_file} lists them"
     )
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oscar_common.errors import reason
-from oscar_common.files import replacing
+from oscar_common.files import rename, unfinished
 from oscar_shards.content import CONTENT, read_content
 from oscar_shards.samples import Entry, Span, entries
 from oscar_shards.tar import BLOCK, Window, members
@@ -68,7 +68,13 @@ def index_tar(tar: Path) -> pa.Table:
 
 def write_index(table: pa.Table, path: Path) -> None:
     """Write an index, whole or not at all; its bytes are a function of the table alone."""
-    with replacing(path) as file:
+    write_unfinished_index(table, path)
+    rename(path)
+
+
+def write_unfinished_index(table: pa.Table, path: Path) -> None:
+    """Write an index under the temporary name of `path`."""
+    with unfinished(path) as file:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 

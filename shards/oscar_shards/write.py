@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from oscar_common.files import TEMPORARY, replacing, temporary
+from oscar_common.errors import UsageError
+from oscar_common.files import TEMPORARY, rename, temporary, unfinished
 from oscar_common.sample import Sample
 from oscar_shards import manifest
-from oscar_shards.index import index_path, index_tar, write_index
+from oscar_shards.index import index_path, index_tar, size_said, write_unfinished_index
 from oscar_shards.manifest import Layout
 from oscar_shards.quantise import are_finite, quantise
 
 PLAN_FILE = "_plan.parquet"  # what oscar-extract is to do; readers of Parquet folders pass over names with _
 LEFT_OUT_FILE = "_left-out.parquet"  # what it could not even begin with: missing images, texts without an image, ...
-WRITTEN = re.compile(
-    rf"({re.escape(TEMPORARY)})?([\w-]+-\d{{6}}\.(tar|parquet|rejects\.parquet|decoding)|{PLAN_FILE}|{LEFT_OUT_FILE})"
-)
+MISSING_FILE = "_missing.parquet"  # the same of a job that was refused because too much of it was missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,9 @@ def rejects_path(tar: Path) -> Path:
 
 
 def write_shard(tar: Path, items: Iterable[Sample | Reject], layout: Layout) -> None:
-    """Write one shard from samples and rejects, in their order; the tar takes its final name last.
+    """Write one shard from samples and rejects, in their order; nothing takes its name before all of it is on disk.
+
+    A shard that is already there is replaced. If this is killed between two names, `finish_shards` gives the others.
 
     The bytes are a function of `items` and `layout` alone: integer mtime 0, no pax headers, no clock, no host name.
 
@@ -61,16 +63,51 @@ def write_shard(tar: Path, items: Iterable[Sample | Reject], layout: Layout) -> 
     from webdataset import TarWriter  # it loads torch, which those who only plan and watch do without
 
     rejects: list[Reject] = []
-    with replacing(tar) as file:
-        with TarWriter(file, mtime=0, encoder=False) as writer:
+    refused, index = rejects_path(tar), index_path(tar)
+    try:
+        with unfinished(tar) as file, TarWriter(file, mtime=0, encoder=False) as writer:
             for item in items:
                 if isinstance(item, Reject):
                     rejects.append(item)
                 else:
                     _write_sample(writer, item, layout)
-        file.flush()
-        write_index(index_tar(temporary(tar)), index_path(tar))
-        _write_rejects(rejects_path(tar), rejects)
+        with unfinished(refused) as file:
+            pq.write_table(pa.Table.from_pylist([dataclasses.asdict(r) for r in rejects], REJECTS), file)
+        write_unfinished_index(index_tar(temporary(tar)), index)
+    except BaseException:
+        for path in (index, refused, tar):
+            temporary(path).unlink(missing_ok=True)
+        raise
+
+    rename(tar)
+    _finish(tar)
+
+
+def _finish(tar: Path) -> None:
+    """Give what belongs to a tar that has its final name theirs: rejects, if there are any, and the index last."""
+    refused = rejects_path(tar)
+    if temporary(refused).exists():
+        if pq.read_metadata(temporary(refused)).num_rows:
+            rename(refused)
+        else:
+            refused.unlink(missing_ok=True)
+            temporary(refused).unlink()
+    rename(index_path(tar))
+
+
+def finish_shards(folder: Path) -> None:
+    """Finish shards whose writers were killed just after the tar had got its name; nobody else may be writing there.
+
+    They were whole on disk before, with rejects and index: a shard that was to be written once more is the old one
+    until its tar has its name, and the new one from then on.
+    """
+    for unnamed in sorted(folder.glob(f"{TEMPORARY}*.parquet")):
+        tar = folder / f"{unnamed.name.removeprefix(TEMPORARY).removesuffix('.parquet')}.tar"
+        if temporary(tar).exists() or not tar.exists():
+            continue
+        with suppress(OSError, ValueError, pa.ArrowException):  # another file, or one that a power cut hit
+            if size_said(pq.read_schema(unnamed)) == tar.stat().st_size:
+                _finish(tar)
 
 
 def _write_sample(writer: Any, sample: Sample, layout: Layout) -> None:
@@ -127,19 +164,32 @@ def _npy(array: npt.NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _write_rejects(path: Path, rejects: list[Reject]) -> None:
-    if not rejects:
-        path.unlink(missing_ok=True)
-        return
-    with replacing(path) as file:
-        pq.write_table(pa.Table.from_pylist([dataclasses.asdict(r) for r in rejects], REJECTS), file)
-
-
 def remove_shards(folder: Path) -> None:
-    """Delete all that this module wrote into a folder that has a manifest, and then the manifest; nothing else."""
+    """Delete the shards that a folder's manifest names, with all that is written beside them, and then the manifest.
+
+    Raises:
+        UsageError: the manifest is damaged, or of tars that others may have written.
+    """
     if not (folder / manifest.FILE).exists():
         return
+    made = manifest.read_manifest(folder, "--overwrite")
+    if not made.name or not made.plan.sha256:
+        raise UsageError(
+            f"--overwrite: the tars in {folder} were indexed there, and others may have written them; delete them, "
+            "or give another --out"
+        )
     for path in sorted(folder.iterdir()):
-        if WRITTEN.fullmatch(path.name):
+        if _is_written(path.name, made):
             path.unlink()
     (folder / manifest.FILE).unlink()  # last: if this is killed, the folder is still known to be one of shards
+
+
+def _is_written(name: str, made: manifest.Manifest) -> bool:
+    """Whether a file's name is one that a job gives to what it writes; of three shards `NAME-202401.parquet` is not."""
+    name = name.removeprefix(TEMPORARY)
+    if name in (PLAN_FILE, LEFT_OUT_FILE, MISSING_FILE):
+        return True
+    of_shard = re.fullmatch(rf"{re.escape(made.name)}-([0-9]+)\.(tar|parquet|rejects\.parquet|decoding)", name)
+    if of_shard is None or int(of_shard[1]) >= made.plan.num_shards:
+        return False
+    return name.startswith(f"{shard_path(Path(), made.name, int(of_shard[1])).stem}.")

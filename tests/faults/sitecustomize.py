@@ -1,4 +1,4 @@
-"""Faults that tests put into processes by way of PYTHONPATH. OSCAR_FAULT says which: `crash`, `gpu` or `die`."""
+"""Faults that tests put into processes by way of PYTHONPATH. OSCAR_FAULT says which: `crash`, `gpu`, `die`, `kill`."""
 
 import builtins
 import os
@@ -60,9 +60,25 @@ def die_of_wide_images(inputs):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def kill_before_change(number):
+    """Be killed before the given change of a checkpoint: one gets a name, loses it, or is about to be deleted."""
+    left = number
+
+    def count(event, arguments):
+        nonlocal left
+        if event in ("os.rename", "shutil.rmtree") and "checkpoint-" in os.path.basename(arguments[0]):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
 if FAULT == "crash":
     crash_on_mark()
 elif FAULT == "gpu":
     fail_in_detect(lose_the_gpu)
 elif FAULT == "die":
     fail_in_detect(die_of_wide_images)
+elif FAULT == "kill":
+    kill_before_change(int(os.environ["OSCAR_FAULT_CHANGE"]))

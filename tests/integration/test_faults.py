@@ -161,10 +161,21 @@ def test_a_few_images_of_a_corpus_are_not_outnumbered_by_all_that_is_missing(pho
     done = extract(*given)
     assert done.returncode == 1
     assert "20 of 28 images are missing (0.714, like flickr30k/gone0" in error_line(done)
-    assert sorted(p.name for p in out.iterdir()) == ["_left-out.parquet"]
+    assert sorted(p.name for p in out.iterdir()) == ["_missing.parquet"]
+    assert f"{out / '_missing.parquet'} lists them" in error_line(done)
+    assert "flickr30k/gone0" in pq.read_table(out / "_missing.parquet")["image"].to_pylist()
     done = extract(*given, "--limit", 2)
     assert done.returncode == 0, done.stderr
     assert len(table(out)) == 2
+    assert not (out / "_missing.parquet").exists()
+
+    before = contents(out)
+    (out / "_left-out.parquet").write_bytes(b"another plan's")
+    done = extract(*given)
+    assert done.returncode == 1
+    after = contents(out)
+    after.pop("_missing.parquet")
+    assert after == before | {"_left-out.parquet": b"another plan's"}
 
 
 def test_another_detector_is_refused_with_both_named(photos: Path, undisturbed: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """Signals in the middle of everything, and a run folder that is moved."""
 
+import os
 import re
 import shutil
 import signal
@@ -12,7 +13,10 @@ from running import ENVIRONMENT, finish, has_row, launch, rows, wait
 from small_shards import make_samples, write_folder
 from support import train
 
+from oscar_train import checkpoint
+
 SETTINGS = ("--init", "random:tiny", "--batch-size", "8", "--lr", "1e-3", "--device", "cpu", "--steps", "12")
+FAULTS = os.pathsep.join([str(Path(__file__).parents[1] / "faults"), os.environ.get("PYTHONPATH", "")])
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
 
 
@@ -101,6 +105,27 @@ def test_a_run_and_its_shards_moved_together_go_on_with_resume_alone(
     here.rename(there)
     assert "going on after step 8 of 12" in complete("--resume", there / "run")
     assert_same(there / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_kills_between_a_save_and_each_removal_cost_no_step(shards: Path, undisturbed: Path, tmp_path: Path):
+    """After a checkpoint has its name, after an older one has lost it, and before the next one has it."""
+    out, step = tmp_path / "run", 0
+    arguments = ("--shards", shards, "--out", out, *SETTINGS, "--checkpoint-every", "1", "--keep", "1")
+    for change in (2, 3, 4):
+        faults = {"OSCAR_FAULT": "kill", "OSCAR_FAULT_CHANGE": str(change), "PYTHONPATH": FAULTS}
+        finish(launch(*arguments, env={**ENVIRONMENT, **faults}), -signal.SIGKILL)
+        last, damages = checkpoint.newest(out)
+        assert last is not None
+        assert damages == []
+        assert last.step > step
+        step = last.step
+
+    finish(launch(*arguments))
+    assert rows(out) == rows(undisturbed)
+    assert [path.name for path in out.glob("*checkpoint-*")] == ["checkpoint-000012"]
+    last = "checkpoint-000012/model.safetensors"
+    assert (out / last).read_bytes() == (undisturbed / last).read_bytes()
 
 
 @pytest.mark.slow

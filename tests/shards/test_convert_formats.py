@@ -11,6 +11,7 @@ import zipfile
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_shards import CLASSES, P, make_samples, write_folder
@@ -383,6 +384,37 @@ def test_an_export_is_replaced_only_when_asked_to(tmp_path):
     assert shards("export", "lxmert", again, "--out", out, "--overwrite").returncode == 0
     assert sorted(p.name for p in out.iterdir()) == ["features.tsv", "images.parquet", "manifest.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "out", "shards"]
+
+
+@pytest.mark.parametrize("form", ["oscar", "lxmert", "bottom-up", "npz"])
+def test_a_folder_with_anything_that_no_export_wrote_is_not_replaced(tmp_path, form):
+    sources = ("coco", "cc")
+    samples = [
+        dataclasses.replace(sample, image=dataclasses.replace(sample.image, source=sources[n % 2]))
+        for n, sample in enumerate(make_samples(6))
+    ]
+    out = exported(tmp_path, samples, form)
+    for name in ("notes.txt", "mine/features.tsv", "coco/model.bin" if form == "oscar" else "9.npz"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        done = shards("export", form, tmp_path / "shards", "--out", out, "--overwrite")
+        assert done.returncode == 2
+        assert "is no export (" in error_line(done)
+        assert " is in it)" in error_line(done)
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+        if name.startswith("mine"):
+            (out / "mine").rmdir()
+    assert shards("export", form, tmp_path / "shards", "--out", out, "--overwrite").returncode == 0
+
+
+def test_a_table_of_images_of_somebody_else_is_no_export(tmp_path):
+    folder = write_folder(tmp_path / "shards", make_samples(3))
+    (tmp_path / "out").mkdir()
+    pq.write_table(pa.table({"file": ["a.jpg"]}), tmp_path / "out" / "images.parquet")
+    done = shards("export", "npz", folder, "--out", tmp_path / "out", "--overwrite")
+    assert done.returncode == 2
+    assert "is no export (no images.parquet of one in it)" in error_line(done)
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):

@@ -1,6 +1,8 @@
 """Texts and tags as integers say the same as the strings in the shards; they are made once, and mapped after that."""
 
 import dataclasses
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from support import until
 
 from oscar_common.errors import UsageError
 from oscar_common.sample import Sample, Text
+from oscar_train import corpus as corpora
 from oscar_train.corpus import META, Corpus, open_corpus
 from oscar_train.sources import open_source
 from oscar_train.texts.phrases import CAPTION, MAX_TEXT, MAX_W, QA
@@ -175,6 +178,32 @@ def test_processes_that_begin_together_make_it_once_and_a_killed_one_leaves_noth
     said = [process.communicate(timeout=120) for process in together]
     assert len({out for out, _ in said}) == 1, said
     assert [p.suffix for p in (cache / "corpus").iterdir()] == [""]
+
+
+def test_what_others_may_be_making_stays_where_there_are_no_locks(
+    samples: list[Sample], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    folder, others = write_folder(tmp_path / "s", samples[:3]), tmp_path / "cache" / "corpus" / ".tmp-of-other-texts"
+    others.mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", no_locks)
+        load(folder, tokenizer, tmp_path / "cache")
+    assert others.is_dir()
+
+
+def test_a_kill_while_a_corpus_takes_anothers_place_costs_nothing(
+    samples: list[Sample], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shards, cache = write_folder(tmp_path / "s", samples[:3]), tmp_path / "cache"
+    load(shards, tokenizer, cache)
+    (made,) = (cache / "corpus").iterdir()
+    made.rename(made.with_name(f".old-{made.name}"))
+    monkeypatch.setattr(corpora, "_make", None)
+    assert len(load(shards, tokenizer, cache)) > 0
+    assert [path.name for path in (cache / "corpus").iterdir()] == [made.name]
 
 
 def test_texts_of_which_no_token_is_left_are_no_triples(samples: list[Sample], tokenizer: Tokenizer, tmp_path: Path):

@@ -82,7 +82,8 @@ def test_oscar_gets_its_keys_in_its_order_and_every_field(
 ):
     made, out = save(tmp_path / "run", tokenizer, classes=classes, norm=norm), tmp_path / "out"
     export(tmp_path / "run", "oscar", out)
-    assert {p.name for p in out.iterdir()} == {"config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json"}
+    files = {"config.json", "pytorch_model.bin", "vocab.txt", "tokenizer_config.json", "export.json"}
+    assert {p.name for p in out.iterdir()} == files
     assert not zipfile.is_zipfile(out / "pytorch_model.bin")
     state, before = torch.load(out / "pytorch_model.bin", weights_only=True), load_file(made / "model.safetensors")
     assert type(state) is OrderedDict
@@ -242,14 +243,18 @@ def test_only_an_export_is_replaced(run: Path, tmp_path: Path):
     export(run, "oscar", out, "--overwrite")
     assert not (out / "model.safetensors").exists()
     (out / "notes.txt").write_text("mine")
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "config.json").write_text("{}")
+    for name in ("bert", "tuned"):  # somebody's BERT; an export into which fine-tuning has written its model
+        shutil.copytree(out, tmp_path / name, ignore=lambda *_: ["notes.txt"])
+    (tmp_path / "bert" / "export.json").unlink()
+    with (tmp_path / "tuned" / "pytorch_model.bin").open("r+b") as file:
+        file.write(b"tuned")
     before = contents(tmp_path) | contents(run)
     for place, message in (
         (out, "is no export (notes.txt is in it)"),
-        (run, "is no export (checkpoint-000007 is in it)"),
-        (run / "checkpoint-000007", "is no export (optimizer.pt is in it)"),
-        (tmp_path / "config", "is no export (no config.json or no weights in it)"),
+        (run, "is no export (no export.json in it)"),
+        (run / "checkpoint-000007", "is no export (no export.json in it)"),
+        (tmp_path / "bert", "is no export (no export.json in it)"),
+        (tmp_path / "tuned", "is no export (pytorch_model.bin changed)"),
         (out / "notes.txt", "a file; give a folder"),
     ):
         done = oscar_checkpoint("export", run, "--format", "hf", "--out", place, "--overwrite")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from support import error_line, run_here
 
 from oscar_common.cli import settings_command
 from oscar_common.config import installed_catalog
+from oscar_common.errors import UsageError
 from oscar_common.settings import Train
+from oscar_train.arguments import check
 from oscar_train.run_folder import resumed, write_settings
 
 
@@ -137,3 +140,33 @@ def test_every_setting_says_whether_a_run_depends_on_it_and_whether_it_is_a_path
         assert field.metadata["decides"] is not None, field.name
         if "str" in str(field.type) and not field.metadata["choices"]:
             assert field.metadata["path"] is not None, field.name
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--init", "run/checkpoint-000004"),
+        ("--init", "link"),
+        ("--recipe", "run/run.yaml"),
+        ("--tag-vocabulary", "run/tag_vocabulary.txt"),
+    ],
+)
+def test_overwrite_does_not_delete_what_a_run_begins_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, value: str
+):
+    monkeypatch.chdir(tmp_path)
+    for place in ("run/checkpoint-000004", "run/checkpoint-best"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("run/checkpoint-000004")
+    (tmp_path / "run" / "tag_vocabulary.txt").write_text("cat\n")
+    write_settings(tmp_path / "run", Train(shards=["s3://bucket/coco"], out="run"))
+    settings = resolve("--shards", "x", "--out", "run", "--overwrite", flag, value)
+    assert isinstance(settings, Train)
+    with pytest.raises(UsageError) as refused:
+        check(settings)
+    line = f"{flag} {value}: --overwrite deletes it from --out run; give a copy, or another --out"
+    assert str(refused.value) == line
+
+    check(replace(settings, out="elsewhere"))
+    check(replace(settings, init="run/checkpoint-best", recipe=None, tag_vocabulary=None))  # which stays
+    check(replace(settings, overwrite=False))

@@ -10,6 +10,9 @@ from oscar_common.settings import Train
 
 RANDOM = "random:"
 CHECKPOINT = "checkpoint-"  # of folders' names
+LOGS = (  # what a run writes beside checkpoints
+    *("metrics.csv", "evaluation.csv", "starts.jsonl", "run.yaml", "tag_vocabulary.txt", "tensorboard", "wandb"),
+)
 SHUFFLES = ("features", "tags", "captions")  # what an evaluation may take from another image
 # Batches have ever other numbers of tokens, and on a CPU torch keeps what it prepared for the last 1,024 of them, which
 # takes gigabytes; what a step needs more than once are some dozens.
@@ -20,6 +23,18 @@ SIZES = {  # layers, hidden size, heads; the inner size is four times the hidden
     "base": (12, 768, 12),
     "large": (24, 1024, 16),
 }
+
+
+def checkpoints(out: Path, prefix: str = "") -> list[Path]:
+    """Return the checkpoint folders in `out`, newest first; other names that only begin alike are people's own."""
+    places = [place for place in out.glob(f"{prefix}{CHECKPOINT}*") if step_of(place, prefix) >= 0 and place.is_dir()]
+    return sorted(places, key=lambda place: step_of(place, prefix), reverse=True)
+
+
+def step_of(place: Path, prefix: str = "") -> int:
+    """Return the step that a checkpoint folder's name says, or -1 if it is no such name."""
+    name = re.fullmatch(rf"{re.escape(prefix + CHECKPOINT)}([0-9]{{6,}})", place.name)
+    return int(name[1]) if name else -1
 
 
 def check(settings: Train) -> Path:
@@ -42,14 +57,33 @@ def check(settings: Train) -> Path:
         if not Path(texts).is_file():
             raise UsageError(f"--texts {texts}: no such file; give one that oscar-shards texts wrote")
     out = Path(settings.out)
-    if settings.overwrite or not any(out.glob(f"{CHECKPOINT}*")):  # else the checkpoint has all that is needed
+    if settings.overwrite or not checkpoints(out):  # else the checkpoint has all that is needed
         _check_init(settings.init)
+    if settings.overwrite:
+        _check_overwritten(settings, out)
     check_ranks(settings)
     if settings.wandb is not None and getattr(find_spec("wandb"), "origin", None) is None:  # a folder may be called so
         raise UsageError(f"--wandb {settings.wandb}: wandb is not installed; pip install wandb, or leave --wandb out")
     if (nearest_file := next((p for p in (out, *out.parents) if p.exists()), None)) and not nearest_file.is_dir():
         raise UsageError(f"--out {out}: {nearest_file} is a file; give a folder")
     return out
+
+
+def _check_overwritten(settings: Train, out: Path) -> None:
+    """Refuse to begin with what `--overwrite` deletes before there is anything newer."""
+    for flag, value in (
+        ("--init", settings.init),
+        ("--recipe", settings.recipe),
+        ("--tag-vocabulary", settings.tag_vocabulary),
+    ):
+        if value is None or not Path(value).exists():
+            continue
+        inside = Path(value).resolve()
+        if not inside.is_relative_to(out.resolve()):
+            continue
+        first = out.resolve() / Path(*inside.relative_to(out.resolve()).parts[:1])
+        if first.name in LOGS or step_of(first) >= 0:
+            raise UsageError(f"{flag} {value}: --overwrite deletes it from --out {out}; give a copy, or another --out")
 
 
 def check_ranks(settings: Train) -> None:

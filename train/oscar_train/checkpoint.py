@@ -2,13 +2,13 @@
 
 config.json  model.safetensors  vocab.txt  tokenizer.json  tokenizer_config.json    the model, as BERT folders have it
 optimizer.pt                                                                        AdamW's moments
-trainer.json    step, the settings that decide the numbers, what the guard remembers, size and XXH3-64 of each file
+trainer.json    step, the settings that decide the numbers, what the guard remembers, size and XXH3-64 of each file,
+                and the XXH3-64 of all that it says itself
 """
 
 import json
 import shutil
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
 from oscar_common.errors import OperationError, UsageError, reason
-from oscar_common.files import TEMPORARY, replacing_folder, temporary
+from oscar_common.files import TEMPORARY, aside, remove, replacing_folder, restore_folders, temporary
 from oscar_common.settings import Train, decisive
-from oscar_train import run_folder
-from oscar_train.arguments import CHECKPOINT
+from oscar_train.arguments import CHECKPOINT, LOGS, checkpoints, step_of
 from oscar_train.guard import Guard
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import choose_objective, choose_region_init
 from oscar_train.texts.tokens import Tokenizer
 
 RECORD = "trainer.json"
+ENTRIES = {"step", "run", "ranks", "threads", "guard", "about", "files", "seal"}  # of the record
+NEEDED = ("config.json", "model.safetensors", "optimizer.pt")  # a run cannot go on without them
+GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # errors that no other try mends
 UNSAID = Train(region_init="random")  # what runs had before there was a setting
 
 
@@ -83,7 +85,7 @@ def save(
         OperationError, OSError: the disk is full or cannot be written; nothing is left under the final name.
     """
     place = folder(out, step)
-    record = {
+    record: dict[str, Any] = {
         "step": step,
         "run": run,
         "ranks": ranks,
@@ -104,8 +106,9 @@ def save(
                 f"{place}: cannot be written ({reason(error)}); the disk may be full: free some space; "
                 "the same command again continues"
             ) from None
-        files = {path.name: _seal(path) for path in sorted(unfinished.iterdir())}
-        (unfinished / RECORD).write_text(json.dumps({**record, "files": files}, indent=1) + "\n")
+        record["files"] = {path.name: _seal(path) for path in sorted(unfinished.iterdir())}
+        record["seal"] = _record_seal(record)
+        (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return read(place)[0]
 
 
@@ -141,13 +144,14 @@ def newest(out: Path) -> tuple[Checkpoint | None, list[str]]:
 
     Raises:
         UsageError: there are checkpoints, but none is whole.
+        OSError: one cannot be read now. It may be whole, so that no older one takes its place.
     """
     damages: list[str] = []
-    for folder in _newest_first(out):
+    for place in checkpoints(out):
         try:
-            return whole(folder), damages
+            return whole(place), damages
         except ValueError as error:
-            damages.append(f"{folder} is damaged ({error})")
+            damages.append(f"{place} is damaged ({error})")
     if damages:
         raise UsageError(f"--out: {damages[0]} and no other checkpoint is whole; start anew with --overwrite")
     return None, damages
@@ -178,50 +182,59 @@ def agree(checkpoint: Checkpoint | None, run: dict[str, Any]) -> None:
 def prune(out: Path, keep: int, step: int) -> None:
     """Delete all but the newest `keep` whole checkpoints up to `step`, the one just saved.
 
-    Those after it belong to a line of steps that was given up because they were damaged. A damaged checkpoint never
-    counts, and if none is whole, none is deleted. Each goes by a rename first, so that none is ever half there.
+    Those after it belong to a line of steps that was given up because they were damaged; they go once the one just
+    saved is whole. A damaged checkpoint never counts as kept. One that cannot be read now neither counts nor goes,
+    unless `keep` newer ones are whole. Nothing is read unless something is to go.
     """
-    newest_first = _newest_first(out)
-    last = folder(out, step).name
-    line = [place for place in newest_first if _order(place) <= (len(last), last)]
-    kept = list(islice(filter(_is_whole, line), keep))
+    places = checkpoints(out)
+    given_up = [place for place in places if step_of(place) > step]
+    line = [place for place in places if step_of(place) <= step]
+    if not given_up and len(line) <= keep:
+        return
+
+    kept: list[Path] = []
+    outdated: list[Path] = []
+    for place in line:
+        if len(kept) == keep:
+            outdated.append(place)
+            continue
+        try:
+            whole(place)
+            kept.append(place)
+        except ValueError:
+            outdated.append(place)
+        except OSError:  # the disk may be well again the next time
+            continue
     if not kept:
         return
 
-    for place in newest_first:
-        if place in kept:
-            continue
-        shutil.rmtree(temporary(place), ignore_errors=True)
-        place.replace(temporary(place))
-        shutil.rmtree(temporary(place))
-
-
-def _newest_first(out: Path) -> list[Path]:
-    return sorted(out.glob(f"{CHECKPOINT}*"), key=_order, reverse=True)
-
-
-def _order(place: Path) -> tuple[int, str]:
-    """Return what sorts checkpoints by their step, also past the sixth digit."""
-    return len(place.name), place.name
-
-
-def _is_whole(place: Path) -> bool:
-    try:
-        whole(place)
-    except ValueError:
-        return False
-    return True
+    if step_of(kept[0]) == step:
+        outdated = given_up + outdated
+    for place in outdated:
+        _delete(place)
 
 
 def sweep(out: Path, everything: bool = False) -> None:
-    """Delete what a killed run left unfinished; with `everything`, its checkpoints and logs too, and nothing else."""
-    for path in [*out.glob(f"{TEMPORARY}{CHECKPOINT}*"), *(out.glob(f"{CHECKPOINT}*") if everything else ())]:
-        shutil.rmtree(path)
+    """Delete what a killed run left unfinished; with `everything`, its checkpoints and logs too, and nothing else.
+
+    A checkpoint that was about to take the place of another one gets its name.
+    """
+    restore_folders(out, CHECKPOINT)
+    for leftover in checkpoints(out, TEMPORARY):
+        remove(leftover)
     if everything:
-        for name in ("metrics.csv", "evaluation.csv", "starts.jsonl", run_folder.FILE, run_folder.VOCABULARY):
-            (out / name).unlink(missing_ok=True)
-        for name in ("tensorboard", "wandb"):
-            shutil.rmtree(out / name, ignore_errors=True)
+        for place in checkpoints(out):
+            _delete(place)
+        for name in LOGS:
+            remove(out / name)
+
+
+def _delete(place: Path) -> None:
+    """Delete a checkpoint by a rename first, so that none is ever half there."""
+    remove(temporary(place))
+    remove(aside(place))
+    place.replace(temporary(place))
+    remove(temporary(place))
 
 
 def at(out: Path, step: int) -> Checkpoint:
@@ -229,14 +242,15 @@ def at(out: Path, step: int) -> Checkpoint:
     return read(folder(out, step))[0]
 
 
-def read(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """Return a checkpoint by its record, and the seal of each file.
+def read(folder: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
+    """Return a checkpoint by its record, and the seal of each file. The first versions wrote no seal of the record.
 
     Raises:
-        ValueError: there is no record that makes sense.
+        ValueError: there is no record that makes sense, or it was changed.
+        OSError: it cannot be read now.
     """
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_bytes())
         guard = {"skipped": int(record["guard"]["skipped"]), "losses": list(map(float, record["guard"]["losses"]))}
         made = Checkpoint(
             folder=folder,
@@ -247,25 +261,54 @@ def read(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
             guard=guard,
             about=dict(record.get("about", {})),
         )
-        return made, dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{RECORD} is missing or unreadable") from None
+        files = {str(name): dict(seal) for name, seal in record["files"].items()}
+        sealed = record["seal"] == _record_seal(record) if "seal" in record else record.keys() <= ENTRIES
+    except GONE:
+        raise ValueError(f"{RECORD} is missing") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise ValueError(f"{RECORD} is unreadable") from None
+    if not sealed:
+        raise ValueError(f"the content of {RECORD} changed")
+    return made, files
 
 
 def whole(folder: Path) -> Checkpoint:
-    """Read a checkpoint's record and compare each file with it; ValueError says what is wrong."""
-    made, files = read(folder)
-    for name, seal in files.items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing")
-        if (found := _seal(folder / name)) != seal:
-            raise ValueError(f"{name} has {found['bytes']} bytes, written were {seal['bytes']}, or its content changed")
+    """Read a checkpoint's record and compare each file, and the folder's name, with it.
+
+    Raises:
+        ValueError: what is wrong with it.
+        OSError: it cannot be read now, which says nothing about what is in it.
+    """
+    made, seals = read(folder)
+    for name in NEEDED:
+        if name not in seals:
+            raise ValueError(f"{RECORD} has no seal of {name}")
+    for name, seal in seals.items():
+        try:
+            content = _seal(folder / name)
+        except GONE:
+            raise ValueError(f"{name} is missing") from None
+        if content != seal:
+            written = seal.get("bytes", "unknown")
+            raise ValueError(f"{name} has {content['bytes']} bytes, written were {written}, or its content changed")
+    if step_of(folder) not in (-1, made.step):
+        raise ValueError(f"{RECORD} is of step {made.step}")
     return made
+
+
+def _record_seal(record: dict[str, Any]) -> str:
+    """Return the XXH3-64 of all that a record says, in whatever form it is written."""
+    content = json.loads(json.dumps({name: value for name, value in record.items() if name != "seal"}))
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _seal(path: Path) -> dict[str, Any]:
     digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which a failing read does not say
+        raise
     return {"bytes": path.stat().st_size, "xxh3": digest.hexdigest()}

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_common.errors import UsageError
-from oscar_common.files import TEMPORARY, hold, release, replacing_folder
+from oscar_common.files import ASIDE, TEMPORARY, hold, release, replacing_folder, restore_folder, temporary
 from oscar_train.sources import FLAG, Source, warn
 from oscar_train.texts.arrays import digest, mapped, seal
 from oscar_train.texts.collection import collect
@@ -140,6 +140,7 @@ def open_corpus(
     meta = _whole(folder)
     if meta is None:
         with _alone(folder):
+            restore_folder(folder)
             meta = _whole(folder)  # another process may have made it meanwhile
             if meta is None:
                 meta = _make(folder, sources, tokenizer, texts, skip_corrupt, tags)
@@ -190,7 +191,7 @@ def _whole(folder: Path) -> dict[str, Any] | None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process makes this corpus."""
-    lock = folder.with_name(f"{folder.name}.lock")
+    lock = _lock(folder)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         if (handle := hold(lock)) is None:
@@ -208,12 +209,18 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _sweep(corpora: Path) -> None:
-    """Delete what killed processes left unfinished."""
-    for leftover in corpora.glob(f"{TEMPORARY}*"):
-        lock = corpora / f"{leftover.name.removeprefix(TEMPORARY)}.lock"
-        if (handle := hold(lock)) is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
+    """Delete what killed processes left unfinished; without locks, others may be at work on any of it."""
+    for leftover in [*corpora.glob(f"{TEMPORARY}*"), *corpora.glob(f"{ASIDE}*")]:
+        folder = corpora / leftover.name.removeprefix(TEMPORARY).removeprefix(ASIDE)
+        lock = _lock(folder)
+        if (handle := hold(lock, surely=True)) is not None:
+            restore_folder(folder)
+            shutil.rmtree(temporary(folder), ignore_errors=True)
             release(handle, lock)
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def _mapped(folder: Path, meta: dict[str, Any], sources: list[Source], tokenizer: Tokenizer) -> Corpus:

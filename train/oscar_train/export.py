@@ -13,18 +13,20 @@ from torch import Tensor
 from transformers import BertConfig
 
 from oscar_common.errors import OperationError, UsageError, reason
-from oscar_common.files import replacing_folder
+from oscar_common.files import replacing_folder, restore_folder
 from oscar_train import checkpoint, run_folder
-from oscar_train.arguments import CHECKPOINT
+from oscar_train.arguments import CHECKPOINT, checkpoints
 from oscar_train.checkpoint import Checkpoint
 from oscar_train.model import oscar_config
 from oscar_train.reading.regions import BOX
 from oscar_train.sources import warn
 from oscar_train.state import IMAGE_NORM, PICKLED, REGIONS, SAFETENSORS, TIED, WEIGHTS, WORDS, fitting, modules, shapes
-from oscar_train.texts.tokens import FILES, Tokenizer
+from oscar_train.texts.arrays import seal
+from oscar_train.texts.tokens import Tokenizer
 from oscar_train.weights import classes_of, open_folder, position_of, read
 
 CONFIG = "config.json"
+SEALS = "export.json"  # size and XXH3-64 of each file of an export: what --overwrite may delete
 RELEASED = 2048  # features of a region in Oscar's releases
 BERT = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
@@ -146,6 +148,8 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
     try:
         with replacing_folder(out) as folder:
             write(folder, model, tensors)
+            seals = {path.name: seal(path) for path in sorted(folder.iterdir())}
+            (folder / SEALS).write_text(json.dumps({"format": format, "files": seals}, indent=1) + "\n")
     except OSError as error:
         kind = UsageError if isinstance(error, PermissionError | NotADirectoryError) else OperationError
         raise kind(f"--out {out}: cannot be written: {error.strerror}; {INSTEAD}") from None
@@ -160,7 +164,7 @@ def _checkpoint(path: Path) -> Checkpoint | None:
         raise UsageError(f"FOLDER {path}: no such folder; give that of a model or of a run")
     if (path / CONFIG).is_file() or (path / checkpoint.RECORD).is_file():
         return _whole(path) if (path / checkpoint.RECORD).is_file() else None
-    if any(path.glob(f"{CHECKPOINT}*")):
+    if checkpoints(path):
         try:
             made, damages = checkpoint.newest(path)
         except UsageError:
@@ -184,15 +188,29 @@ def _check_out(out: Path, overwrite: bool) -> None:
     """Refuse to write over anything but an export, and over that only if it is wanted."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: a file; give a folder")
-    names = {found.name for found in out.iterdir()} if out.exists() else set()
-    if not names:
+    restore_folder(out)
+    if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"--out {out}: not empty; give another --out, or --overwrite")
-    foreign = sorted(names - {CONFIG, SAFETENSORS, PICKLED, *FILES})
-    if foreign or CONFIG not in names or not names & {SAFETENSORS, PICKLED}:
-        what = f"{foreign[0]} is in it" if foreign else f"no {CONFIG} or no weights in it"
-        raise UsageError(f"--overwrite: {out} is no export ({what}); delete it, or give another --out")
+    if why := _is_foreign(out):
+        raise UsageError(f"--overwrite: {out} is no export ({why}); delete it, or give another --out")
+
+
+def _is_foreign(out: Path) -> str:
+    """Say what of a folder this command did not write, or nothing: fine-tuning may have written to an export, too."""
+    try:
+        seals = dict(json.loads((out / SEALS).read_bytes())["files"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"no {SEALS} in it"
+    for path in sorted(out.iterdir()):
+        if path.name == SEALS:
+            continue
+        if path.name not in seals or not path.is_file():
+            return f"{path.name} is in it"
+        if seal(path) != seals[path.name]:
+            return f"{path.name} changed"
+    return ""
 
 
 def _write_oscar(folder: Path, model: Model, tensors: "OrderedDict[str, Tensor]") -> None:

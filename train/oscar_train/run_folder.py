@@ -14,7 +14,7 @@ from oscar_common.config import parse, read_yaml
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
 from oscar_common.settings import Train, paths
-from oscar_train.arguments import CHECKPOINT
+from oscar_train.arguments import checkpoints
 
 FILE, VOCABULARY = "run.yaml", "tag_vocabulary.txt"
 
@@ -55,7 +55,7 @@ def resumed(folder: Path) -> Train:
         return str(found.resolve() if not path.exists() and found.exists() else path)
 
     values = {name: _each(getattr(settings, name), moved, missing=True) for name in paths()}
-    if any(folder.glob(f"{CHECKPOINT}*")):
+    if checkpoints(folder):
         values["init"] = settings.init  # is not needed any more, and its name is that of the run
     if values["cache"] and not Path(values["cache"]).exists():
         values["cache"] = None  # it was another machine's

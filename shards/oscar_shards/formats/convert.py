@@ -21,7 +21,7 @@ from oscar_shards.formats.lines import Lines
 from oscar_shards.formats.part import Part, Written, is_done, write_part
 from oscar_shards.manifest import FILE, DetectorRecord, Layout, Manifest, PlanRecord, read_manifest, write_manifest
 from oscar_shards.read import manifest_of
-from oscar_shards.write import shard_path
+from oscar_shards.write import finish_shards, shard_path
 
 NAME = "shard"
 IMAGES_PER_SHARD = 1000
@@ -66,6 +66,7 @@ def import_shards(
         print("".join(f"{note}\n" for note in rows.notes), end="")
     with locked(out, "--out"):
         _begin(out, manifest)
+        finish_shards(out)
         _write(parts, manifest.layout, out, workers)
 
 

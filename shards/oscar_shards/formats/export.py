@@ -8,13 +8,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import pyarrow as pa
+
 from oscar_common.errors import OperationError, UsageError
-from oscar_common.files import TEMPORARY, hold, release, replacing_folder
+from oscar_common.files import TEMPORARY, hold, release, replacing_folder, restore_folder
 from oscar_common.progress import Meter, meter
 from oscar_common.sample import Sample
 from oscar_shards.formats import lxmert_tsv, npz, sidecar
 from oscar_shards.formats.foreign import Vocabulary
-from oscar_shards.formats.oscar_writer import OscarWriter
+from oscar_shards.formats.oscar_writer import OscarWriter, files_beside
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
 from oscar_shards.read import find_shards, read_rejects, read_samples
 from oscar_shards.write import Reject, sample_json
@@ -91,13 +93,27 @@ def _check_out(out: Path, path: Path, overwrite: bool) -> None:
         raise UsageError(f"--out {out}: the shards are in it; give another --out")
     if out.is_file():
         raise UsageError(f"--out {out}: a file; give a folder")
+    restore_folder(out)
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise UsageError(f"--out {out}: not empty; give another --out, or --overwrite")
-        if not (out / sidecar.FILE).exists():  # who knows what else --overwrite would delete
-            raise UsageError(
-                f"--overwrite: {out} is no export: no {sidecar.FILE} in it; delete it, or give another --out"
-            )
+        if why := _is_foreign(out):
+            raise UsageError(f"--overwrite: {out} is no export ({why}); delete it, or give another --out")
+
+
+def _is_foreign(out: Path) -> str:
+    """Say what of a folder no export wrote, or nothing."""
+    try:
+        format, data = sidecar.read_files(out / sidecar.FILE)
+    except (OSError, ValueError, LookupError, pa.ArrowException):
+        return f"no {sidecar.FILE} of one in it"
+    names = {FILE, sidecar.FILE, *data, *(files_beside(data) if format == "oscar" else [lxmert_tsv.FILE])}
+    folders = {str(parent) for name in names if "/" in name for parent in Path(name).parents}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        if name not in (folders if path.is_dir() else names):
+            return f"{name} is in it"
+    return ""
 
 
 @contextmanager

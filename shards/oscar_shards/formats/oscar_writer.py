@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,21 @@ from oscar_shards.formats.oscar_corpus import FEATURES, LABELS, QA, YAML
 from oscar_shards.formats.oscar_tsv import positions
 
 CORPUS = "corpus.tsv"
+IDS, ANSWER_IDS = "imageid2idx.json", "QA_qaid2idx.json"
 CHUNKED = ("googlecc", "sbu", "oi", "objects365", "tagoi")  # the reader looks for their features in chunks' folders
 KNOWN = ("coco", "flickr30k", "gqa", *CHUNKED)  # it has no other names
 OTHERS = "coco"  # what sources of other names are put to
 CHUNK = 250_000  # images
+
+
+def files_beside(features: Iterable[str]) -> set[str]:
+    """Return the names of all files that an export may have whose images are in some files of features."""
+    places = [Path(name).parent for name in features]
+    tables = [Path(CORPUS), *(place / name for place in places for name in (FEATURES, LABELS[1]))]
+    tables += [Path(place.parts[0], name) for place in places for name in (LABELS[0], QA)]
+    others = [Path(YAML), *(place / IDS for place in places)]
+    others += [Path(place.parts[0], name) for place in places for name in (IDS, ANSWER_IDS)]
+    return {str(path) for path in [*others, *tables, *(table.with_suffix(".lineidx") for table in tables)]}
 
 
 class TsvFile:
@@ -81,15 +93,15 @@ class _Dataset:
     def _close_chunk(self) -> None:
         self.features.close()
         self.predictions.close()
-        (self.place / "imageid2idx.json").write_bytes(_json(self._of_chunk))
+        (self.place / IDS).write_bytes(_json(self._of_chunk))
 
     def close(self) -> None:
         self._close_chunk()
         self.labels.close()
-        (self.folder / "imageid2idx.json").write_bytes(_json(self.ids))
+        (self.folder / IDS).write_bytes(_json(self.ids))
         if self.qa:
             self.qa.close()
-            (self.folder / "QA_qaid2idx.json").write_bytes(_json(self.answers))
+            (self.folder / ANSWER_IDS).write_bytes(_json(self.answers))
 
 
 class OscarWriter:

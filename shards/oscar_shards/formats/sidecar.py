@@ -52,6 +52,18 @@ class SidecarWriter:
         self._writer.close()
 
 
+def read_files(path: Path) -> tuple[str, set[str]]:
+    """Return the format of an export, and the files that its images are in, relative to it.
+
+    Raises:
+        OSError, ValueError, LookupError, pa.ArrowException: it is damaged, or not this module's.
+    """
+    with pq.ParquetFile(path) as file:
+        format = (file.schema_arrow.metadata or {})[FORMAT].decode()
+        files = {name for batch in file.iter_batches(columns=["file"]) for name in batch["file"].unique().to_pylist()}
+    return format, files - {"", None}
+
+
 @dataclass(frozen=True)
 class Images:
     """Where the images of each shard are in an export. groups: of the file, -1 for an empty shard; rows: numbers of
