@@ -8,7 +8,6 @@ untrusted: no size that it names is believed before the file is seen to be that 
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -21,14 +20,10 @@ WINDOW = 4 << 20  # bytes read at once; larger than nearly every sample, small e
 ADLER = 65521
 HEADER_LIMIT = 1 << 20  # bytes of one extended header: a name as a rule, but macOS puts icons there
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-WITHOUT_DATA = (*LINKS, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)  # whatever size they say
-EXTENDED = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.XGLTYPE,
-)
+# These have no content, whatever size they say
+WITHOUT_DATA = frozenset({*LINKS, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE})
+SILENT = frozenset({tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE})  # extended headers that say nothing of a single file
+EXTENDED = SILENT | {tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE}
 
 
 class TarFault(ValueError):
@@ -47,8 +42,7 @@ class Header(NamedTuple):
     type: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A file in a tar: `begin` is the offset of its first header, `data` that of its content, both in bytes."""
 
     name: str
@@ -162,7 +156,7 @@ def members(window: Window, offset: int = 0, foreign: bool = False) -> Iterator[
 
 def _told(window: Window, header: Header, offset: int) -> dict[str, str]:
     """Return what the extended header at `offset` says of the member that follows."""
-    if header.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+    if header.type in SILENT:
         return {}
     if header.size > HEADER_LIMIT:
         raise TarFault(offset, f"an extended header of {header.size:,} bytes; at most {HEADER_LIMIT:,}")
@@ -236,7 +230,9 @@ def _pax(content: bytes, offset: int) -> dict[str, str]:
 def _size(told: dict[str, str], header: Header, offset: int) -> int:
     if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in told):
         raise TarFault(offset, "a sparse file; write the tar without --sparse")
-    said = told.get("size", str(header.size))
+    if "size" not in told:
+        return header.size
+    said = told["size"]
     if not (said.isascii() and said.isdigit() and len(said) < 19):
         raise TarFault(offset, f"a member of {said[:40]!r} bytes")
     return int(said)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -58,13 +59,15 @@ class Damage:
 class Scan:
     """What a tar holds. files: its images that can be used, of the schema FILES. fault: what is wrong with it, or "".
 
-    read, unread: bytes before the damage and behind it. listed: images that the table beside it lists, 0 without one.
+    read, unread: bytes before the damage and behind it. images: how many lie before it, those that cannot be used too.
+    listed: how many the table beside it lists, 0 without one.
     """
 
     files: pa.Table
     fault: str
     read: int
     unread: int
+    images: int
     listed: int
 
 
@@ -207,16 +210,20 @@ def _damaged(tars: list[str], scans: list[Scan]) -> list[Damage]:
 
     A file that is damaged from its first byte on is perhaps no tar of images at all: it counts as one image.
     """
-    images, read = sum(len(scan.files) for scan in scans), sum(scan.read for scan in scans)
+    per_byte = sum(scan.images for scan in scans) / max(1, sum(scan.read for scan in scans))
     return [
         Damage(
             tar=tar,
             fault=scan.fault,
-            lost=max(1, scan.listed - len(scan.files), round(scan.unread * images / read) if scan.read else 0),
+            lost=max(1, max(scan.listed, _estimated(scan, per_byte)) - len(scan.files)),
         )
         for tar, scan in zip(tars, scans, strict=True)
         if scan.fault
     ]
+
+
+def _estimated(scan: Scan, per_byte: float) -> int:
+    return scan.images + round(scan.unread * per_byte) if scan.read else 0
 
 
 def _rows(number: int, root: Path, flag: str, found: Listing, seen: set[str]) -> Iterator[tuple[Any, ...]]:
@@ -312,9 +319,9 @@ def scan_tar(place: tuple[int, Path, str]) -> Scan:
     number, tar, path = place
     label, raw = readable(path or tar.name), os.fsencode(path)
     images: list[tuple[str, Member]] = []  # with their stems
-    sidecars: dict[str, dict[str, str]] = {}
-    last, fault = "", ""
-    size = read = 0
+    sidecars: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    kinds: defaultdict[str, set[str]] = defaultdict(set)  # of the text files beside each image
+    fault, size, read = "", 0, 0
     told = _told(tar.with_suffix(".parquet"))
     try:
         size = tar.stat().st_size
@@ -323,38 +330,48 @@ def scan_tar(place: tuple[int, Path, str]) -> Scan:
                 read = member.end
                 if os.path.basename(member.name).startswith("."):
                     continue
-                last, extension = os.path.splitext(member.name)
+                stem, extension = os.path.splitext(member.name)
                 if extension.lower() in EXTENSIONS and extension:
-                    images.append((last, member))
-                elif extension in (".txt", ".json") and member.size <= SIDECAR_BYTES and last not in told:
-                    content = window.content(member.data, member.data + member.size)
-                    sidecars.setdefault(last, {}).update(_sidecar(extension, content))
+                    images.append((stem, member))
+                elif extension in (".txt", ".json") and stem not in told:
+                    kinds[stem].add(extension)
+                    if member.size <= SIDECAR_BYTES:
+                        content = window.content(member.data, member.data + member.size)
+                        sidecars[stem].update(_sidecar(extension, content))
     except (TarFault, OSError) as error:
         fault = reason(error)
-        images = _with_their_texts(images, sidecars, told, last)
+    whole = _with_their_texts(images, kinds, told) if fault else images
 
     rows = (
         (number, f"{label}/{_harmless(member.name)}", raw, member.data, member.size, said.get("url"), said.get("text"))
-        for stem, member in images
+        for stem, member in whole
         for said in [sidecars.get(stem, {})]
     )
     # A table takes a tenth of the memory of a list of rows, and of the time to send it to another process.
-    return Scan(files=table(FILES, rows), fault=fault, read=read, unread=size - read if fault else 0, listed=len(told))
+    return Scan(
+        files=table(FILES, rows),
+        fault=fault,
+        read=read,
+        unread=size - read if fault else 0,
+        images=len(images),
+        listed=len(told),
+    )
 
 
 def _with_their_texts(
-    images: list[tuple[str, Member]], sidecars: dict[str, dict[str, str]], told: set[str], last: str
+    images: list[tuple[str, Member]], kinds: dict[str, set[str]], told: set[str]
 ) -> list[tuple[str, Member]]:
     """Leave out images before a damage that may have texts behind it.
 
-    Those are the last image, as its texts follow it, and all that lack a kind of text that another image has. What the
+    Those lack a kind of text file that another image has; of a first image nobody knows what it should have. What the
     table beside the tar says of an image is whole.
     """
-    kinds = {kind for stem, _ in images for kind in sidecars.get(stem, ())}
+    stems = {stem for stem, _ in images}
+    usual = {kind for stem in stems for kind in kinds.get(stem, ())}
     return [
         (stem, member)
         for stem, member in images
-        if stem in told or (stem != last and sidecars.get(stem, {}).keys() >= kinds)
+        if stem in told or (len(stems) > 1 and kinds.get(stem, set()) >= usual)
     ]
 
 
