@@ -68,6 +68,29 @@ def test_weights_that_are_not_finite_make_every_image_a_reject_of_that_name(pres
             weights[:] = sound
 
 
+def test_a_feature_too_large_for_float16_refuses_its_image_and_leaves_the_others_as_they_are(states, tmp_path):
+    """A bias brings a feature that no class looks at so near to the limit that one of two images passes it."""
+    detector, names = detector_of("bua", states, tmp_path), ("chelsea", "coffee")
+    heads = detector.model.roi_heads
+    bias = heads.res5[-1].conv3.bias
+    with torch.no_grad():
+        for layer in (heads.box_predictor.cls_score, heads.box_predictor.bbox_pred, heads.attribute_head.hidden):
+            layer.weight[:, 0] = 0
+        bias[0] = 1000
+    before = found_in(detector, *names)
+    most = {name: float(item.regions.features[:, 0].max()) for name, item in before.items()}
+    low, high = sorted(most, key=lambda name: most[name])
+    assert most[low] < most[high]
+    with torch.no_grad():
+        bias[0] += 65520 - (most[low] + most[high]) / 2
+    found = found_in(detector, *names)
+    assert isinstance(found[low], Sample)
+    assert found[high].reason == "not-finite"
+    assert found[high].message == "a feature is not finite, or too large for float16, whose largest is 65504"
+    assert np.array_equal(found[low].regions.features[:, 1:], before[low].regions.features[:, 1:])
+    assert found[low].regions.scores == before[low].regions.scores
+
+
 @pytest.mark.parametrize("preset", ["bua", "lxmert", "vinvl"])
 def test_where_nothing_is_proposed_and_all_is_finite_there_is_no_region(preset, states, tmp_path):
     detector = detector_of(preset, states, tmp_path, proposals=0)
