@@ -35,7 +35,7 @@ from oscar_extract.selection import Selection
 from oscar_extract.sources.duplicates import locate
 from oscar_extract.tasks import DeviceFailure, Done, Job, Survey, Trial, is_done
 from oscar_shards.manifest import Manifest, PlanRecord, read_manifest
-from oscar_shards.write import Reject, shard_path, write_shard
+from oscar_shards.write import Reject, shard_path, unfit_numbers, write_shard
 
 T = TypeVar("T")
 PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches ...
@@ -274,12 +274,16 @@ def detect_batch(tools: Equipment, batch: list[Loaded] | Reject) -> list[Sample 
     return [_sample_or_reject(image, regions) for image, regions in zip(batch, found, strict=True)]
 
 
-def _sample_or_reject(image: Loaded, regions: Regions | None) -> Sample | Reject:
+def _sample_or_reject(image: Loaded, regions: Regions | RefusedImage | None) -> Sample | Reject:
     if regions is None:
         message = f"{image.record.width}x{image.record.height} pixels alone need more memory than there is"
         return Reject(path=image.record.path, reason="out-of-memory", message=message)
+    if isinstance(regions, RefusedImage):
+        return Reject(path=image.record.path, reason=regions.reason, message=str(regions))
     if not regions.tags:
         return Reject(path=image.record.path, reason="no-regions", message="the detector proposes no region")
+    if unfit := unfit_numbers(regions):
+        return Reject(path=image.record.path, reason=unfit[0], message=unfit[1])
     return Sample(key=image.planned.key, image=image.record, regions=regions, texts=image.planned.texts)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from oscar_common.sample import Regions
 from oscar_extract.detector import Detector
+from oscar_extract.images import RefusedImage
 from oscar_extract.regions import Input, detect
 from oscar_extract.selection import Selection
 
@@ -18,12 +19,14 @@ class Limit:
     images: int
 
 
-def detect_within(limit: Limit, detector: Detector, inputs: list[Input], selection: Selection) -> list[Regions | None]:
+def detect_within(
+    limit: Limit, detector: Detector, inputs: list[Input], selection: Selection
+) -> list[Regions | RefusedImage | None]:
     """Find the regions of a batch, in parts of at most `limit` images; None where a single image is too much.
 
     When memory runs out the limit is halved, for all that comes after as well. Smaller batches give the same regions.
     """
-    found: list[Regions | None] = []
+    found: list[Regions | RefusedImage | None] = []
     while len(found) < len(inputs):
         part = inputs[len(found) : len(found) + limit.images]
         regions = _try(detector, part, selection)
@@ -38,7 +41,7 @@ def detect_within(limit: Limit, detector: Detector, inputs: list[Input], selecti
     return found
 
 
-def _try(detector: Detector, inputs: list[Input], selection: Selection) -> list[Regions] | None:
+def _try(detector: Detector, inputs: list[Input], selection: Selection) -> list[Regions | RefusedImage] | None:
     try:
         return detect(detector, inputs, selection)
     except torch.cuda.OutOfMemoryError:

@@ -17,7 +17,7 @@ from oscar_common.progress import phase
 from oscar_common.sample import KEY_BYTES, Text, make_key
 from oscar_common.settings import Extract
 from oscar_common.tables import TEXTS, Ints, array
-from oscar_extract.sources.corpus import MISSING, Corpus, Request, find_files, read_corpus
+from oscar_extract.sources.corpus import Corpus, Request, find_files, read_corpus
 from oscar_extract.sources.inventory import Listing, take_inventory
 from oscar_extract.sources.tables import LEFT_OUT
 from oscar_shards.manifest import PlanRecord
@@ -108,7 +108,9 @@ def make_plan(
         order = np.random.Generator(np.random.Philox(shuffle_seed)).permutation(len(order))
     table = _table(corpus, request, order[:limit])
     left_out = corpus.left_out
-    missing = pc.sum(pc.is_in(left_out["reason"], value_set=pa.array(MISSING))).as_py() or 0
+    absent = _value_counts(left_out["reason"])
+    # What a list names and a tar has lost is in both of these.
+    missing = absent.get("dead-link", 0) + max(absent.get("missing", 0), corpus.lost)
     record = PlanRecord(
         images=", ".join(str(p.root) for p in request.parts),
         captions=", ".join(p.captions for p in request.parts if p.captions) or None,

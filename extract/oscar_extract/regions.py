@@ -17,12 +17,12 @@ from torch import Tensor
 
 from oscar_common.sample import Attribute, Regions
 from oscar_extract.detector import Detector
+from oscar_extract.images import RefusedImage
 from oscar_extract.nms import pad
 from oscar_extract.proposals import Proposals
 from oscar_extract.resize import Target, normalize, shrink, target_of
 from oscar_extract.selection import Candidates, Kept, Selection
 
-FLOAT16_MAX = 65504.0
 CHUNK = {"cpu": 30, "cuda": 300}  # regions that go through res5 at once: bounds the memory, and divides 300 proposals
 
 
@@ -51,8 +51,8 @@ def make_input(detector: Detector, pixels: npt.NDArray[np.uint8]) -> Input:
 
 
 @torch.inference_mode()
-def detect(detector: Detector, inputs: list[Input], selection: Selection) -> list[Regions]:
-    """Find the regions of images whose targets have one shape."""
+def detect(detector: Detector, inputs: list[Input], selection: Selection) -> list[Regions | RefusedImage]:
+    """Find the regions of images whose targets have one shape; an image is refused if its numbers are not finite."""
     model, preset, targets = detector.model, detector.preset, [i.target for i in inputs]
     images = load_batch(detector, inputs)
     maps = feature_maps(detector, images)
@@ -142,12 +142,16 @@ def _chunks(boxes: list[Tensor], size: int) -> list[list[Boxes]]:
 
 def collect(
     detector: Detector, inputs: list[Input], maps: dict[str, Tensor], found: Candidates, kept: Kept
-) -> list[Regions]:
-    """Bring a batch's kept regions to the host, to the original pixels and to the types of a sample."""
+) -> list[Regions | RefusedImage]:
+    """Bring a batch's kept regions to the host, to the original pixels and to the types of a sample.
+
+    A feature too large for float16 becomes infinite.
+    """
     head = getattr(detector.model.roi_heads, "attribute_head", None)
     described = detector.preset.describe(head, found, kept) if head else None
-    features = _features(detector, maps, found, kept).clamp(-FLOAT16_MAX, FLOAT16_MAX).half().cpu()
+    features = _features(detector, maps, found, kept).half().cpu()
     numbers = kept.number.tolist()
+    sound = finite_images(detector, maps, found, proposes=all(numbers)).tolist()
     boxes, scores, classes = kept.boxes.cpu(), kept.scores.cpu(), kept.classes.cpu()
     attributes = [t.cpu() for t in described] if described else None
     return [
@@ -158,8 +162,23 @@ def collect(
             scores=[round(s, 6) for s in scores[i, :number].tolist()],
             attributes=_attributes(detector, *(t[i, :number] for t in attributes)) if attributes else [],
         )
+        if sound[i]
+        else RefusedImage("not-finite", "the network computes numbers that are not finite")
         for i, (item, number) in enumerate(zip(inputs, numbers, strict=True))
     ]
+
+
+def finite_images(detector: Detector, maps: dict[str, Tensor], found: Candidates, proposes: bool) -> Tensor:
+    """Return for which images all that the network computes is finite, bool [B].
+
+    Selection passes over what is not, so that it would look as if nothing was there. The RPN's outputs are not at hand:
+    they are computed again if it does not propose a region of every image.
+    """
+    rpn = detector.model.proposal_generator
+    heads = [] if proposes else [t for of_head in rpn.rpn_head([maps[f] for f in rpn.in_features]) for t in of_head]
+    whole = [t.isfinite().flatten(1).all(dim=1) for t in (*maps.values(), *heads)]
+    rows = [t.isfinite().all(dim=2) | ~found.valid for t in (found.features, found.logits, found.deltas)]
+    return torch.stack([*whole, *(t.all(dim=1) for t in rows)]).all(dim=0)
 
 
 def _features(detector: Detector, maps: dict[str, Tensor], found: Candidates, kept: Kept) -> Tensor:
@@ -182,6 +201,6 @@ def _original(boxes: Tensor, item: Input) -> npt.NDArray[np.float32]:
 def _attributes(detector: Detector, indices: Tensor, probabilities: Tensor) -> list[list[Attribute]]:
     names = detector.record.attributes
     return [
-        [Attribute(id=i, name=names[i], score=round(p, 6)) for i, p in zip(row, scores, strict=True) if p > 0]
+        [Attribute(id=i, name=names[i], score=round(p, 6)) for i, p in zip(row, scores, strict=True) if p != 0]
         for row, scores in zip(indices.tolist(), probabilities.tolist(), strict=True)
     ]

@@ -12,7 +12,15 @@ from oscar_common.errors import UsageError
 from oscar_common.files import TEMPORARY, locked
 from oscar_common.progress import Meter, meter
 from oscar_extract.plan import Plan, planned_images, read_shard_plan, write_plan
-from oscar_extract.summary import check_missing, check_rejects, print_corpus, print_estimate, print_start, print_summary
+from oscar_extract.summary import (
+    check_missing,
+    check_rejects,
+    print_corpus,
+    print_estimate,
+    print_start,
+    print_summary,
+    warn_of_damage,
+)
 from oscar_extract.tasks import Done, Job, Trial, is_done
 from oscar_extract.workers import Dask, Here, Workers, cores, gpus, local_cluster, remote_cluster
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
@@ -25,6 +33,7 @@ WORTH = 100  # images for which another process is worth its start
 
 def dry_run(job: Job, plan: Plan) -> None:
     """Print the corpus and the plan, and from a short sample what it will take; write nothing."""
+    warn_of_damage(plan)
     print_corpus(plan)
     with choose_workers(job, plan, plan.record.num_images, plan.record.num_shards) as workers:
         found = workers.survey(job, trial_of(job, plan, DRY_SECONDS))
@@ -39,6 +48,7 @@ def run(job: Job, plan: Plan) -> None:
         OperationError: another process works there, too much is missing or was refused, or shards were given up.
     """
     out, settings, record = job.out, job.settings, plan.record
+    warn_of_damage(plan)
     check_missing(out, plan, settings.max_reject_fraction)
     tars = [shard_path(out, settings.name, n) for n in range(record.num_shards)]
     if not settings.overwrite and any(out.glob(f"{TEMPORARY}*.parquet")):

@@ -1,5 +1,6 @@
 """What a job says to people: the corpus and the plan before it, a table after it."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -28,6 +29,7 @@ PAPER = {  # images / texts of Oscar's pre-training corpus (Li et al. 2020, appe
     "vg-qa": "48k / 484k",
 }
 PLAIN_WIDTH = 130
+NAMED = 10  # damaged tars that are named one by one
 
 
 def print_corpus(plan: Plan) -> None:
@@ -63,6 +65,15 @@ def print_estimate(plan: Plan, found: Survey, workers: str, speedup: int) -> Non
     table.add_row("time", f"about {record.num_images / max(rate, 1e-9) / 3600:,.2f} hours")
     table.add_row("memory", f"{found.memory / 1e9:.2f} GB a process")
     _print(table)
+
+
+def warn_of_damage(plan: Plan) -> None:
+    """Name damaged tars, a few of them, on standard error; the list of what is left out has all."""
+    damaged = plan.left_out.filter(pc.equal(plan.left_out["reason"], "damaged-tar")).to_pylist()
+    for row in damaged[:NAMED]:
+        print(f"warning: {row['image']} is damaged: {row['message']}", file=sys.stderr)
+    if damaged[NAMED:]:
+        print(f"warning: {len(damaged) - NAMED:,} more tars are damaged; {LEFT_OUT_FILE} lists them", file=sys.stderr)
 
 
 def print_start(plan: Plan, found: Survey, out: Path, workers: str) -> None:

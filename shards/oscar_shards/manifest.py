@@ -49,7 +49,7 @@ class PlanRecord:
     num_images: int
     num_texts: int
     num_duplicates: int = 0  # files whose bytes are those of a planned image, which has their texts
-    num_missing: int = 0  # images that a dataset names, without a file
+    num_missing: int = 0  # images that a dataset names, without a file; and about how many damaged tars have lost
     images_per_shard: int
     num_shards: int
     sha256: str

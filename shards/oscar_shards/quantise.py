@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 LARGEST = 127
+FLOAT16_LIMIT = 65520  # float32 from here on is infinite as float16
 
 
 def quantise(features: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

@@ -184,5 +184,5 @@ def array(window: Window, span: Span) -> npt.NDArray[Any]:
         TarFault: it is cut.
     """
     fits = span.size <= window.capacity
-    content = window.view(span.begin, span.size) if fits else b"".join(map(bytes, window.pieces(span.begin, span.end)))
+    content = window.view(span.begin, span.size) if fits else window.content(span.begin, span.end)
     return np.frombuffer(content, span.dtype).reshape(span.shape)

@@ -8,7 +8,6 @@ untrusted: no size that it names is believed before the file is seen to be that 
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -19,8 +18,12 @@ import xxhash
 BLOCK = tarfile.BLOCKSIZE
 WINDOW = 4 << 20  # bytes read at once; larger than nearly every sample, small enough for a processor's cache
 ADLER = 65521
-HEADER_LIMIT = 64 << 10  # bytes of one extended header (a name, as a rule)
+HEADER_LIMIT = 1 << 20  # bytes of one extended header: a name as a rule, but macOS puts icons there
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+# These have no content, whatever size they say
+WITHOUT_DATA = frozenset({*LINKS, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE})
+SILENT = frozenset({tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE})  # extended headers that say nothing of a single file
+EXTENDED = SILENT | {tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE}
 
 
 class TarFault(ValueError):
@@ -39,8 +42,7 @@ class Header(NamedTuple):
     type: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A file in a tar: `begin` is the offset of its first header, `data` that of its content, both in bytes."""
 
     name: str
@@ -97,6 +99,12 @@ class Window:
             yield self.view(begin, count)
             begin += count
 
+    def content(self, begin: int, end: int) -> bytes:
+        """Return the bytes from `begin` to `end`, also where these are more than the window has."""
+        if end - begin <= self.capacity:
+            return bytes(self.view(begin, end - begin))
+        return b"".join(map(bytes, self.pieces(begin, end)))
+
     def xxh3(self, *ranges: tuple[int, int]) -> int:
         """Return the XXH3-64 of the bytes of some (begin, end), one after the other."""
         if len(ranges) == 1 and ranges[0][1] - ranges[0][0] <= self.capacity:
@@ -109,46 +117,54 @@ class Window:
         return int(digest.intdigest())
 
 
-def members(window: Window, offset: int = 0) -> Iterator[Member]:
+def members(window: Window, offset: int = 0, foreign: bool = False) -> Iterator[Member]:
     """Yield the files of a tar from a header at `offset` on, folders passed over, to the zeros at its end.
 
-    Plain, GNU and pax headers are read.
+    Plain, GNU and pax headers are read, and every header's checksum is checked. The name and size in an extended header
+    have none in any format.
+
+    foreign: the tar may hold anything that `tar` writes, and nobody unpacks it: links and devices are passed over too,
+    names come as they are written, and one block of zeros ends it.
 
     Raises:
-        TarFault: it is cut, a header is damaged, something follows its end, or a member is a link or a device, or would
-            lie outside the folder that it is unpacked into.
+        TarFault: it is cut, a header is damaged, something follows its end, or a file is sparse; unless `foreign` also
+            if a member is a link or a device, or would lie outside the folder that the tar is unpacked into.
     """
     begin = offset
     told: dict[str, str] = {}  # by an extended header, of the member that follows
     while (header := _header(window, offset)) is not None:
-        data, end = offset + BLOCK, offset + BLOCK + -(-header.size // BLOCK) * BLOCK
-        if end > window.size:
-            raise TarFault(window.size, f"cut off: {header.name!r} should end at byte {end:,} of {window.size:,}")
-        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
-            if header.size > HEADER_LIMIT:
-                raise TarFault(offset, f"an extended header of {header.size:,} bytes; at most {HEADER_LIMIT:,}")
-            content = bytes(window.view(data, header.size))
-            if header.type == tarfile.GNUTYPE_LONGNAME:
-                told["path"] = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif header.type != tarfile.XGLTYPE:  # a global one has nothing about a single file
-                told |= _pax(content, offset)
-            offset = end
+        if header.type in EXTENDED:
+            told |= _told(window, header, offset)
+            offset += BLOCK + -(-header.size // BLOCK) * BLOCK
             continue
-        if header.type == tarfile.DIRTYPE:
-            offset, told, begin = end, {}, end
-            continue
-        name = told.get("path", header.name)
-        if header.type not in tarfile.REGULAR_TYPES:
-            raise TarFault(offset, f"{name!r} is a {'link' if header.type in LINKS else 'special file'}: refused")
-        size = _size(told, header.size, offset)
-        member = Member(_safe(name, offset), begin, data, size)
+
+        name = told.get("path") or header.name
+        if not foreign:
+            name = _allowed(name, header.type, offset)
+        size = 0 if header.type in WITHOUT_DATA else _size(told, header, offset)
+        member = Member(name, begin, offset + BLOCK, size)
         if member.end > window.size:
             raise TarFault(window.size, f"cut off: {name!r} should end at byte {member.end:,} of {window.size:,}")
-        yield member
+        if header.type in tarfile.REGULAR_TYPES:
+            yield member
         offset, told, begin = member.end, {}, member.end
+
     if told:
         raise TarFault(offset, "an extended header without a file")
-    _check_end(window, offset)
+    _check_end(window, offset, BLOCK if foreign else 2 * BLOCK)
+
+
+def _told(window: Window, header: Header, offset: int) -> dict[str, str]:
+    """Return what the extended header at `offset` says of the member that follows."""
+    if header.type in SILENT:
+        return {}
+    if header.size > HEADER_LIMIT:
+        raise TarFault(offset, f"an extended header of {header.size:,} bytes; at most {HEADER_LIMIT:,}")
+    begin = offset + BLOCK
+    content = window.content(begin, begin + header.size)
+    if header.type == tarfile.GNUTYPE_LONGNAME:
+        return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    return _pax(content, offset)
 
 
 def _header(window: Window, offset: int) -> Header | None:
@@ -166,21 +182,27 @@ def _header(window: Window, offset: int) -> Header | None:
         raise TarFault(offset, f"no tar header at byte {offset:,} ({error})") from None
     if header.size < 0:
         raise TarFault(offset, f"a member of {header.size} bytes")
-    return Header(header.name, header.size, header.type)
+    return Header(_name(block), header.size, header.type)
 
 
 def _plain(block: bytes) -> Header | None:
-    """Parse the header of a file as nearly all are; None if it is any other, for the library's thorough parser."""
+    """Parse a header as nearly all are; None if it is any other, for the library's thorough parser."""
     size, checksum = block[124:135], block[148:154]
-    if block[156] != 0x30 or block[257:262] != b"ustar" or block[345] or not (size.isdigit() and checksum.isdigit()):
+    if block[257:262] != b"ustar" or not block[156] or not (size.isdigit() and checksum.isdigit()):
         return None
     try:
         if (_sum(block) - _sum(block[148:156]) + 8 * 0x20 - int(checksum, 8)) % ADLER:
             return None
-        name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
-        return Header(name, int(size, 8), tarfile.REGTYPE)
+        return Header(_name(block), int(size, 8), block[156:157])
     except ValueError:  # 8 and 9 are digits, too
         return None
+
+
+def _name(block: bytes) -> str:
+    name = block[:100].partition(b"\0")[0]
+    if block[345] and block[257:263] == b"ustar\0":  # GNU's headers have times there
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _sum(block: bytes) -> int:
@@ -193,27 +215,35 @@ def _pax(content: bytes, offset: int) -> dict[str, str]:
     found = {}
     begin, whole = 0, len(content.rstrip(b"\0"))
     while begin < whole:
-        length = content[begin : begin + 6].partition(b" ")[0]
+        length = content[begin : begin + 8].partition(b" ")[0]
         if not length.isdigit() or not len(length) + 3 <= int(length) <= whole - begin:
             raise TarFault(offset, "a damaged pax header")
-        record = content[begin + len(length) + 1 : begin + int(length) - 1]
-        key, _, value = record.partition(b"=")
+        record = content[begin + len(length) + 1 : begin + int(length)]
+        key, equals, value = record.removesuffix(b"\n").partition(b"=")
+        if not equals or not record.endswith(b"\n"):
+            raise TarFault(offset, "a damaged pax header")
         found[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         begin += int(length)
     return found
 
 
-def _size(told: dict[str, str], size: int, offset: int) -> int:
-    if "GNU.sparse.major" in told or "GNU.sparse.map" in told:
-        raise TarFault(offset, "a sparse file: refused")
-    said = told.get("size", str(size))
+def _size(told: dict[str, str], header: Header, offset: int) -> int:
+    if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in told):
+        raise TarFault(offset, "a sparse file; write the tar without --sparse")
+    if "size" not in told:
+        return header.size
+    said = told["size"]
     if not (said.isascii() and said.isdigit() and len(said) < 19):
         raise TarFault(offset, f"a member of {said[:40]!r} bytes")
     return int(said)
 
 
-def _safe(name: str, offset: int) -> str:
+def _allowed(name: str, kind: bytes, offset: int) -> str:
     """Return a member's name without a leading "./", as `tar -c .` writes it."""
+    if kind == tarfile.DIRTYPE:
+        return name
+    if kind not in tarfile.REGULAR_TYPES:
+        raise TarFault(offset, f"{name!r} is a {'link' if kind in LINKS else 'special file'}: refused")
     plain = name[2:] if name.startswith("./") else name
     if plain.startswith("/") or "\0" in plain or ".." in plain.split("/"):
         raise TarFault(offset, f"{name!r} would lie outside the folder that it is unpacked into: refused")
@@ -224,9 +254,9 @@ def _safe(name: str, offset: int) -> str:
     return plain
 
 
-def _check_end(window: Window, offset: int) -> None:
-    """Check that from `offset` on there are two blocks of zeros at least, and nothing else."""
-    if window.size - offset < 2 * BLOCK:
+def _check_end(window: Window, offset: int, least: int) -> None:
+    """Check that from `offset` on there are zeros, `least` of them, and nothing else."""
+    if window.size - offset < least:
         raise TarFault(window.size, "cut off: a tar ends with two blocks of zeros, here is one")
     for piece in window.pieces(offset, window.size):
         if len(bytes(piece).rstrip(b"\0")):

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError
 from oscar_common.files import TEMPORARY, rename, temporary, unfinished
-from oscar_common.sample import Sample
+from oscar_common.sample import Regions, Sample
 from oscar_shards import manifest
 from oscar_shards.index import index_path, index_tar, size_said, write_unfinished_index
 from oscar_shards.manifest import Layout
-from oscar_shards.quantise import are_finite, quantise
+from oscar_shards.quantise import FLOAT16_LIMIT, are_finite, quantise
 
 PLAN_FILE = "_plan.parquet"  # what oscar-extract is to do; readers of Parquet folders pass over names with _
 LEFT_OUT_FILE = "_left-out.parquet"  # what it could not even begin with: missing images, texts without an image, ...
@@ -58,7 +58,8 @@ def write_shard(tar: Path, items: Iterable[Sample | Reject], layout: Layout) -> 
     The bytes are a function of `items` and `layout` alone: integer mtime 0, no pax headers, no clock, no host name.
 
     Raises:
-        ValueError: a sample does not fit the layout: shapes, dtypes, numbers that are not finite, too many regions.
+        ValueError: a sample does not fit the layout: shapes, dtypes, numbers that are not finite or too large, too many
+            regions.
     """
     from webdataset import TarWriter  # it loads torch, which those who only plan and watch do without
 
@@ -123,21 +124,37 @@ def _write_sample(writer: Any, sample: Sample, layout: Layout) -> None:
         if array.shape != shape or (dtypes and array.dtype not in dtypes):
             expected = f"{np.dtype(dtypes[0])} {shape}" if dtypes else shape
             raise ValueError(f"{sample.key}: {name} are {array.dtype} {array.shape}, not {expected}")
-    stored = _stored(regions.features, layout.dtype)
-    if not all(map(are_finite, (regions.boxes, *stored.values()))):
-        raise ValueError(f"{sample.key}: boxes or features are not finite, or too large for float16")
+    if unfit := unfit_numbers(regions):
+        raise ValueError(f"{sample.key}: {unfit[1]}")
     # One call a member: TarWriter would sort them by name, and the contract has the JSON first.
     writer.write({"__key__": sample.key, "json": sample_json(sample)})
-    for name, array in ({"boxes": regions.boxes} | stored).items():
+    for name, array in ({"boxes": regions.boxes} | _stored(regions.features, layout.dtype)).items():
         writer.write({"__key__": sample.key, f"{name}.npy": _npy(array)})
+
+
+def unfit_numbers(regions: Regions) -> tuple[str, str] | None:
+    """Return why regions cannot be stored, as a reason to count by and a message, or None.
+
+    What float16 cannot hold, int8 may not either: it becomes float16 when it is read.
+    """
+    features = regions.features
+    if not are_finite(regions.boxes):
+        return "not-finite", "a box is not finite"
+    if not are_finite(features):
+        beyond = ", or too large for float16, whose largest is 65504" * (features.dtype == np.float16)
+        return "not-finite", f"a feature is not finite{beyond}"
+    if features.dtype != np.float16 and (most := float(np.abs(features).max(initial=0))) >= FLOAT16_LIMIT:
+        return "too-large", f"a feature of {most:g} is too large for float16, whose largest is 65504"
+    scores = [*regions.scores, *(a.score for of_region in regions.attributes for a in of_region)]
+    if not are_finite(np.array(scores, np.float32)):
+        return "not-finite", "a score is not finite"
+    return None
 
 
 def _stored(features: npt.NDArray[Any], dtype: str) -> dict[str, npt.NDArray[Any]]:
     """Return features as the members that hold them."""
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused for that
-        halves = features.astype(np.float16, copy=False)
-    if dtype == "float16" or not are_finite(halves):  # int8 becomes float16 when it is read
-        return {"features": halves}
+    if dtype == "float16":
+        return {"features": features.astype(np.float16, copy=False)}
     values, scales = quantise(features)
     return {"scales": scales, "features": values}
 

@@ -487,9 +487,9 @@ def test_any_tar_gives_images_that_lie_in_it_and_says_what_is_wrong(content):
     with tempfile.TemporaryDirectory() as there:
         path = Path(there) / "x.tar"
         path.write_bytes(content)
-        rows, fault = scan_tar((0, path, "x.tar"))
-        assert isinstance(fault, str)
-        for _, name, _, offset, size, *_ in rows:
+        scan = scan_tar((0, path, "x.tar"))
+        assert 0 <= scan.read <= len(content)
+        for _, name, _, offset, size, *_ in (row.values() for row in scan.files.to_pylist()):
             assert name.startswith("x.tar/")
             assert ".." not in name.split("/")
             assert offset >= 0
@@ -500,9 +500,7 @@ def test_any_tar_gives_images_that_lie_in_it_and_says_what_is_wrong(content):
 
 def test_a_sound_tar_is_read_whole(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_of(MEMBERS))
-    rows, fault = scan_tar((0, tmp_path / "x.tar", "x.tar"))
-    assert fault == ""
-    assert [(row[1], row[5:]) for row in rows] == [
-        ("x.tar/0.jpg", ("u", "c", None)),
-        ("x.tar/1.png", (None, None, None)),
-    ]
+    scan = scan_tar((0, tmp_path / "x.tar", "x.tar"))
+    assert scan.fault == ""
+    rows = [(row["path"], row["url"], row["text"], row["fault"]) for row in scan.files.to_pylist()]
+    assert rows == [("x.tar/0.jpg", "u", "c", None), ("x.tar/1.png", None, None, None)]

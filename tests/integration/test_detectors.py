@@ -10,7 +10,7 @@ import torch
 import webdataset
 from safetensors.torch import save_file
 from small_detectors import entry_of, save
-from support import error_line, extract, oscar, photo
+from support import error_line, extract, oscar, photo, rejects
 
 from oscar_common.settings import Detector as Entry
 from oscar_extract.detector import build, configure, load_config, load_detector
@@ -52,6 +52,48 @@ def test_samples_carry_tags_and_attributes_of_visual_genome(made):
     assert {r["key"]: [[a["id"] for a in of] for of in r["attributes"]] for r in rows} == {
         key: [[a["id"] for a in of] for of in attributes] for key, attributes in by_key.items()
     }
+
+
+def samples_of(shards: Path) -> dict[str, dict[str, bytes]]:
+    """Every sample's members by its key, as bytes."""
+    stream = webdataset.WebDataset([str(p) for p in sorted(shards.glob("*.tar"))], shardshuffle=False)
+    return {s["__key__"]: {name: data for name, data in s.items() if name[0] != "_"} for s in stream}
+
+
+def test_an_image_with_a_score_that_is_not_finite_is_a_reject_and_the_others_keep_their_bytes(states, made, tmp_path):
+    """A weight that is NaN where attributes are told from one class: images without that class do not feel it."""
+    before = samples_of(made[1])
+    tags = [json.loads(sample["json"])["tags"] for sample in before.values()]
+    rare = min(
+        {tag for of_image in tags for tag in of_image}, key=lambda tag: sum(tag in of_image for of_image in tags)
+    )
+    classes = json.loads((made[1] / "manifest.json").read_bytes())["detector"]["classes"]
+    broken = {name: tensor.clone() for name, tensor in states["airsplay"].items()}
+    broken["roi_heads.box_predictor.cls_embedding.weight"][classes.index(rare)] = torch.nan
+
+    out = tmp_path / "out"
+    line = [*made[0], "--out", out, "--weights", save(broken, tmp_path / "broken.pkl")]
+    for again in ([], ["--retry-rejects"]):
+        done = extract(*line, *again)
+        assert done.returncode == 0, done.stderr
+        refused = rejects(out)
+        assert {(r["reason"], r["message"]) for r in refused} == {("not-finite", "a score is not finite")}
+        assert f"not-finite: {len(refused)}" in done.stdout
+        after = samples_of(out)
+        assert after == {key: before[key] for key in after}
+        gone = [json.loads(sample["json"])["image"]["path"] for key, sample in before.items() if key not in after]
+        assert sorted(gone) == sorted(r["path"] for r in refused)
+        assert after
+    assert "images were refused" in error_line(extract(*line, "--retry-rejects", "--max-reject-fraction", 0))
+
+
+def test_with_a_weight_that_is_not_finite_every_image_is_a_reject_and_the_job_exits_1(states, made, tmp_path):
+    broken = {name: tensor.clone() for name, tensor in states["airsplay"].items()}
+    broken["backbone.stem.conv1.weight"][0, 0, 0, 0] = torch.nan
+    done = extract(*made[0], "--out", tmp_path / "out", "--weights", save(broken, tmp_path / "broken.pkl"))
+    assert done.returncode == 1
+    assert "12 of 12 images were refused" in error_line(done)
+    assert [r["reason"] for r in rejects(tmp_path / "out")] == ["not-finite"] * 12
 
 
 @pytest.mark.parametrize(

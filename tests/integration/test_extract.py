@@ -1,11 +1,13 @@
 """`oscar-extract` as a user runs it: real photos, real kills, real mistakes."""
 
 import importlib.util
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +158,38 @@ def test_too_many_rejects_exit_1_and_retry_mends_them(photos: Path, tmp_path: Pa
     done = extract(*command, "--retry-rejects")
     assert done.returncode == 0, done.stderr
     assert not list(out.glob("*.rejects.parquet"))
+
+
+def test_a_flipped_bit_in_a_tar_is_named_and_joins_no_caption_to_another_image(photos: Path, tmp_path: Path):
+    """The header of one .txt, in the middle: before it was noticed, the next caption came to that image."""
+    tar, out = tmp_path / "images/00000.tar", tmp_path / "out"
+    tar.parent.mkdir()
+    pictures = sorted(photos.rglob("*.jpg"))[:5]
+    with tarfile.open(tar, "w") as archive:
+        for number, picture in enumerate(pictures):
+            for name, content in ((f"{number}.jpg", picture.read_bytes()), (f"{number}.txt", b"Caption %d." % number)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    with tarfile.open(tar) as archive:
+        header = archive.getmember("3.txt").offset
+    content = bytearray(tar.read_bytes())
+    content[header] ^= 4  # 3.txt becomes 7.txt
+    tar.write_bytes(content)
+
+    command = ("--images", tar.parent, "--out", out, *ARGUMENTS)
+    refused = extract(*command, "--max-reject-fraction", 0.2)
+    assert refused.returncode == 1
+    assert "of 5 images are missing" in error_line(refused)
+    assert "00000.tar" in error_line(refused)
+
+    done = extract(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"warning: 00000.tar is damaged: no tar header at byte {header:,} (bad checksum)" in done.stderr
+    samples = [s for p in sorted(out.glob("*.tar")) for s in webdataset.WebDataset(str(p), shardshuffle=False).decode()]
+    assert [(s["json"]["image"]["path"], s["json"]["texts"][0]["text"]) for s in samples] == [
+        (f"00000.tar/{n}.jpg", f"Caption {n}.") for n in range(3)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ LISTS: dict[str, tuple[str, ...]] = {  # files by which a dataset's folder is kn
     "vqa": (QUESTIONS,),
     "vg-qa": (VG_QA,),
 }
-MISSING = ("missing", "dead-link")  # reasons that count against --max-reject-fraction
+MISSING = ("missing", "dead-link", "damaged-tar")  # reasons that count against --max-reject-fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,7 @@ class Corpus:
     texts: pa.Table
     text_row: Ints
     left_out: pa.Table
+    lost: int  # images behind the damage of tars, about
 
 
 def find_files(request: Request) -> Listing:
@@ -132,7 +133,7 @@ def read_corpus(request: Request, inventory: Inventory) -> Corpus:
     missing = (file < 0) & ~held_out & ~excluded & ~unwanted
     keep = ((file >= 0) & ~held_out & ~excluded & ~unwanted)[there]
     if not keep.any():
-        raise _nothing_left(request, missing, held_out, excluded)
+        raise _nothing_left(request, missing, held_out, excluded, inventory.damage)
     kept, group = there[keep], np.unique(group[keep], return_inverse=True)[1].ravel()
     row = np.full(len(names), -1, np.int64)
     row[kept] = group
@@ -150,6 +151,7 @@ def read_corpus(request: Request, inventory: Inventory) -> Corpus:
         texts=texts,
         text_row=text_row,
         left_out=pa.concat_tables([*left_out, *_left_out(mention, held_out, excluded, missing, is_twin), *strays]),
+        lost=sum(d.lost for d in inventory.damaged),
     )
 
 
@@ -172,11 +174,11 @@ def _left_out(
         )
 
 
-def _nothing_left(request: Request, missing: Bools, held_out: Bools, excluded: Bools) -> UsageError:
+def _nothing_left(request: Request, missing: Bools, held_out: Bools, excluded: Bools, damage: str) -> UsageError:
     counts = (("missing", missing), ("held out", held_out), ("excluded", excluded))
     reasons = ", ".join(f"{int(n.sum())} {reason}" for reason, n in counts)
     hint = "; --splits takes other splits" if held_out.any() else ""
-    return UsageError(f"no image is left of the {len(missing)} of {_described(request)}: {reasons}{hint}")
+    return UsageError(f"no image is left of the {len(missing)} of {_described(request)}: {reasons}{damage}{hint}")
 
 
 def _read_parts(
@@ -207,9 +209,9 @@ def _read_parts(
         LEFT_OUT,
         len(inventory.damaged),
         dataset="tars",
-        image=strings([d[0] for d in inventory.damaged]),
+        image=strings([d.tar for d in inventory.damaged]),
         reason="damaged-tar",
-        message=strings([d[1] for d in inventory.damaged]),
+        message=strings([f"{d.fault}; images that cannot be used: about {d.lost:,}" for d in inventory.damaged]),
     )
     tables = [pa.concat_tables(getattr(a, n) for a in said) for n in ("images", "texts")]
     return roots, pa.concat_tables(files), *tables, [damaged, *(a.left_out for a in said)]

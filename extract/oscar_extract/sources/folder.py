@@ -24,6 +24,7 @@ def read_folder(place: Place, captions: str | None = None) -> Annotations:
         endings = " ".join(sorted(EXTENSIONS - {""}))
         raise UsageError(
             f"--images {place.root}: no image in it, only {place.inventory.others} other files; looked for {endings}"
+            f"{place.inventory.damage}"
         )
     return read_files(place, which, captions)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -11,7 +12,6 @@ from functools import cached_property
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from tarfile import TarError
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,10 @@ from oscar_common.tables import Ints, array, columns, find, last, reading, stems
 from oscar_common.text_files import NotText, decode
 from oscar_extract.images import EXTENSIONS
 from oscar_extract.sources.tables import FILES
-from oscar_extract.sources.tars import Window, members
+from oscar_shards.tar import Member, TarFault, Window, members
 
 ANNOTATIONS = frozenset({".json", ".jsonl", ".tsv", ".csv", ".txt", ".token", ".parquet"})
+WINDOW = 4096  # bytes of a tar that are read at once: a header, and often the small files after it
 SIDECAR_BYTES = 1 << 20  # a caption or the metadata of one image is smaller
 FAMILIES = {  # folder names by which the image sets of a shared root are told apart
     "coco": r"(?i)(^|/)((ms)?coco([-_]?20(14|15|17)|[-_]?images)?|(train|val|test|unlabeled)20(14|15|17))(/|$)",
@@ -47,6 +48,31 @@ DOWNLOADED = {"key", "url", "status", "caption"}
 
 
 @dataclass(frozen=True, kw_only=True)
+class Damage:
+    """What is wrong with a tar. lost: about how many images it has, or had, that cannot be used."""
+
+    tar: str
+    fault: str
+    lost: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """What a tar holds. files: its images that can be used, of the schema FILES. fault: what is wrong with it, or "".
+
+    read, unread: bytes before the damage and behind it. images: how many lie before it, those that cannot be used too.
+    listed: how many the table beside it lists, 0 without one.
+    """
+
+    files: pa.Table
+    fault: str
+    read: int
+    unread: int
+    images: int
+    listed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inventory:
     """`files`: a table of the schema FILES. `annotations`: other files that may say something of them.
 
@@ -58,8 +84,14 @@ class Inventory:
     files: pa.Table
     annotations: list[Path]
     dead: pa.Table
-    damaged: list[tuple[str, str]]  # tars that end before they should, and what is wrong with them
+    damaged: list[Damage]
     others: int
+
+    @property
+    def damage(self) -> str:
+        """Damaged tars, as the end of a message about images that are not there, or ""."""
+        more = f", and {len(self.damaged) - 1} more tars are damaged" if self.damaged[1:] else ""
+        return f"; {self.damaged[0].tar}: {self.damaged[0].fault}{more}" if self.damaged else ""
 
     @cached_property
     def paths(self) -> pa.Array:
@@ -159,19 +191,40 @@ def list_files(roots: list[Path], flag: str, skip: Path | None = None) -> Listin
 
 def take_inventory(found: Listing) -> Inventory:
     """Add the members of the tars, and what a downloader says of files."""
-    scanned = list(_scan_tars(found.tars))
-    members = pa.concat_tables([FILES.empty_table(), *(of_tar for of_tar, _ in scanned)])
+    scans = list(_scan_tars(found.tars))
+    in_tars = pa.concat_tables([FILES.empty_table(), *(scan.files for scan in scans)])
     tables = (read_downloads(number, found.roots[number], path) for number, path in found.tables)
     downloads = pa.concat_tables([DOWNLOADS.empty_table(), *tables])
     is_there = pc.equal(downloads["status"], "success")
     return Inventory(
         roots=found.roots,
-        files=_described(pa.concat_tables([found.files, members]), downloads.filter(is_there)),
+        files=_described(pa.concat_tables([found.files, in_tars]), downloads.filter(is_there)),
         annotations=found.annotations,
         dead=downloads.filter(pc.invert(is_there)),
-        damaged=[(readable(tar[2]), fault) for tar, (_, fault) in zip(found.tars, scanned, strict=True) if fault],
+        damaged=_damaged([readable(path or tar.name) for _, tar, path in found.tars], scans),
         others=found.others,
     )
+
+
+def _damaged(tars: list[str], scans: list[Scan]) -> list[Damage]:
+    """Return the damages, and how many images lie behind each, by the bytes that an image of these tars takes.
+
+    A file that is damaged from its first byte on is perhaps no tar of images at all: it counts as one image.
+    """
+    per_byte = sum(scan.images for scan in scans) / max(1, sum(scan.read for scan in scans))
+    return [
+        Damage(
+            tar=tar,
+            fault=scan.fault,
+            lost=max(1, max(scan.listed, _estimated(scan, per_byte)) - len(scan.files)),
+        )
+        for tar, scan in zip(tars, scans, strict=True)
+        if scan.fault
+    ]
+
+
+def _estimated(scan: Scan, per_byte: float) -> int:
+    return scan.images + round(scan.unread * per_byte) if scan.read else 0
 
 
 def _rows(number: int, root: Path, flag: str, found: Listing, seen: set[str]) -> Iterator[tuple[Any, ...]]:
@@ -249,48 +302,81 @@ def _looks_like_an_image(entry: "os.DirEntry[str]") -> bool:
     return os.path.splitext(entry.name)[1].lower() in EXTENSIONS - {""}
 
 
-def _scan_tars(tars: list[tuple[int, Path, str]]) -> Iterator[tuple[pa.Table, str]]:
-    """Yield the image members of each tar, and what is wrong with it; many are read by several processes."""
+def _scan_tars(tars: list[tuple[int, Path, str]]) -> Iterator[Scan]:
+    """Look into each tar; many are read by several processes."""
     if len(tars) < 8:
-        yield from map(_scanned, tars)
+        yield from map(scan_tar, tars)
         return
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        yield from pool.map(_scanned, tars)
+        yield from pool.map(scan_tar, tars)
 
 
-def _scanned(place: tuple[int, Path, str]) -> tuple[pa.Table, str]:
-    """Return a table, which takes a tenth of the memory, and of the time to send, of a list of rows."""
-    rows, fault = scan_tar(place)
-    return table(FILES, rows), fault
+def scan_tar(place: tuple[int, Path, str]) -> Scan:
+    """List a tar's images, with the texts beside them.
 
-
-def scan_tar(place: tuple[int, Path, str]) -> tuple[list[tuple[Any, ...]], str]:
-    """Return rows of the schema FILES for a tar's images, with the texts beside them; and what is wrong with it."""
+    Its path is given as root, file, and path under the root. Of a damaged tar these are the images before the damage,
+    but for those whose texts may lie behind it.
+    """
     number, tar, path = place
     label, raw = readable(path or tar.name), os.fsencode(path)
-    images: list[tuple[str, str, int, int]] = []
-    sidecars: dict[str, dict[str, str]] = {}
-    fault = ""
+    images: list[tuple[str, Member]] = []  # with their stems
+    sidecars: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    kinds: defaultdict[str, set[str]] = defaultdict(set)  # of the text files beside each image
+    fault, size, read = "", 0, 0
     told = _told(tar.with_suffix(".parquet"))
     try:
-        with Window(tar) as file:
-            for name, offset, size in members(file):
-                stem, extension = os.path.splitext(name)
+        size = tar.stat().st_size
+        with Window(tar, WINDOW) as window:
+            for member in members(window, foreign=True):
+                read = member.end
+                if os.path.basename(member.name).startswith("."):
+                    continue
+                stem, extension = os.path.splitext(member.name)
                 if extension.lower() in EXTENSIONS and extension:
-                    images.append((name, stem, offset, size))
-                elif extension in (".txt", ".json") and size <= SIDECAR_BYTES and stem not in told:
-                    sidecars.setdefault(stem, {}).update(_sidecar(extension, file.read(offset, size)))
-    except (TarError, OSError) as error:
+                    images.append((stem, member))
+                elif extension in (".txt", ".json") and stem not in told:
+                    kinds[stem].add(extension)
+                    if member.size <= SIDECAR_BYTES:
+                        content = window.content(member.data, member.data + member.size)
+                        sidecars[stem].update(_sidecar(extension, content))
+    except (TarFault, OSError) as error:
         fault = reason(error)
-    rows = [
+    whole = _with_their_texts(images, kinds, told) if fault else images
+
+    rows = (
         (
-            *(number, f"{label}/{_harmless(member)}", raw, offset, size),
+            *(number, f"{label}/{_harmless(member.name)}", raw, member.data, member.size),
             *(beside.get(name) for name in ("url", "text", "fault")),
         )
-        for member, stem, offset, size in images
+        for stem, member in whole
         for beside in [sidecars.get(stem, {})]
+    )
+    # A table takes a tenth of the memory of a list of rows, and of the time to send it to another process.
+    return Scan(
+        files=table(FILES, rows),
+        fault=fault,
+        read=read,
+        unread=size - read if fault else 0,
+        images=len(images),
+        listed=len(told),
+    )
+
+
+def _with_their_texts(
+    images: list[tuple[str, Member]], kinds: dict[str, set[str]], told: set[str]
+) -> list[tuple[str, Member]]:
+    """Leave out images before a damage that may have texts behind it.
+
+    Those lack a kind of text file that another image has; of a first image nobody knows what it should have. What the
+    table beside the tar says of an image is whole.
+    """
+    stems = {stem for stem, _ in images}
+    usual = {kind for stem in stems for kind in kinds.get(stem, ())}
+    return [
+        (stem, member)
+        for stem, member in images
+        if stem in told or (len(stems) > 1 and kinds.get(stem, set()) >= usual)
     ]
-    return rows, fault
 
 
 def _told(path: Path) -> set[str]:

@@ -16,12 +16,9 @@ from oscar_shards.formats import sidecar
 from oscar_shards.formats.foreign import Ints, Refused, Rows
 from oscar_shards.formats.lines import Lines
 from oscar_shards.manifest import Layout
-from oscar_shards.quantise import are_finite
 from oscar_shards.read import is_whole
 from oscar_shards.samples import JSON_LIMIT
-from oscar_shards.write import Reject, rejects_path, sample_json, write_shard
-
-OVERFLOW = 65520  # float32 from here on is infinite as float16
+from oscar_shards.write import Reject, rejects_path, sample_json, unfit_numbers, write_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +148,8 @@ def checked(sample: Sample, layout: Layout) -> Sample:
         raise Refused("size", f"{width} features a region; in the first rows there are {layout.feature_dim}")
     if len(regions.tags) not in (0, k) or len(regions.scores) != len(regions.tags):
         raise Refused("count", f"{k} regions, {len(regions.tags)} tags and {len(regions.scores)} scores")
-    if not are_finite(regions.boxes) or not are_finite(regions.features):
-        raise Refused("not-finite", "a box or a feature is not finite")
-    if regions.features.dtype != np.float16 and (most := float(np.abs(regions.features).max(initial=0))) >= OVERFLOW:
-        raise Refused("too-large", f"a feature of {most:g} is too large for float16, whose largest is 65504")
-    numbers = [*regions.scores, *(a.score for some in regions.attributes for a in some)]
-    if not are_finite(np.array(numbers, np.float32)):
-        raise Refused("not-finite", "a score is not finite")
+    if unfit := unfit_numbers(regions):
+        raise Refused(*unfit)
     content = sample_json(sample)  # which fails on what is no Unicode
     if len(content) > JSON_LIMIT:
         raise Refused("too-long", f"{len(content):,} bytes of JSON; at most {JSON_LIMIT:,}")
