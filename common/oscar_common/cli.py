@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from oscar_common import __version__
-from oscar_common.config import load_catalog, meaning, parse, read_yaml, said_in
+from oscar_common.config import load_catalog, meaning, parse, read_yaml
 from oscar_common.errors import Stopped, UsageError, nearest, reason
 from oscar_common.memory import lacks_memory
 from oscar_common.settings import Catalog, Train
@@ -80,11 +80,11 @@ def settings_command(
             said = _said(schema, flags)
             if resume is not None and resumed is not None:
                 _refuse_with_resume({"pipeline": pipeline, **said})
-                begin = resumed(Path(resume))
+                layer = vars(resumed(Path(resume)))
             else:
-                begin = _pipeline(catalog, pipeline, stage) if pipeline is not None else schema()
+                layer = _pipeline(catalog, pipeline, stage) if pipeline is not None else {}
             with continuable():
-                function(_resolve(catalog, begin, said), catalog)
+                function(_resolve(schema, catalog, layer, said), catalog)
 
         command = click.Command(
             name=f"oscar-{stage}",
@@ -198,10 +198,11 @@ def _said(schema: type[Any], flags: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-def _pipeline(catalog: Catalog, name: str, stage: str) -> Any:
+def _pipeline(catalog: Catalog, name: str, stage: str) -> dict[str, Any]:
     if name not in catalog.pipelines:
         raise UsageError(f"--pipeline: no pipeline {name!r}{nearest(name, catalog.pipelines)}")
-    return getattr(catalog.pipelines[name], stage)
+    values: dict[str, Any] = getattr(catalog.pipelines[name], stage)
+    return values
 
 
 def _refuse_with_resume(said: dict[str, Any]) -> None:
@@ -210,12 +211,11 @@ def _refuse_with_resume(said: dict[str, Any]) -> None:
             raise UsageError(f"--resume: the run has its own settings and folder; it cannot be given with --{name}")
 
 
-def _resolve(catalog: Catalog, begin: S, said: dict[str, Any]) -> S:
-    """Return settings of which a recipe's values are the lowest layer, and flags the highest."""
-    recipe = said.get("recipe") or getattr(begin, "recipe", None)
-    if recipe is not None:
-        begin = dataclasses.replace(_recipe(catalog, recipe), **said_in(begin))
-    return dataclasses.replace(begin, **said)  # type: ignore[type-var]
+def _resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dict[str, Any]) -> S:
+    """Return settings of which a recipe's values are the lowest layer, a pipeline's the next, and flags the highest."""
+    recipe = said.get("recipe") or layer.get("recipe")
+    lowest = {} if recipe is None else vars(_recipe(catalog, recipe))
+    return schema(**{**lowest, **layer, **said})
 
 
 def _recipe(catalog: Catalog, name: str) -> Any:

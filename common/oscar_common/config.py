@@ -16,7 +16,6 @@ from oscar_common.settings import Catalog
 from oscar_common.text_files import read_text
 
 FILE = "pipelines.yaml"
-_SAID = "_said"  # attribute of what `parse` made: the names that were said
 LONGEST = 1 << 20  # bytes of a file of settings
 S = TypeVar("S")
 
@@ -57,27 +56,23 @@ def installed_catalog() -> Catalog:
 
 def parse(schema: type[S], content: Any, place: str) -> S:
     """Make a dataclass from a mapping; `place` (`pipelines.yaml: pipelines.demo.train`) begins every message."""
+    values = checked(schema, content, place)
+    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in values:
+            raise UsageError(f"{place}: key {field.name!r} is missing")
+    return schema(**values)
+
+
+def checked(schema: type[Any], content: Any, place: str) -> dict[str, Any]:
+    """Return those values of a dataclass' fields that a mapping has, each of its field's type and in its range."""
     if not isinstance(content, Mapping):
         raise UsageError(f"{place}: {shown(content)} is no mapping of {schema.__name__.lower()} settings")
     hints = typing.get_type_hints(schema)
-    fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(schema)}
     for key in content:
         if key not in fields:
             raise UsageError(f"{place}: unknown key {shown(key)}{nearest(str(key), fields)}")
-    required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
-    for name in required:
-        if name not in content:
-            raise UsageError(f"{place}: key {name!r} is missing")
-    made = schema(
-        **{name: value(hints[name], given, f"{place}: {name}", fields[name]) for name, given in content.items()}
-    )
-    object.__setattr__(made, _SAID, tuple(content))
-    return made
-
-
-def said_in(settings: Any) -> dict[str, Any]:
-    """Return those values of parsed settings that were said, and are not just defaults."""
-    return {name: getattr(settings, name) for name in getattr(settings, _SAID, ())}
+    return {name: value(hints[name], given, f"{place}: {name}", fields[name]) for name, given in content.items()}
 
 
 def shown(value: Any) -> str:
@@ -91,6 +86,8 @@ def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") ->
         if given is None:
             return None
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+    if schema := field.metadata.get("values_of"):
+        return checked(schema, given, place)
     if typing.get_origin(hint) is dict:
         return _entries(typing.get_args(hint)[1], given, place)
     if typing.get_origin(hint) is list:

@@ -432,10 +432,13 @@ def paths() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """An entry of `pipelines:` in pipelines.yaml."""
+    """An entry of `pipelines:` in pipelines.yaml: of each stage the settings that it has, of the fields' types.
 
-    extract: Extract = field(default_factory=Extract)
-    train: Train = field(default_factory=Train)
+    They are a layer over a recipe's and under the flags', so those that it does not have are not filled in.
+    """
+
+    extract: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Extract})
+    train: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Train})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,14 @@ def load(tmp_path: Path, text: str):
 
 def test_the_shipped_file_is_valid():
     catalog = load_catalog(Path(__file__).parents[2] / "pipelines.yaml")
-    assert set(catalog.pipelines["demo"].extract.dataset) <= set(catalog.datasets)
-    assert catalog.pipelines["demo"].extract.detector in catalog.detectors
+    assert set(catalog.pipelines["demo"].extract["dataset"]) <= set(catalog.datasets)
+    assert catalog.pipelines["demo"].extract["detector"] in catalog.detectors
 
 
 def test_scientific_notation_is_a_number_although_yaml_says_text(tmp_path):
     catalog = load(tmp_path, "pipelines: {a: {train: {lr: 5e-5, max_grad_norm: 1}}}")
-    assert catalog.pipelines["a"].train.lr == 5e-5
-    assert catalog.pipelines["a"].train.max_grad_norm == 1.0
+    assert catalog.pipelines["a"].train["lr"] == 5e-5
+    assert catalog.pipelines["a"].train["max_grad_norm"] == 1.0
 
 
 @pytest.mark.parametrize(

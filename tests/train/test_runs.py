@@ -85,7 +85,7 @@ def test_missing_texts_are_noticed_before_torch_is_imported(shards: Path, tmp_pa
 
 def test_texts_may_stand_in_pipelines_yaml(tmp_path: Path):
     (tmp_path / "p.yaml").write_text("pipelines:\n  mine:\n    train: {texts: [a.parquet, b.parquet]}\n")
-    assert load_catalog(tmp_path / "p.yaml").pipelines["mine"].train.texts == ["a.parquet", "b.parquet"]
+    assert load_catalog(tmp_path / "p.yaml").pipelines["mine"].train["texts"] == ["a.parquet", "b.parquet"]
     assert any(option.name == "texts" and option.multiple for option in command.params)
 
 
