@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from oscar_common.errors import OperationError, UsageError
 
+_MARGIN = 1 << 16  # bytes at both ends of a file among which its mark lies
 TEMPORARY = ".tmp-"  # prefix of everything unfinished; a killed run's leftovers are overwritten by the next run
 
 
@@ -34,10 +35,61 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):  # not every file system can
             _sync(path.parent)  # the name, too, outlives a power cut, before anything that relies on it is written
     except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # "no space left" alone does not say where
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(unfinished)):
+            error.filename = str(path)  # the name that the user knows; "no space left" alone has none
         raise
+
+
+def check_output_file(
+    path: Path, flag: str, *, mark: bytes, overwrite: bool = False, makes_folder: bool = False
+) -> None:
+    """Refuse a file of output that cannot be written, or that would replace a file of the user's.
+
+    Args:
+        path: the file.
+        flag: the option that names it.
+        mark: bytes near the beginning or the end of all files that this command writes, by which it knows its own.
+        overwrite: replace a file of any kind.
+        makes_folder: whether the command makes the folder of the file.
+
+    Raises:
+        UsageError: in one line, before any work.
+    """
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: a folder; give a file to write")
+    if not makes_folder and not path.parent.exists():
+        raise UsageError(f"{flag} {path}: no such folder: {path.parent}; make it, or give another {flag}")
+    check_writable(path.parent, f"{flag} {path}", flag)
+    if path.exists() and not overwrite and not _has_mark(path, mark):
+        raise UsageError(
+            f"{flag} {path}: the file exists and this command did not write it; give another {flag}, or --overwrite"
+        )
+
+
+def check_writable(folder: Path, place: str, flag: str) -> None:
+    """Refuse a folder in which nothing can be written, or made if it is not there yet; `place` begins the message.
+
+    Raises:
+        UsageError: in one line.
+    """
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{place}: {nearest} is a file, not a folder; give another {flag}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{place}: no permission to write in {nearest}; give another {flag}")
+
+
+def _has_mark(path: Path, mark: bytes) -> bool:
+    """Whether the first or the last bytes of a file have a mark."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_MARGIN)
+            file.seek(max(0, path.stat().st_size - _MARGIN))
+            return mark in head or mark in file.read()
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -21,6 +21,9 @@ or of any other writer with the same members: KEY.json, KEY.boxes.npy, KEY.featu
 _examples = partial(examples, "oscar-shards")
 paths = click.argument("paths", metavar="PATH...", type=PATH, nargs=-1, required=True)
 one_path = click.argument("path", metavar="PATH", type=PATH)
+overwrite = click.option(
+    "--overwrite", is_flag=True, help="Replace a file that this command did not write. Its own are always replaced."
+)
 workers = click.option("--workers", type=click.IntRange(1), help="Processes. [default: as many as cores]")
 
 
@@ -77,11 +80,12 @@ def index(paths: tuple[Path, ...], classes: Path | None, workers: int | None) ->
 @command.command(epilog=_examples("stats shards", "stats shards --html stats.html"))
 @paths
 @click.option("--html", type=PATH, help="Write a page with plots.")
-def stats(paths: tuple[Path, ...], html: Path | None) -> None:
+@overwrite
+def stats(paths: tuple[Path, ...], html: Path | None, overwrite: bool) -> None:
     """Count images, triples by source and kind, regions, tags, tokens and bytes."""
     from oscar_shards.pages.report import write_report
 
-    write_report(paths, html)
+    write_report(paths, html, overwrite)
 
 
 @command.command(
@@ -97,11 +101,20 @@ def stats(paths: tuple[Path, ...], html: Path | None) -> None:
 @click.option("--images", type=PATH, help="Folder of the photos; without it boxes are drawn on blank canvases.")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Show at most so many images.")
 @click.option("--html", type=PATH, default=Path("shards.html"), show_default=True, help="The page to write.")
-def show(path: Path, keys: tuple[str, ...], tags: tuple[str, ...], images: Path | None, limit: int, html: Path) -> None:
+@overwrite
+def show(
+    path: Path,
+    keys: tuple[str, ...],
+    tags: tuple[str, ...],
+    images: Path | None,
+    limit: int,
+    html: Path,
+    overwrite: bool,
+) -> None:
     """Write one page with photos, their boxes, tags, scores and texts, to be filtered by tag in a browser."""
     from oscar_shards.pages.show import show as write_page
 
-    write_page(path, keys, tags, images, limit, html)
+    write_page(path, keys, tags, images, limit, html, overwrite)
 
 
 @command.command(
@@ -170,11 +183,12 @@ def export(format: str, path: Path, out: Path, overwrite: bool) -> None:
     help="What the new texts stand instead of: nothing; the texts of the images that have new ones; all texts.",
 )
 @click.option("--out", type=PATH, required=True, help="The overlay to write, a .parquet file.")
-def texts(path: Path, files: tuple[Path, ...], source: str | None, replace: str, out: Path) -> None:
+@overwrite
+def texts(path: Path, files: tuple[Path, ...], source: str | None, replace: str, out: Path, overwrite: bool) -> None:
     """Add or replace texts without touching the shards: write an overlay, for oscar-train --texts."""
     from oscar_shards.texts import write_overlay
 
-    write_overlay(path, files, source, replace, out)
+    write_overlay(path, files, source, replace, out, overwrite)
 
 
 def main() -> None:

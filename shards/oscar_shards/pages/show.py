@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from oscar_common.errors import UsageError, nearest, reason
-from oscar_common.files import replacing
+from oscar_common.files import check_output_file, replacing
 from oscar_common.progress import meter
 from oscar_shards.manifest import Manifest
-from oscar_shards.pages.page import page, size, text
+from oscar_shards.pages.page import MARK, page, size, text
 from oscar_shards.pages.view import MOST, sheet
 from oscar_shards.read import manifest_of, read_index, tars_at
 
@@ -21,7 +21,15 @@ CANDIDATES = 10_000  # names among which one is looked for that was meant
 LISTS = ("tags", "scores", "attributes", "texts")
 
 
-def show(path: Path, keys: Sequence[str], tags: Sequence[str], images: Path | None, limit: int, html: Path) -> None:
+def show(
+    path: Path,
+    keys: Sequence[str],
+    tags: Sequence[str],
+    images: Path | None,
+    limit: int,
+    html: Path,
+    overwrite: bool = False,
+) -> None:
     """Write the page of at most `limit` images: those with these keys, those with any of these tags, else the first.
 
     Raises:
@@ -30,8 +38,7 @@ def show(path: Path, keys: Sequence[str], tags: Sequence[str], images: Path | No
     tars, manifest = tars_at(path), manifest_of(path)
     if images is not None and not images.is_dir():
         raise UsageError(f"--images {images}: no such folder; give the one that has the photos")
-    if html.is_dir() or not html.parent.is_dir():
-        raise UsageError(f"--html {html}: {'a folder' if html.is_dir() else 'no such folder'}; give a file to write")
+    check_output_file(html, "--html", mark=MARK, overwrite=overwrite)
     rows = choose(path, keys, tags, limit)
     lead = _lead(len(rows), len(tars), limit, manifest)
     with replacing(html) as file:

@@ -7,6 +7,7 @@ import click
 
 from oscar_common import __version__
 from oscar_common.cli import PATH, examples, run
+from oscar_common.files import check_output_file
 from oscar_common.settings import DEVICES, OBJECTIVES, PRECISIONS
 from oscar_train.arguments import FEW_SHAPES, SHUFFLES
 
@@ -19,6 +20,8 @@ those of two models compare; a --seed draws other questions.
 
 Of shards that the model was trained on, only the images that --eval-fraction held out are asked about.
 """
+
+MARK = b'{\n "model": '  # how the JSON of an evaluation begins
 
 _examples = partial(examples, "oscar-evaluate")
 
@@ -49,6 +52,7 @@ _examples = partial(examples, "oscar-evaluate")
 )
 @click.option("--controls", is_flag=True, help="All of --shuffle, side by side.")
 @click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write the numbers to a file, too.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --json even if this command did not write it.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), help="What is replaced. [default: as it was trained]")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the questions.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Triples at once.")
@@ -57,8 +61,10 @@ _examples = partial(examples, "oscar-evaluate")
 @click.option("--cache", help="Folder for token ids and fetched shards. [default: ~/.cache/oscar-pretrain]")
 @click.option("--skip-corrupt", is_flag=True, help="Go on without shards and images that are gone or damaged.")
 @click.version_option(__version__)
-def command(shuffle: tuple[str, ...], controls: bool, **flags: Any) -> None:
+def command(shuffle: tuple[str, ...], controls: bool, overwrite: bool, **flags: Any) -> None:
     """Check the arguments, and only then import torch."""
+    if flags["json_file"] is not None:
+        check_output_file(flags["json_file"], "--json", mark=MARK, overwrite=overwrite)
     from oscar_train.evaluation.evaluate import Asked, evaluate
 
     evaluate(Asked(shuffles=SHUFFLES if controls else tuple(dict.fromkeys(shuffle)), **flags))

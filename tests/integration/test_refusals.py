@@ -1,0 +1,71 @@
+"""What cannot be meant is refused in one line, at once, and no file of the user's is lost."""
+
+from pathlib import Path
+
+import click
+import pytest
+from small_shards import make_samples, write_folder
+from support import error_line, run_here
+
+import oscar_shards.__main__
+import oscar_train.evaluation.command
+from oscar_common.files import replacing
+
+shards_command = oscar_shards.__main__.command
+evaluate_command = oscar_train.evaluation.command.command
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("refusals") / "shards", make_samples(12))
+
+
+def refused(command: click.Command, *arguments: object) -> str:
+    """Run a command that must refuse its arguments, and return its one line."""
+    done = run_here(command, *arguments)
+    assert done.returncode == 2, done.stderr
+    return error_line(done)
+
+
+def outputs(shards: Path, folder: Path) -> list[tuple[click.Command, list[object]]]:
+    """The commands that write one file, without the file."""
+    captions = folder / "captions.tsv"
+    captions.write_text("image\tcaption\n5.jpg\tOne.\n")
+    return [
+        (shards_command, ["show", shards, "--html"]),
+        (shards_command, ["stats", shards, "--html"]),
+        (shards_command, ["texts", shards, "--captions", captions, "--out"]),
+        (evaluate_command, ["nowhere", "--json"]),
+    ]
+
+
+def test_a_file_of_the_users_is_never_overwritten_unasked(shards: Path, tmp_path: Path):
+    precious = tmp_path / "precious.parquet"
+    precious.write_text("image,caption\n")
+    for command, line in outputs(shards, tmp_path):
+        assert f"{line[-1]} {precious}: the file exists" in refused(command, *line, precious)
+        assert precious.read_text() == "image,caption\n"
+
+
+def test_a_command_replaces_its_own_file_and_with_overwrite_any(shards: Path, tmp_path: Path):
+    for number, (command, line) in enumerate(outputs(shards, tmp_path)[:3]):
+        out = tmp_path / f"{number}.parquet"
+        out.write_text("mine")
+        for flags in (["--overwrite"], []):
+            done = run_here(command, *line, out, *flags)
+            assert done.returncode == 0, done.stderr
+
+
+def test_an_output_that_cannot_be_written_is_named_as_it_was_given(shards: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    for command, line in outputs(shards, tmp_path):
+        for out in (tmp_path, tmp_path / "file" / "o.parquet"):
+            said = refused(command, *line, out)
+            assert f"{line[-1]} {out}: " in said
+            assert ".tmp-" not in said
+
+
+def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path: Path):
+    with pytest.raises(OSError, match="No such file") as error, replacing(tmp_path / "no" / "where"):
+        pass
+    assert error.value.filename == str(tmp_path / "no" / "where")
