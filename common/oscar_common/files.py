@@ -6,13 +6,14 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from oscar_common.errors import OperationError, UsageError
 
+LOGS = (".log", ".out", ".err")  # suffixes of what a scheduler writes beside a command's output
 _MARGIN = 1 << 16  # bytes at both ends of a file among which its mark lies
 TEMPORARY = ".tmp-"  # prefix of everything unfinished; a killed run's leftovers are overwritten by the next run
 
@@ -68,6 +69,29 @@ def check_output_file(
         )
 
 
+def check_output_folder(folder: Path, flag: str, marks: Iterable[str]) -> None:
+    """Refuse a folder of output that cannot be written, or that holds files of anything but this command.
+
+    Args:
+        folder: it need not exist.
+        flag: the option that names it.
+        marks: patterns of names; a folder that has one of them is the command's own. Hidden files and logs, which a
+            scheduler may put there, are in no folder's way.
+
+    Raises:
+        UsageError: in one line, before any work.
+    """
+    check_writable(folder, f"{flag} {folder}", flag)
+    if not folder.exists() or any(next(folder.glob(mark), None) for mark in marks):
+        return
+    strangers = (path.name for path in folder.iterdir() if not path.name.startswith(".") and path.suffix not in LOGS)
+    if (stranger := next(strangers, None)) is not None:
+        raise UsageError(
+            f"{flag} {folder}: the folder holds {stranger!r}, which this command did not write; give a new folder, "
+            "or an empty one"
+        )
+
+
 def check_writable(folder: Path, place: str, flag: str) -> None:
     """Refuse a folder in which nothing can be written, or made if it is not there yet; `place` begins the message.
 
@@ -76,7 +100,7 @@ def check_writable(folder: Path, place: str, flag: str) -> None:
     """
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir():
-        raise UsageError(f"{place}: {nearest} is a file, not a folder; give another {flag}")
+        raise UsageError(f"{place}: {nearest} is a file; give a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"{place}: no permission to write in {nearest}; give another {flag}")
 

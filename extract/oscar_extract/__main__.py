@@ -7,8 +7,10 @@ from pathlib import Path
 from oscar_common import cli
 from oscar_common.config import installed_catalog
 from oscar_common.errors import UsageError, nearest
+from oscar_common.files import check_output_folder
 from oscar_common.settings import Catalog, Detector, Extract
 from oscar_extract.download import zoo_config
+from oscar_shards.manifest import FILE as MANIFEST
 
 HELP = """Find regions in images and write them to shards.
 
@@ -71,9 +73,8 @@ def check(settings: Extract) -> None:
         raise UsageError(
             "--workers is for this machine; with --scheduler its own workers do the work: give one of them"
         )
-    out = Path(settings.out or ".")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: it is a file; give a folder")
+    if settings.out is not None and not settings.dry_run:
+        check_output_folder(Path(settings.out), "--out", (MANIFEST,))
 
 
 def choose_detector(settings: Extract, catalog: Catalog) -> Detector:

@@ -166,7 +166,7 @@ def test_too_many_rejects_exit_1_and_retry_mends_them(photos: Path, tmp_path: Pa
         (["--images", "absent", "--out", "o"], "--images absent: no such folder"),
         (["--images", "empty", "--out", "o"], "no image in it, only 1 other files"),
         (["--images", "."], "give --out DIR"),
-        (["--images", ".", "--out", "file"], "--out file: it is a file"),
+        (["--images", ".", "--out", "file"], "--out file: file is a file; give a folder"),
         (["--images", ".", "--out", "o", "--min-boxes", "50", "--max-boxes", "40"], "--min-boxes 50 is more than"),
         (["--images", ".", "--out", "o", "--score-threshold", "2"], "--score-threshold: 2.0 is out of range"),
         (["--images", ".", "--out", "o", "--detector", "bultin"], "did you mean 'builtin'"),

@@ -7,10 +7,15 @@ import pytest
 from small_shards import make_samples, write_folder
 from support import error_line, run_here
 
+import oscar_extract.__main__
 import oscar_shards.__main__
+import oscar_train.__main__
 import oscar_train.evaluation.command
-from oscar_common.files import replacing
+from oscar_common.errors import UsageError
+from oscar_common.files import check_output_folder, replacing
 
+extract_command = oscar_extract.__main__.command
+train_command = oscar_train.__main__.command
 shards_command = oscar_shards.__main__.command
 evaluate_command = oscar_train.evaluation.command.command
 
@@ -69,3 +74,32 @@ def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path: Path):
     with pytest.raises(OSError, match="No such file") as error, replacing(tmp_path / "no" / "where"):
         pass
     assert error.value.filename == str(tmp_path / "no" / "where")
+
+
+def test_output_is_never_mixed_with_the_users_files(shards: Path, tmp_path: Path):
+    photos, tsv = tmp_path / "photos", tmp_path / "features.tsv"
+    photos.mkdir()
+    (photos / "a.jpg").touch()
+    tsv.touch()
+    for command, line in (
+        (extract_command, ["--images", photos, "--out", photos]),
+        (extract_command, ["--images", photos, "--captions", "txt", "--overwrite", "--out", tmp_path]),
+        (train_command, ["--shards", shards, "--out", shards]),
+        (train_command, ["--shards", shards, "--overwrite", "--out", photos]),
+        (shards_command, ["import", "lxmert", tsv, "--out", photos]),
+    ):
+        before = sorted(line[-1].iterdir())
+        said = refused(command, *line)
+        assert f"--out {line[-1]}: the folder holds" in said, said
+        assert sorted(line[-1].iterdir()) == before
+
+
+def test_logs_and_hidden_files_are_in_no_outputs_way(tmp_path: Path):
+    for name in (".gitignore", "slurm-17.out", "train.log"):
+        (tmp_path / name).touch()
+    check_output_folder(tmp_path, "--out", ("run.yaml",))
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UsageError, match=r"the folder holds 'notes\.txt'"):
+        check_output_folder(tmp_path, "--out", ("run.yaml",))
+    (tmp_path / "run.yaml").touch()
+    check_output_folder(tmp_path, "--out", ("run.yaml",))

@@ -6,10 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from oscar_common.errors import UsageError, nearest
+from oscar_common.files import check_output_folder
 from oscar_common.settings import Train
 
 RANDOM = "random:"
 CHECKPOINT = "checkpoint-"  # of folders' names
+RUN_FILE = "run.yaml"  # the settings of a run, in its folder
 SHUFFLES = ("features", "tags", "captions")  # what an evaluation may take from another image
 # Batches have ever other numbers of tokens, and on a CPU torch keeps what it prepared for the last 1,024 of them, which
 # takes gigabytes; what a step needs more than once are some dozens.
@@ -42,13 +44,12 @@ def check(settings: Train) -> Path:
         if not Path(texts).is_file():
             raise UsageError(f"--texts {texts}: no such file; give one that oscar-shards texts wrote")
     out = Path(settings.out)
+    check_output_folder(out, "--out", (RUN_FILE, f"{CHECKPOINT}*", "metrics.csv"))
     if settings.overwrite or not any(out.glob(f"{CHECKPOINT}*")):  # else the checkpoint has all that is needed
         _check_init(settings.init)
     check_ranks(settings)
     if settings.wandb is not None and getattr(find_spec("wandb"), "origin", None) is None:  # a folder may be called so
         raise UsageError(f"--wandb {settings.wandb}: wandb is not installed; pip install wandb, or leave --wandb out")
-    if (nearest_file := next((p for p in (out, *out.parents) if p.exists()), None)) and not nearest_file.is_dir():
-        raise UsageError(f"--out {out}: {nearest_file} is a file; give a folder")
     return out
 
 

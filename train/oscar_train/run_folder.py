@@ -14,9 +14,9 @@ from oscar_common.config import parse, read_yaml
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
 from oscar_common.settings import Train, paths
-from oscar_train.arguments import CHECKPOINT
+from oscar_train.arguments import CHECKPOINT, RUN_FILE
 
-FILE, VOCABULARY = "run.yaml", "tag_vocabulary.txt"
+FILE, VOCABULARY = RUN_FILE, "tag_vocabulary.txt"
 
 
 def write_settings(out: Path, settings: Train) -> None:
