@@ -25,12 +25,29 @@ S = TypeVar("S")
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 
 
+def check_local(given: str, flag: str) -> None:
+    """Refuse a URL where only a path of this machine will do, which would otherwise be a folder named `s3:`.
+
+    Raises:
+        UsageError: it is a URL.
+    """
+    if "://" in given:
+        raise UsageError(f"{flag} {given}: a URL; give a path on this machine (a mounted bucket will do)")
+
+
+def flag_of(param: click.Parameter) -> str:
+    """Return the name of an option or argument for messages."""
+    return param.opts[0] if isinstance(param, click.Option) else param.human_readable_name.rstrip(".")
+
+
 class _Path(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A path; whether it is there is for the command to say, with what to give instead."""
 
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if isinstance(value, str) and param is not None:
+            check_local(value, flag_of(param))
         return Path(value)
 
 
@@ -73,15 +90,17 @@ def settings_command(
     """
 
     def decorate(function: Callable[[S, Catalog], None]) -> click.Command:
-        def callback(pipeline: str | None, pipelines: str | None, resume: str | None = None, **flags: Any) -> None:
-            catalog = load_catalog(Path(pipelines) if pipelines else None)
+        def callback(pipeline: str | None, pipelines: Path | None, resume: Path | None = None, **flags: Any) -> None:
+            catalog = load_catalog(pipelines)
             said = _said(schema, flags)
             if resume is not None and resumed is not None:
                 _refuse_with_resume({"pipeline": pipeline, **said})
-                begin = resumed(Path(resume))
+                begin = resumed(resume)
             else:
                 begin = _pipeline(catalog, pipeline, stage) if pipeline is not None else schema()
-            function(_resolve(catalog, begin, said), catalog)
+            settings = _resolve(catalog, begin, said)
+            _check_paths(settings)
+            function(settings, catalog)
 
         command = click.Command(
             name=f"oscar-{stage}",
@@ -135,10 +154,15 @@ def _fail(message: str, code: int) -> NoReturn:
 
 _PIPELINE_OPTIONS = [
     click.Option(["--pipeline"], metavar="NAME", help="Take settings from `pipelines:` in pipelines.yaml; flags win."),
-    click.Option(["--pipelines"], metavar="FILE", help="[default: ./pipelines.yaml, else the one that is installed]"),
+    click.Option(
+        ["--pipelines"], type=PATH, metavar="FILE", help="[default: ./pipelines.yaml, else the one that is installed]"
+    ),
 ]
 _RESUME_OPTION = click.Option(
-    ["--resume"], metavar="RUN", help="Go on with the run in this folder, wherever it was made, with its own settings."
+    ["--resume"],
+    type=PATH,
+    metavar="RUN",
+    help="Go on with the run in this folder, wherever it was made, with its own settings.",
 )
 
 
@@ -199,6 +223,15 @@ def _resolve(catalog: Catalog, begin: S, said: dict[str, Any]) -> S:
     if recipe is not None:
         begin = dataclasses.replace(_recipe(catalog, recipe), **said_in(begin))
     return dataclasses.replace(begin, **said)  # type: ignore[type-var]
+
+
+def _check_paths(settings: Any) -> None:
+    """Refuse URLs in settings that are paths of this machine, wherever they were said."""
+    for field in dataclasses.fields(settings):
+        given = getattr(settings, field.name)
+        if field.metadata["path"] and not field.metadata["url"] and given is not None:
+            for path in given if isinstance(given, list) else [given]:
+                check_local(path, f"--{field.name.replace('_', '-')}")
 
 
 def _recipe(catalog: Catalog, name: str) -> Any:

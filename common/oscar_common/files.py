@@ -191,7 +191,7 @@ def release(handle: int, path: Path) -> None:
     os.close(handle)
 
 
-def cache_folder(given: str | None) -> Path:
+def cache_folder(given: str | Path | None) -> Path:
     """Return the folder for what can be made again: the one given, or this user's."""
     return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "oscar-pretrain")).expanduser()
 

@@ -10,6 +10,7 @@ from support import error_line, run_here
 import oscar_extract.__main__
 import oscar_shards.__main__
 import oscar_train.__main__
+import oscar_train.checkpoint_command
 import oscar_train.evaluation.command
 from oscar_common.errors import UsageError
 from oscar_common.files import check_output_folder, replacing
@@ -17,6 +18,7 @@ from oscar_common.files import check_output_folder, replacing
 extract_command = oscar_extract.__main__.command
 train_command = oscar_train.__main__.command
 shards_command = oscar_shards.__main__.command
+checkpoint_command = oscar_train.checkpoint_command.command
 evaluate_command = oscar_train.evaluation.command.command
 
 
@@ -103,3 +105,33 @@ def test_logs_and_hidden_files_are_in_no_outputs_way(tmp_path: Path):
         check_output_folder(tmp_path, "--out", ("run.yaml",))
     (tmp_path / "run.yaml").touch()
     check_output_folder(tmp_path, "--out", ("run.yaml",))
+
+
+def test_a_url_where_only_a_path_will_do_is_refused_by_name(shards: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = "s3://bucket/x"
+    for flag, command, line in (
+        ("--out", extract_command, ["--images", ".", "--out", url]),
+        ("--captions", extract_command, ["--images", ".", "--out", "o", "--captions", url]),
+        ("--exclude", extract_command, ["--images", ".", "--out", "o", "--exclude", "a", "--exclude", url]),
+        ("--pipelines", extract_command, ["--pipelines", url]),
+        ("--out", train_command, ["--shards", shards, "--out", url]),
+        ("--cache", train_command, ["--shards", shards, "--out", "o", "--cache", url]),
+        ("--resume", train_command, ["--resume", url]),
+        ("--html", shards_command, ["show", shards, "--html", url]),
+        ("--out", shards_command, ["export", "npz", shards, "--out", url]),
+        ("PATH", shards_command, ["verify", url]),
+        ("--json", evaluate_command, ["o", "--json", url]),
+        ("FOLDER", checkpoint_command, ["show", url]),
+        ("--out", checkpoint_command, ["export", "o", "--format", "hf", "--out", url]),
+    ):
+        assert refused(command, *line) == (
+            f"error: {flag} {url}: a URL; give a path on this machine (a mounted bucket will do)"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_in_a_file_of_settings_is_no_url_either(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text("pipelines: {mine: {extract: {images: ., out: 'gs://bucket/x'}}}")
+    assert "--out gs://bucket/x: a URL" in refused(extract_command, "--pipelines", "p.yaml", "--pipeline", "mine")

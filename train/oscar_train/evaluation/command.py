@@ -58,7 +58,7 @@ _examples = partial(examples, "oscar-evaluate")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Triples at once.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where to compute.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Arithmetic.")
-@click.option("--cache", help="Folder for token ids and fetched shards. [default: ~/.cache/oscar-pretrain]")
+@click.option("--cache", type=PATH, help="Folder for token ids and fetched shards. [default: ~/.cache/oscar-pretrain]")
 @click.option("--skip-corrupt", is_flag=True, help="Go on without shards and images that are gone or damaged.")
 @click.version_option(__version__)
 def command(shuffle: tuple[str, ...], controls: bool, overwrite: bool, **flags: Any) -> None:

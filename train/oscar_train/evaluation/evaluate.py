@@ -51,7 +51,7 @@ class Asked:
     batch_size: int
     device: str
     precision: str
-    cache: str | None
+    cache: Path | None
     skip_corrupt: bool
 
 
