@@ -70,6 +70,32 @@ class _NumberOr(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is no whole number{''.join(f', or {word}' for word in self.words)}", param, ctx)
 
 
+class Command(click.Command):
+    """A command whose options are given once each, but for those that are lists: the last one never wins silently."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, once to see what is given more than once."""
+        _, _, given = self.make_parser(ctx).parse_args(args=[*args])
+        for param in given:
+            single = isinstance(param, click.Option) and not param.multiple and not param.is_eager
+            if single and given.count(param) > 1:
+                raise UsageError(f"{flag_of(param)}: given {given.count(param)} times; give it once")
+        return super().parse_args(ctx, args)
+
+
+class Group(click.Group):
+    """A group of commands, which prints its help if it is given nothing."""
+
+    command_class = Command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, or print the help where there are none."""
+        if not args:
+            click.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
 def examples(command: str, *lines: str) -> str:
     """Return the end of a command's help: what it may be called with."""
     return "\b\nExamples:\n" + "\n".join(f"  {command} {line}" for line in lines)
@@ -102,7 +128,7 @@ def settings_command(
             _check_paths(settings)
             function(settings, catalog)
 
-        command = click.Command(
+        command = Command(
             name=f"oscar-{stage}",
             callback=callback,
             params=[*_PIPELINE_OPTIONS, *([_RESUME_OPTION] if resumed else []), *_options(schema)],

@@ -102,7 +102,8 @@ def check_writable(folder: Path, place: str, flag: str) -> None:
     if not nearest.is_dir():
         raise UsageError(f"{place}: {nearest} is a file; give a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"{place}: no permission to write in {nearest}; give another {flag}")
+        reason = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
+        raise UsageError(f"{place}: cannot be written: {os.strerror(reason)}; give another {flag}")
 
 
 def _has_mark(path: Path, mark: bytes) -> bool:

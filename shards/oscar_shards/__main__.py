@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from oscar_common import __version__
-from oscar_common.cli import PATH, examples, run
+from oscar_common.cli import PATH, Group, examples, run
 from oscar_common.settings import DTYPES
 
 FORMATS = ("oscar", "lxmert", "bottom-up", "npz")
@@ -28,6 +28,7 @@ workers = click.option("--workers", type=click.IntRange(1), help="Processes. [de
 
 
 @click.group(
+    cls=Group,
     help=HELP,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     epilog=_examples(

@@ -135,3 +135,30 @@ def test_an_output_in_a_file_of_settings_is_no_url_either(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.yaml").write_text("pipelines: {mine: {extract: {images: ., out: 'gs://bucket/x'}}}")
     assert "--out gs://bucket/x: a URL" in refused(extract_command, "--pipelines", "p.yaml", "--pipeline", "mine")
+
+
+def test_a_flag_given_twice_is_a_list_or_an_error(shards: Path, tmp_path: Path):
+    for command, line, flag in (
+        (extract_command, ["--images", "a", "--images", "b"], "--images"),
+        (extract_command, ["--images", "a", "--captions", "a", "--captions", "b"], "--captions"),
+        (train_command, ["--pipeline", "demo", "--pipeline", "demo"], "--pipeline"),
+        (train_command, ["--compile", "--no-compile"], "--compile"),
+        (shards_command, ["stats", shards, "--html", "a", "--html", "b"], "--html"),
+        (evaluate_command, ["run", "--seed", "1", "--seed", "2"], "--seed"),
+        (checkpoint_command, ["export", "run", "--out", "a", "--format", "hf", "--out", "b"], "--out"),
+    ):
+        with pytest.raises(UsageError) as error:
+            command.main([str(word) for word in line], standalone_mode=False)
+        assert error.value.message == f"{flag}: given 2 times; give it once"
+    overlay = tmp_path / "o.parquet"
+    captions = tmp_path / "c.tsv"
+    captions.write_text("image\tcaption\n5.jpg\tOne.\n")
+    twice = ["texts", shards, "--captions", captions, "--captions", captions, "--out", overlay]
+    assert "2 texts for 1 of 12 images" in run_here(shards_command, *twice).stdout
+
+
+def test_a_group_of_commands_without_arguments_prints_its_help():
+    for command in (shards_command, checkpoint_command):
+        done = run_here(command)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Examples:\n" in done.stdout

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from oscar_common import __version__
-from oscar_common.cli import PATH, examples, run
+from oscar_common.cli import PATH, Group, examples, run
 
 HELP = """Look at checkpoints, and write them for others.
 
@@ -20,6 +20,7 @@ folder = click.argument("path", metavar="FOLDER", type=PATH)
 
 
 @click.group(
+    cls=Group,
     help=HELP,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     epilog=_examples(

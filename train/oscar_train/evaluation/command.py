@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from oscar_common import __version__
-from oscar_common.cli import PATH, examples, run
+from oscar_common.cli import PATH, Command, examples, run
 from oscar_common.files import check_output_file
 from oscar_common.settings import DEVICES, OBJECTIVES, PRECISIONS
 from oscar_train.arguments import FEW_SHAPES, SHUFFLES
@@ -27,6 +27,7 @@ _examples = partial(examples, "oscar-evaluate")
 
 
 @click.command(
+    cls=Command,
     help=HELP,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     epilog=_examples(
