@@ -197,6 +197,11 @@ def cache_folder(given: str | Path | None) -> Path:
     return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "oscar-pretrain")).expanduser()
 
 
+def no_folder(path: Path) -> str:
+    """Say what a path is that should be a folder and is not, as part of a message."""
+    return "a file, not a folder" if path.exists() else "no such folder"
+
+
 def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:

@@ -12,6 +12,8 @@ from oscar_common.settings import Catalog, Detector, Extract
 from oscar_extract.download import zoo_config
 from oscar_shards.manifest import FILE as MANIFEST
 
+OWN_FILES = (MANIFEST, "_plan.parquet", "_left-out.parquet")  # by which the command knows its own folder
+
 HELP = """Find regions in images and write them to shards.
 
 Runs Faster R-CNN over every image of a folder or of published datasets and writes region features, boxes and tags, with
@@ -74,7 +76,7 @@ def check(settings: Extract) -> None:
             "--workers is for this machine; with --scheduler its own workers do the work: give one of them"
         )
     if settings.out is not None and not settings.dry_run:
-        check_output_folder(Path(settings.out), "--out", (MANIFEST,))
+        check_output_folder(Path(settings.out), "--out", OWN_FILES)
 
 
 def choose_detector(settings: Extract, catalog: Catalog) -> Detector:

@@ -162,3 +162,27 @@ def test_a_group_of_commands_without_arguments_prints_its_help():
         done = run_here(command)
         assert (done.returncode, done.stderr) == (0, "")
         assert "Examples:\n" in done.stdout
+
+
+def test_a_file_is_not_called_a_missing_folder(shards: Path, tmp_path: Path):
+    file = tmp_path / "photo.jpg"
+    file.touch()
+    for command, line in (
+        (extract_command, ["--out", tmp_path / "o", "--images"]),
+        (extract_command, ["--out", tmp_path / "o", "--dataset", "coco", "--root"]),
+        (shards_command, ["show", shards, "--images"]),
+        (train_command, ["--out", tmp_path / "o", "--shards"]),
+        (train_command, ["--resume"]),
+    ):
+        assert f"{line[-1]} {file}: a file" in refused(command, *line, file)
+
+
+def test_photos_that_are_in_another_folder_are_missed_aloud(shards: Path, tmp_path: Path):
+    page, photos = tmp_path / "page.html", tmp_path / "photos"
+    photos.mkdir()
+    said = refused(shards_command, "show", shards, "--html", page, "--images", photos)
+    assert f"--images {photos}: it has none of the 12 photos (the first is '0.jpg')" in said
+    assert not page.exists()
+    (photos / "1.jpg").touch()
+    done = run_here(shards_command, "show", shards, "--html", page, "--images", photos)
+    assert "12 images (11 without their photo)" in done.stdout

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BertConfig
 
 from oscar_common.errors import OperationError, UsageError, reason
-from oscar_common.files import replacing_folder
+from oscar_common.files import no_folder, replacing_folder
 from oscar_train import checkpoint, run_folder
 from oscar_train.arguments import CHECKPOINT
 from oscar_train.checkpoint import Checkpoint
@@ -153,7 +153,7 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
 def _checkpoint(path: Path) -> Checkpoint | None:
     """Return the checkpoint that a folder is, or the newest whole one that it has; None if it is another model's."""
     if not path.is_dir():
-        raise UsageError(f"FOLDER {path}: no such folder; give that of a model or of a run")
+        raise UsageError(f"FOLDER {path}: {no_folder(path)}; give that of a model or of a run")
     if (path / CONFIG).is_file() or (path / checkpoint.RECORD).is_file():
         return _whole(path) if (path / checkpoint.RECORD).is_file() else None
     if any(path.glob(f"{CHECKPOINT}*")):

@@ -12,7 +12,7 @@ import yaml
 
 from oscar_common.config import parse, read_yaml
 from oscar_common.errors import UsageError
-from oscar_common.files import replacing
+from oscar_common.files import no_folder, replacing
 from oscar_common.settings import Train, paths
 from oscar_train.arguments import CHECKPOINT, RUN_FILE
 
@@ -45,7 +45,7 @@ def resumed(folder: Path) -> Train:
     """
     path = folder / FILE
     if not path.is_file():
-        what = f"no {FILE} there; give a folder that oscar-train wrote" if folder.is_dir() else "no such folder"
+        what = f"no {FILE} there; give a folder that oscar-train wrote" if folder.is_dir() else no_folder(folder)
         raise UsageError(f"--resume {folder}: {what}")
     settings = parse(Train, read_yaml(path, "--resume"), str(path))
     before = settings.out or str(folder)
