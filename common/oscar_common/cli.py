@@ -265,7 +265,10 @@ def _recipe(catalog: Catalog, name: str) -> Any:
     if name in catalog.recipes:
         recipe = catalog.recipes[name]
     elif Path(name).is_file():
-        recipe = parse(Train, read_yaml(Path(name), "--recipe"), name)
+        content = read_yaml(Path(name), "--recipe")
+        if not content:
+            raise UsageError(f"--recipe {name}: the file is empty; give a YAML file of settings")
+        recipe = parse(Train, content, name)
     else:
         raise UsageError(f"--recipe {name}: no such file, and no recipe of this name{nearest(name, catalog.recipes)}")
     if recipe.recipe is not None:

@@ -186,3 +186,13 @@ def test_photos_that_are_in_another_folder_are_missed_aloud(shards: Path, tmp_pa
     (photos / "1.jpg").touch()
     done = run_here(shards_command, "show", shards, "--html", page, "--images", photos)
     assert "12 images (11 without their photo)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [("", "empty"), ("# Settings of this run\n", "empty"), ("mix: []\n", "cut")]
+)
+def test_settings_that_were_lost_are_called_lost(tmp_path: Path, content: str, what: str):
+    (tmp_path / "run.yaml").write_text(content)
+    assert f"run.yaml is {what}: it names no shards" in refused(train_command, "--resume", tmp_path)
+    if what == "empty":
+        assert "run.yaml: the file is empty" in refused(train_command, "--recipe", tmp_path / "run.yaml")

@@ -47,7 +47,13 @@ def resumed(folder: Path) -> Train:
     if not path.is_file():
         what = f"no {FILE} there; give a folder that oscar-train wrote" if folder.is_dir() else no_folder(folder)
         raise UsageError(f"--resume {folder}: {what}")
-    settings = parse(Train, read_yaml(path, "--resume"), str(path))
+    content = read_yaml(path, "--resume")
+    if isinstance(content, dict) and not content.get("shards"):
+        raise UsageError(
+            f"--resume {folder}: {path} is {'cut' if content else 'empty'}: it names no shards; give the command that "
+            "began the run instead, which writes it anew"
+        )
+    settings = parse(Train, content, str(path))
     before = settings.out or str(folder)
 
     def moved(path: Path) -> str:
