@@ -1,5 +1,8 @@
 """What cannot be meant is refused in one line, at once, and no file of the user's is lost."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -196,3 +199,39 @@ def test_settings_that_were_lost_are_called_lost(tmp_path: Path, content: str, w
     assert f"run.yaml is {what}: it names no shards" in refused(train_command, "--resume", tmp_path)
     if what == "empty":
         assert "run.yaml: the file is empty" in refused(train_command, "--recipe", tmp_path / "run.yaml")
+
+
+def test_what_needs_no_torch_is_refused_before_it_is_loaded(shards: Path, tmp_path: Path):
+    """In a process of its own, as here torch is there already; nobody runs the hub's server."""
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text(f"shards: [{shards}]\n")
+    (tmp_path / "run" / "checkpoint-000001").mkdir()
+    lines = [
+        ("oscar_train.evaluation.command", ["nope"], "FOLDER nope: no such folder"),
+        ("oscar_train.evaluation.command", ["empty"], "neither a model nor a run"),
+        ("oscar_train.evaluation.command", ["run"], f"or --shards {shards} --all to ask about those that it was"),
+        ("oscar_train.evaluation.command", ["run", "--json", "no/x.json"], "--json no/x.json: no such folder"),
+        ("oscar_train.checkpoint_command", ["show", "nope"], "FOLDER nope: no such folder"),
+        ("oscar_train.checkpoint_command", ["export", "run", "--format", "hf", "--out", "file/x"], "file is a file"),
+        ("oscar_train.__main__", ["--shards", shards, "--out", "file/x"], "--out file/x"),
+        ("oscar_train.__main__", ["--shards", shards, "--out", "o", "--init", "empty"], "empty has no config.json"),
+        (
+            "oscar_train.__main__",
+            ["--shards", shards, "--out", "o", "--init", "no-such/bert"],
+            "not to be had from the",
+        ),
+        ("oscar_extract.__main__", ["--images", "empty", "--out", "file/x"], "--out file/x"),
+    ]
+    for module, words, message in lines:
+        code = (
+            f"import sys, {module} as module\nfrom oscar_common.cli import run\n"
+            "try:\n    run(module.command, sys.argv[1:])\n"
+            "finally:\n    assert 'torch' not in sys.modules"
+        )
+        environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "cache")}
+        line = [sys.executable, "-c", code, *map(str, words)]
+        done = subprocess.run(line, cwd=tmp_path, env=environment, text=True, capture_output=True)
+        assert done.returncode == 2, done.stderr
+        assert message in error_line(done)

@@ -22,13 +22,12 @@ from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import TEMPORARY, replacing_folder, temporary
 from oscar_common.settings import Train, decisive
 from oscar_train import run_folder
-from oscar_train.arguments import CHECKPOINT
+from oscar_train.arguments import CHECKPOINT, RECORD
 from oscar_train.guard import Guard
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import choose_objective, choose_region_init
 from oscar_train.texts.tokens import Tokenizer
 
-RECORD = "trainer.json"
 UNSAID = Train(region_init="random")  # what runs had before there was a setting
 
 

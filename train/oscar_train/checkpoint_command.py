@@ -7,6 +7,8 @@ import click
 
 from oscar_common import __version__
 from oscar_common.cli import PATH, Group, examples, run
+from oscar_common.files import check_writable
+from oscar_train.arguments import check_model
 
 HELP = """Look at checkpoints, and write them for others.
 
@@ -41,6 +43,7 @@ def show(path: Path) -> None:
 
     A checkpoint's files are compared with their sizes and hashes; exit 1 if one differs.
     """
+    check_model(path)
     from oscar_train.export import describe, find
 
     print("\n".join(describe(find(path))))
@@ -65,6 +68,8 @@ def show(path: Path) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an export in --out.")
 def export(path: Path, format: str, out: Path, overwrite: bool) -> None:
     """Write a model in another form; its weights stay the same to the bit, and --init takes either form."""
+    check_writable(out, f"--out {out}", "--out")
+    check_model(path)
     from oscar_train.export import export as write
     from oscar_train.state import modules
 

@@ -68,6 +68,25 @@ def resumed(folder: Path) -> Train:
     return dataclasses.replace(settings, **{**values, "out": str(folder), "overwrite": False})
 
 
+def own_shards(path: Path) -> list[str]:
+    """Return the shards that a run evaluates itself on.
+
+    Raises:
+        UsageError: it does not, or this is no run.
+    """
+    for folder in (path, path.resolve().parent):
+        if (folder / FILE).is_file():
+            settings = resumed(folder)
+            if settings.eval_shards or settings.eval_fraction:
+                return settings.eval_shards or settings.shards
+            own = " ".join(f"--shards {place}" for place in settings.shards)
+            raise UsageError(
+                f"--shards is missing: {path} held nothing out of its training; give --shards with other images, or "
+                f"{own} --all to ask about those that it was trained on, or train with --eval-fraction 0.1"
+            )
+    raise UsageError(f"--shards is missing: {path} is not in a run's folder; give the shards to evaluate on")
+
+
 def _each(value: Any, change: Any, missing: bool = False) -> Any:
     """Change a path, or each of several; what is none (a URL, a hub name) stays, and what is not there unless asked."""
     if isinstance(value, list):

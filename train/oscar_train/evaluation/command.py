@@ -1,6 +1,7 @@
 """The command `oscar-evaluate`: what a checkpoint has learned, as a table and JSON."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,7 +10,8 @@ from oscar_common import __version__
 from oscar_common.cli import PATH, Command, examples, run
 from oscar_common.files import check_output_file
 from oscar_common.settings import DEVICES, OBJECTIVES, PRECISIONS
-from oscar_train.arguments import FEW_SHAPES, SHUFFLES
+from oscar_train.arguments import FEW_SHAPES, SHUFFLES, check_model
+from oscar_train.run_folder import own_shards
 
 HELP = """Ask a model about images that it was not trained on.
 
@@ -62,13 +64,18 @@ _examples = partial(examples, "oscar-evaluate")
 @click.option("--cache", type=PATH, help="Folder for token ids and fetched shards. [default: ~/.cache/oscar-pretrain]")
 @click.option("--skip-corrupt", is_flag=True, help="Go on without shards and images that are gone or damaged.")
 @click.version_option(__version__)
-def command(shuffle: tuple[str, ...], controls: bool, overwrite: bool, **flags: Any) -> None:
+def command(
+    path: Path, shards: tuple[str, ...], shuffle: tuple[str, ...], controls: bool, overwrite: bool, **flags: Any
+) -> None:
     """Check the arguments, and only then import torch."""
     if flags["json_file"] is not None:
         check_output_file(flags["json_file"], "--json", mark=MARK, overwrite=overwrite)
+    check_model(path)
+    places = shards or tuple(own_shards(path))
     from oscar_train.evaluation.evaluate import Asked, evaluate
 
-    evaluate(Asked(shuffles=SHUFFLES if controls else tuple(dict.fromkeys(shuffle)), **flags))
+    shuffles = SHUFFLES if controls else tuple(dict.fromkeys(shuffle))
+    evaluate(Asked(path=path, shards=places, shuffles=shuffles, **flags))
 
 
 def main() -> None:
