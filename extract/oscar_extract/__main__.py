@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 
 from oscar_common import cli
 from oscar_common.config import installed_catalog
 from oscar_common.errors import UsageError, nearest
 from oscar_common.files import check_output_folder
+from oscar_common.progress import say_next
 from oscar_common.settings import Catalog, Detector, Extract
 from oscar_extract.download import zoo_config
 from oscar_shards.manifest import FILE as MANIFEST
@@ -55,8 +57,11 @@ def command(settings: Extract, catalog: Catalog) -> None:
     job = Job(out=Path(settings.out or ".").absolute(), settings=settings, entry=entry)
     if settings.dry_run:
         dry_run(job, plan)
+        print("next: the same command without --dry-run", file=sys.stderr)
     else:
         run(job, plan)
+        photos = ["--images", settings.images] if settings.images and Path(settings.images).is_dir() else []
+        say_next("oscar-shards", "show", settings.out, *photos)
 
 
 def check(settings: Extract) -> None:

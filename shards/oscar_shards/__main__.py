@@ -8,9 +8,11 @@ import click
 
 from oscar_common import __version__
 from oscar_common.cli import PATH, Group, examples, run
+from oscar_common.progress import say_next
 from oscar_common.settings import DTYPES
 
 FORMATS = ("oscar", "lxmert", "bottom-up", "npz")
+TRAIN = ("oscar-train", "--out", "run", "--eval-fraction", "0.1", "--shards")  # what comes next
 HELP = """Check, index, count, look at and convert shards: the files between oscar-extract and oscar-train.
 
 A shard is a plain webdataset tar with a Parquet index beside it. PATH is a folder of shards or a tar, of this project
@@ -60,7 +62,10 @@ def verify(paths: tuple[Path, ...], quick: bool, workers: int | None) -> int:
     """
     from oscar_shards.verify import verify as check
 
-    return check(paths, quick, workers)
+    faults = check(paths, quick, workers)
+    if not faults:
+        say_next("oscar-shards", "show", paths[0])
+    return faults
 
 
 @command.command(epilog=_examples("index shards", "index others/*.tar", "index others --classes names.txt"))
@@ -76,6 +81,7 @@ def index(paths: tuple[Path, ...], classes: Path | None, workers: int | None) ->
     from oscar_shards.reindex import reindex
 
     reindex(paths, classes, workers)
+    say_next("oscar-shards", "verify", *paths)
 
 
 @command.command(epilog=_examples("stats shards", "stats shards --html stats.html"))
@@ -87,6 +93,7 @@ def stats(paths: tuple[Path, ...], html: Path | None, overwrite: bool) -> None:
     from oscar_shards.pages.report import write_report
 
     write_report(paths, html, overwrite)
+    say_next("oscar-shards", "show", paths[0])
 
 
 @command.command(
@@ -116,6 +123,7 @@ def show(
     from oscar_shards.pages.show import show as write_page
 
     write_page(path, keys, tags, images, limit, html, overwrite)
+    say_next(*TRAIN, path if path.is_dir() else path.parent)
 
 
 @command.command(
@@ -146,6 +154,7 @@ def import_(format: str, source_path: Path, **options: Any) -> None:
     from oscar_shards.formats.convert import import_shards
 
     import_shards(format, source_path, **options)
+    say_next("oscar-shards", "verify", options["out"])
 
 
 @command.command(
@@ -190,6 +199,7 @@ def texts(path: Path, files: tuple[Path, ...], source: str | None, replace: str,
     from oscar_shards.texts import write_overlay
 
     write_overlay(path, files, source, replace, out, overwrite)
+    say_next(*TRAIN, path if path.is_dir() else path.parent, "--texts", out)
 
 
 def main() -> None:

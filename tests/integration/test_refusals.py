@@ -1,6 +1,7 @@
 """What cannot be meant is refused in one line, at once, and no file of the user's is lost."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -235,3 +236,21 @@ def test_what_needs_no_torch_is_refused_before_it_is_loaded(shards: Path, tmp_pa
         done = subprocess.run(line, cwd=tmp_path, env=environment, text=True, capture_output=True)
         assert done.returncode == 2, done.stderr
         assert message in error_line(done)
+
+
+def test_the_command_that_comes_next_is_one(shards: Path, tmp_path: Path):
+    captions = tmp_path / "c.tsv"
+    captions.write_text("image\tcaption\n5.jpg\tOne.\n")
+    groups = {"oscar-shards": shards_command, "oscar-checkpoint": checkpoint_command}
+    for line in (
+        ["verify", shards],
+        ["index", shards],
+        ["stats", shards],
+        ["show", shards, "--html", tmp_path / "a page.html"],
+        ["texts", shards, "--captions", captions, "--out", tmp_path / "more texts.parquet"],
+    ):
+        said = run_here(shards_command, *line).stderr.splitlines()[-1]
+        assert said.startswith("next: oscar-")
+        name, *words = shlex.split(said.removeprefix("next: "))
+        command = train_command if name == "oscar-train" else groups[name].commands[words.pop(0)]
+        assert command.make_context(name, words).params

@@ -8,6 +8,7 @@ import click
 from oscar_common import __version__
 from oscar_common.cli import PATH, Group, examples, run
 from oscar_common.files import check_writable
+from oscar_common.progress import say_next
 from oscar_train.arguments import check_model
 
 HELP = """Look at checkpoints, and write them for others.
@@ -47,6 +48,7 @@ def show(path: Path) -> None:
     from oscar_train.export import describe, find
 
     print("\n".join(describe(find(path))))
+    say_next("oscar-checkpoint", "export", path, "--format", "hf", "--out", f"{path.resolve().name}-hf")
 
 
 @command.command(
@@ -78,6 +80,7 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> None:
     for what, names in (("not in it, as the source has none", model.lost), ("left out", model.extra)):
         if names:
             print(f"{what}: {', '.join(modules(names))}")
+    say_next("oscar-checkpoint", "show", out)
 
 
 def main() -> None:

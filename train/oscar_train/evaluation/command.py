@@ -9,6 +9,7 @@ import click
 from oscar_common import __version__
 from oscar_common.cli import PATH, Command, examples, run
 from oscar_common.files import check_output_file
+from oscar_common.progress import say_next
 from oscar_common.settings import DEVICES, OBJECTIVES, PRECISIONS
 from oscar_train.arguments import FEW_SHAPES, SHUFFLES, check_model
 from oscar_train.run_folder import own_shards
@@ -76,6 +77,11 @@ def command(
 
     shuffles = SHUFFLES if controls else tuple(dict.fromkeys(shuffle))
     evaluate(Asked(path=path, shards=places, shuffles=shuffles, **flags))
+    if shuffles:
+        say_next("oscar-checkpoint", "export", path, "--format", "hf", "--out", f"{path.resolve().name}-hf")
+    else:
+        given = [word for place in shards for word in ("--shards", place)]
+        say_next("oscar-evaluate", path, *given, *["--all"] * bool(flags["everything"]), "--controls")
 
 
 def main() -> None:
