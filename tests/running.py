@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from support import TRAIN, later_wins
+
 from oscar_train.metrics import MEASURED
 
 # One thread: on a busy machine two that wait for each other take many times as long, and sums may round differently.
@@ -17,7 +19,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 def launch(*arguments: object, ranks: int = 1, **keywords: object) -> "subprocess.Popen[str]":
     """Start `oscar-train`, or as many of it as ranks by torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    line = [sys.executable, *torchrun, "-m", "oscar_train", *map(str, arguments)]
+    line = [sys.executable, *torchrun, "-m", "oscar_train", *later_wins(TRAIN, *arguments)]
     return subprocess.Popen(line, text=True, stdout=-1, stderr=-1, **{"env": ENVIRONMENT, **keywords})
 
 

@@ -16,8 +16,13 @@ import pytest
 from PIL import Image
 
 import oscar_extract.__main__
+import oscar_shards.__main__
 import oscar_train.__main__
 from oscar_common import cli
+
+EXTRACT = oscar_extract.__main__.command
+SHARDS = oscar_shards.__main__.command
+TRAIN = oscar_train.__main__.command
 
 
 def photo(name: str) -> Image.Image:
@@ -39,9 +44,28 @@ def slow_jpeg(side: int = 4000, scans: int = 2000) -> bytes:
     return whole[:last] + whole[last:-2] * scans + whole[-2:]
 
 
+def later_wins(command: click.Command, *arguments: object) -> list[str]:
+    """Arguments as words, of a flag given more than once the last only: tests add to what they share."""
+    words = [str(argument) for argument in arguments]
+    if isinstance(command, click.Group):
+        command = command.commands.get(words[0], command) if words else command
+    single = {
+        name: not param.is_flag
+        for param in command.params
+        if isinstance(param, click.Option) and not param.multiple
+        for name in param.opts
+    }
+    for place in reversed(range(len(words))):
+        if words[place] in single and words[place] in words[place + 1 :]:
+            del words[place : place + 1 + single[words[place]]]
+    return words
+
+
 def oscar(*arguments: object, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
     """Run `oscar-extract ...` or `oscar-train ...` in a process of its own."""
-    module, *rest = map(str, arguments)
+    module = str(arguments[0])
+    commands = {"oscar-extract": EXTRACT, "oscar-train": TRAIN, "oscar-shards": SHARDS}
+    rest = later_wins(commands[module], *arguments[1:])
     line = [sys.executable, "-m", module.replace("-", "_"), *rest]
     return subprocess.run(line, text=True, capture_output=True, timeout=timeout)
 
@@ -50,14 +74,14 @@ def run_here(command: click.Command, *arguments: object) -> "subprocess.Complete
     """Run a command in this process, which spares the seconds that importing torch takes."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as left:
-        cli.run(command, [str(a) for a in arguments])
+        cli.run(command, later_wins(command, *arguments))
     code = left.value.code
     assert isinstance(code, int)
     return subprocess.CompletedProcess([str(command.name), *map(str, arguments)], code, out.getvalue(), err.getvalue())
 
 
-extract = partial(run_here, oscar_extract.__main__.command)
-train = partial(run_here, oscar_train.__main__.command)
+extract = partial(run_here, EXTRACT)
+train = partial(run_here, TRAIN)
 
 
 def error_line(done: "subprocess.CompletedProcess[str]") -> str:

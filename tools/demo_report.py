@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from oscar_common.files import replacing
 from oscar_shards.pages.page import page
+from oscar_shards.pages.photos import find_photos
 from oscar_shards.pages.report import fact_table, measure
 from oscar_shards.pages.show import MIN_SCORE, choose
 from oscar_shards.pages.view import sheet
@@ -33,7 +34,8 @@ def body(folder: Path) -> Iterator[str]:
     shards = folder / "shards"
     yield "<h1>From photos to a pre-trained Oscar</h1>\n"
     yield '<p class="lead">Photos with the regions, tags and scores in the shards, and their texts.</p>\n'
-    yield from sheet(choose(shards, limit=LIMIT), folder / "images", MIN_SCORE)
+    rows = choose(shards, limit=LIMIT)
+    yield from sheet(rows, find_photos(folder / "images", [row for _, row in rows]), MIN_SCORE)
     yield f"<h2>Shards</h2>{fact_table(measure([shards]))}\n"
     yield f'<h2>Pre-training</h2><div class="paper">{curves(folder / "train")}</div>\n'
 

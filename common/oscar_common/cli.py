@@ -27,12 +27,29 @@ S = TypeVar("S")
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 
 
+def check_local(given: str, flag: str) -> None:
+    """Refuse a URL where only a path of this machine will do, which would otherwise be a folder named `s3:`.
+
+    Raises:
+        UsageError: it is a URL.
+    """
+    if "://" in given:
+        raise UsageError(f"{flag} {given}: a URL; give a path on this machine (a mounted bucket will do)")
+
+
+def flag_of(param: click.Parameter) -> str:
+    """Return the name of an option or argument for messages."""
+    return param.opts[0] if isinstance(param, click.Option) else param.human_readable_name.rstrip(".")
+
+
 class _Path(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A path; whether it is there is for the command to say, with what to give instead."""
 
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if isinstance(value, str) and param is not None:
+            check_local(value, flag_of(param))
         return Path(value)
 
 
@@ -55,6 +72,32 @@ class _NumberOr(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is no whole number{''.join(f', or {word}' for word in self.words)}", param, ctx)
 
 
+class Command(click.Command):
+    """A command whose options are given once each, but for those that are lists: the last one never wins silently."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, once to see what is given more than once."""
+        _, _, given = self.make_parser(ctx).parse_args(args=[*args])
+        for param in given:
+            single = isinstance(param, click.Option) and not param.multiple and not param.is_eager
+            if single and given.count(param) > 1:
+                raise UsageError(f"{flag_of(param)}: given {given.count(param)} times; give it once")
+        return super().parse_args(ctx, args)
+
+
+class Group(click.Group):
+    """A group of commands, which prints its help if it is given nothing."""
+
+    command_class = Command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, or print the help where there are none."""
+        if not args:
+            click.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
 def examples(command: str, *lines: str) -> str:
     """Return the end of a command's help: what it may be called with."""
     return "\b\nExamples:\n" + "\n".join(f"  {command} {line}" for line in lines)
@@ -75,18 +118,20 @@ def settings_command(
     """
 
     def decorate(function: Callable[[S, Catalog], None]) -> click.Command:
-        def callback(pipeline: str | None, pipelines: str | None, resume: str | None = None, **flags: Any) -> None:
-            catalog = load_catalog(Path(pipelines) if pipelines else None)
+        def callback(pipeline: str | None, pipelines: Path | None, resume: Path | None = None, **flags: Any) -> None:
+            catalog = load_catalog(pipelines)
             said = _said(schema, flags)
             if resume is not None and resumed is not None:
                 _refuse_with_resume({"pipeline": pipeline, **said})
-                layer = vars(resumed(Path(resume)))
+                layer = vars(resumed(resume))
             else:
                 layer = _pipeline(catalog, pipeline, stage) if pipeline is not None else {}
+            settings = _resolve(schema, catalog, layer, said)
+            _check_paths(settings)
             with continuable():
-                function(_resolve(schema, catalog, layer, said), catalog)
+                function(settings, catalog)
 
-        command = click.Command(
+        command = Command(
             name=f"oscar-{stage}",
             callback=callback,
             params=[*_PIPELINE_OPTIONS, *([_RESUME_OPTION] if resumed else []), *_options(schema)],
@@ -152,10 +197,15 @@ def _fail(message: str, code: int) -> NoReturn:
 
 _PIPELINE_OPTIONS = [
     click.Option(["--pipeline"], metavar="NAME", help="Take settings from `pipelines:` in pipelines.yaml; flags win."),
-    click.Option(["--pipelines"], metavar="FILE", help="[default: ./pipelines.yaml, else the one that is installed]"),
+    click.Option(
+        ["--pipelines"], type=PATH, metavar="FILE", help="[default: ./pipelines.yaml, else the one that is installed]"
+    ),
 ]
 _RESUME_OPTION = click.Option(
-    ["--resume"], metavar="RUN", help="Go on with the run in this folder, wherever it was made, with its own settings."
+    ["--resume"],
+    type=PATH,
+    metavar="RUN",
+    help="Go on with the run in this folder, wherever it was made, with its own settings.",
 )
 
 
@@ -218,12 +268,24 @@ def _resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dic
     return schema(**{**lowest, **layer, **said})
 
 
+def _check_paths(settings: Any) -> None:
+    """Refuse URLs in settings that are paths of this machine, wherever they were said."""
+    for field in dataclasses.fields(settings):
+        given = getattr(settings, field.name)
+        if field.metadata["path"] and not field.metadata["url"] and given is not None:
+            for path in given if isinstance(given, list) else [given]:
+                check_local(path, f"--{field.name.replace('_', '-')}")
+
+
 def _recipe(catalog: Catalog, name: str) -> Any:
     """Return the settings of a recipe: an entry of pipelines.yaml, or a file."""
     if name in catalog.recipes:
         recipe = catalog.recipes[name]
     elif Path(name).is_file():
-        recipe = parse(Train, read_yaml(Path(name), "--recipe"), name)
+        content = read_yaml(Path(name), "--recipe")
+        if not content:
+            raise UsageError(f"--recipe {name}: the file is empty; give a YAML file of settings")
+        recipe = parse(Train, content, name)
     else:
         raise UsageError(f"--recipe {name}: no such file, and no recipe of this name{nearest(name, catalog.recipes)}")
     if recipe.recipe is not None:

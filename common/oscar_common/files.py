@@ -6,13 +6,15 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from oscar_common.errors import OperationError, UsageError
 
+LOGS = (".log", ".out", ".err")  # suffixes of what a scheduler writes beside a command's output
+_MARGIN = 1 << 16  # bytes at both ends of a file among which its mark lies
 TEMPORARY = ".tmp-"  # prefix of everything unfinished; a killed run's leftovers are overwritten by the next run
 
 ASIDE = ".old-"  # prefix of a folder whose place another one takes
@@ -37,10 +39,85 @@ def unfinished(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
     except BaseException as error:
-        temporary(path).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # "no space left" alone does not say where
+        with suppress(OSError):
+            temporary(path).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary(path))):
+            error.filename = str(path)  # the name that the user knows; "no space left" alone has none
         raise
+
+
+def check_output_file(
+    path: Path, flag: str, *, mark: bytes, overwrite: bool = False, makes_folder: bool = False
+) -> None:
+    """Refuse a file of output that cannot be written, or that would replace a file of the user's.
+
+    Args:
+        path: the file.
+        flag: the option that names it.
+        mark: bytes near the beginning or the end of all files that this command writes, by which it knows its own.
+        overwrite: replace a file of any kind.
+        makes_folder: whether the command makes the folder of the file.
+
+    Raises:
+        UsageError: in one line, before any work.
+    """
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: a folder; give a file to write")
+    if not makes_folder and not path.parent.exists():
+        raise UsageError(f"{flag} {path}: no such folder: {path.parent}; make it, or give another {flag}")
+    check_writable(path.parent, f"{flag} {path}", flag)
+    if path.exists() and not overwrite and not _has_mark(path, mark):
+        raise UsageError(
+            f"{flag} {path}: the file exists and this command did not write it; give another {flag}, or --overwrite"
+        )
+
+
+def check_output_folder(folder: Path, flag: str, marks: Iterable[str]) -> None:
+    """Refuse a folder of output that cannot be written, or that holds files of anything but this command.
+
+    Args:
+        folder: it need not exist.
+        flag: the option that names it.
+        marks: patterns of names; a folder that has one of them is the command's own. Hidden files and logs, which a
+            scheduler may put there, are in no folder's way.
+
+    Raises:
+        UsageError: in one line, before any work.
+    """
+    check_writable(folder, f"{flag} {folder}", flag)
+    if not folder.exists() or any(next(folder.glob(mark), None) for mark in marks):
+        return
+    strangers = (path.name for path in folder.iterdir() if not path.name.startswith(".") and path.suffix not in LOGS)
+    if (stranger := next(strangers, None)) is not None:
+        raise UsageError(
+            f"{flag} {folder}: the folder holds {stranger!r}, which this command did not write; give a new folder, "
+            "or an empty one"
+        )
+
+
+def check_writable(folder: Path, place: str, flag: str) -> None:
+    """Refuse a folder in which nothing can be written, or made if it is not there yet; `place` begins the message.
+
+    Raises:
+        UsageError: in one line.
+    """
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{place}: {nearest} is a file; give a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        reason = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
+        raise UsageError(f"{place}: cannot be written: {os.strerror(reason)}; give another {flag}")
+
+
+def _has_mark(path: Path, mark: bytes) -> bool:
+    """Whether the first or the last bytes of a file have a mark."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_MARGIN)
+            file.seek(max(0, path.stat().st_size - _MARGIN))
+            return mark in head or mark in file.read()
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -171,9 +248,14 @@ def release(handle: int, path: Path) -> None:
     os.close(handle)
 
 
-def cache_folder(given: str | None) -> Path:
+def cache_folder(given: str | Path | None) -> Path:
     """Return the folder for what can be made again: the one given, or this user's."""
     return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "oscar-pretrain")).expanduser()
+
+
+def no_folder(path: Path) -> str:
+    """Say what a path is that should be a folder and is not, as part of a message."""
+    return "a file, not a folder" if path.exists() else "no such folder"
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Progress for people: a bar with rate, ETA and rejects on a terminal, a plain line now and then elsewhere."""
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 LINE_SECONDS = 10.0
+
+
+def say_next(*words: object) -> None:
+    """Say on stderr which command comes next."""
+    print(f"next: {shlex.join(map(str, words))}", file=sys.stderr, flush=True)
 
 
 @dataclass(kw_only=True)

@@ -30,6 +30,7 @@ def setting(
     words: Mapping[str, int] = MappingProxyType({}),
     decides: bool | None = None,
     path: bool | None = None,
+    url: bool = False,
 ) -> Any:
     """Declare a field: its default, the sentence that `--help` shows, and the values allowed.
 
@@ -39,6 +40,7 @@ def setting(
             setting of `Train` says so.
         path: whether it names files or folders (it may be a URL or a name, too). Every setting of `Train` that is a
             text without `choices` says so.
+        url: whether a path may also be a URL; all other paths are of this machine.
     """
     metadata = {
         "help": help,
@@ -48,6 +50,7 @@ def setting(
         "words": words,
         "decides": decides,
         "path": path,
+        "url": url,
     }
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -91,16 +94,20 @@ class Extract:
     root: list[str] = setting(
         [],
         "Folder of the --dataset; DIR/NAME if there is such a folder. One for all of them, or one for each in turn.",
+        path=True,
     )
     images: str | None = setting(
         None,
         "Folder of images, searched recursively, tars of images (img2dataset's) included; or a manifest file .jsonl, "
         ".csv, .tsv or .parquet with columns path, text, source. With --dataset: a further folder with its images.",
+        path=True,
+        url=True,
     )
     captions: str | None = setting(
         None,
         "Texts: COCO captions .json; .tsv, .csv, .jsonl or .parquet of (image, caption); a folder with .txt files "
         "named like the images; or the word `txt` for .txt files beside the images.",
+        path=True,
     )
     source: str | None = setting(None, "Name of the dataset in the samples. [default: the images folder's name]")
     splits: str = setting(
@@ -112,6 +119,7 @@ class Extract:
         [],
         "File of images to keep out, one a line (id, source/id, file name or path), or a .json: Karpathy's split (its "
         "val and test), COCO annotations, or a list. May be given again.",
+        path=True,
     )
     duplicates: str = setting(
         "merge",
@@ -123,7 +131,7 @@ class Extract:
     dry_run: bool = setting(
         False, "Print the corpus and the plan, and from a short sample the hours and bytes; write nothing."
     )
-    out: str | None = setting(None, "Folder for the shards. The same command again continues what is there.")
+    out: str | None = setting(None, "Folder for the shards. The same command again continues what is there.", path=True)
     name: str = setting("shard", "First part of the shards' file names.")
     detector: str = setting(
         "builtin",
@@ -131,7 +139,7 @@ class Extract:
         "detectron2's model zoo, like COCO-Detection/faster_rcnn_R_50_FPN_3x; or a detectron2 config file.",
     )
     weights: str | None = setting(
-        None, "Weights for --detector: .safetensors, .pth, .bin or .pkl, of any known family."
+        None, "Weights for --detector: .safetensors, .pth, .bin or .pkl, of any known family.", path=True, url=True
     )
     preset: str | None = setting(
         None, "Numerics: whose extractor to follow. [default: the one that goes with the weights]", choices=PRESETS
@@ -140,9 +148,10 @@ class Extract:
         None,
         "Class names, one a line, or VinVL's label map (.json). [default: Visual Genome's for vg-r101, else what "
         "detectron2 knows of the config's training set]",
+        path=True,
     )
     attributes: str | None = setting(
-        None, "Attribute names, one a line. [default: Visual Genome's, or the label map's]"
+        None, "Attribute names, one a line. [default: Visual Genome's, or the label map's]", path=True
     )
     min_boxes: int | None = setting(
         None,
@@ -211,6 +220,7 @@ class Train:
         "their images are mixed.",
         decides=False,
         path=True,
+        url=True,
     )
     mix: list[float] = setting(
         [],
@@ -374,6 +384,7 @@ class Train:
         "are in it, too, are left out of training. May be given again.",
         decides=False,
         path=True,
+        url=True,
     )
     eval_fraction: float = setting(
         0.0,

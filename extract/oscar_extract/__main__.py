@@ -2,13 +2,19 @@
 
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 
 from oscar_common import cli
 from oscar_common.config import installed_catalog
 from oscar_common.errors import UsageError, nearest
+from oscar_common.files import check_output_folder
+from oscar_common.progress import say_next
 from oscar_common.settings import Catalog, Detector, Extract
 from oscar_extract.download import zoo_config
+from oscar_shards.manifest import FILE as MANIFEST
+
+OWN_FILES = (MANIFEST, "_plan.parquet", "_left-out.parquet")  # by which the command knows its own folder
 
 HELP = """Find regions in images and write them to shards.
 
@@ -51,8 +57,11 @@ def command(settings: Extract, catalog: Catalog) -> None:
     job = Job(out=Path(settings.out or ".").absolute(), settings=settings, entry=entry)
     if settings.dry_run:
         dry_run(job, plan)
+        print("next: the same command without --dry-run", file=sys.stderr)
     else:
         run(job, plan)
+        photos = ["--images", settings.images] if settings.images and Path(settings.images).is_dir() else []
+        say_next("oscar-shards", "show", settings.out, *photos)
 
 
 def check(settings: Extract) -> None:
@@ -71,9 +80,8 @@ def check(settings: Extract) -> None:
         raise UsageError(
             "--workers is for this machine; with --scheduler its own workers do the work: give one of them"
         )
-    out = Path(settings.out or ".")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: it is a file; give a folder")
+    if settings.out is not None and not settings.dry_run:
+        check_output_folder(Path(settings.out), "--out", OWN_FILES)
 
 
 def choose_detector(settings: Extract, catalog: Catalog) -> Detector:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from oscar_common.errors import UsageError, nearest
+from oscar_common.files import no_folder
 from oscar_common.settings import LAYOUTS, Catalog, Extract
 from oscar_extract.sources.corpus import LISTS, Part, Request
 from oscar_extract.sources.inventory import FAMILIES, readable
@@ -88,7 +89,7 @@ def _roots(settings: Extract, catalog: Catalog, names: list[str]) -> dict[str, s
 def _layout(name: str, root: str, layout: str | None = None) -> Part:
     layout, place = layout or name, _place("--root", root)
     if not place.is_dir():
-        raise UsageError(f"--root {place}: no such folder")
+        raise UsageError(f"--root {place}: {no_folder(place)}")
     return Part(name=layout, layout=layout, root=_folder_of(layout, place))
 
 

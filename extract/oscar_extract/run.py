@@ -143,10 +143,6 @@ def prepare(out: Path, manifest: Manifest, plan: Plan, overwrite: bool) -> None:
         remove_shards(out)
     if (out / FILE).exists():
         _check_same(out, read_manifest(out, "--out"), manifest)
-    elif any(out.glob("*.tar")):
-        raise UsageError(
-            f"--out {out}: it holds tars but no {FILE}, so they are not this command's; give another --out"
-        )
     else:
         write_manifest(out, manifest)
     if len(plan.table):  # else it is the one that lies there

@@ -7,10 +7,12 @@ from typing import Any
 import click
 
 from oscar_common import __version__
-from oscar_common.cli import PATH, continuable, examples, run
+from oscar_common.cli import PATH, Group, continuable, examples, run
+from oscar_common.progress import say_next
 from oscar_common.settings import DTYPES
 
 FORMATS = ("oscar", "lxmert", "bottom-up", "npz")
+TRAIN = ("oscar-train", "--out", "run", "--eval-fraction", "0.1", "--shards")  # what comes next
 HELP = """Check, index, count, look at and convert shards: the files between oscar-extract and oscar-train.
 
 A shard is a plain webdataset tar with a Parquet index beside it. PATH is a folder of shards or a tar, of this project
@@ -21,10 +23,14 @@ or of any other writer with the same members: KEY.json, KEY.boxes.npy, KEY.featu
 _examples = partial(examples, "oscar-shards")
 paths = click.argument("paths", metavar="PATH...", type=PATH, nargs=-1, required=True)
 one_path = click.argument("path", metavar="PATH", type=PATH)
+overwrite = click.option(
+    "--overwrite", is_flag=True, help="Replace a file that this command did not write. Its own are always replaced."
+)
 workers = click.option("--workers", type=click.IntRange(1), help="Processes. [default: as many as cores]")
 
 
 @click.group(
+    cls=Group,
     help=HELP,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     epilog=_examples(
@@ -56,7 +62,10 @@ def verify(paths: tuple[Path, ...], quick: bool, workers: int | None) -> int:
     """
     from oscar_shards.verify import verify as check
 
-    return check(paths, quick, workers)
+    faults = check(paths, quick, workers)
+    if not faults:
+        say_next("oscar-shards", "show", paths[0])
+    return faults
 
 
 @command.command(epilog=_examples("index shards", "index others/*.tar", "index others --classes names.txt"))
@@ -72,16 +81,19 @@ def index(paths: tuple[Path, ...], classes: Path | None, workers: int | None) ->
     from oscar_shards.reindex import reindex
 
     reindex(paths, classes, workers)
+    say_next("oscar-shards", "verify", *paths)
 
 
 @command.command(epilog=_examples("stats shards", "stats shards --html stats.html"))
 @paths
 @click.option("--html", type=PATH, help="Write a page with plots.")
-def stats(paths: tuple[Path, ...], html: Path | None) -> None:
+@overwrite
+def stats(paths: tuple[Path, ...], html: Path | None, overwrite: bool) -> None:
     """Count images, triples by source and kind, regions, tags, tokens and bytes."""
     from oscar_shards.pages.report import write_report
 
-    write_report(paths, html)
+    write_report(paths, html, overwrite)
+    say_next("oscar-shards", "show", paths[0])
 
 
 @command.command(
@@ -97,11 +109,21 @@ def stats(paths: tuple[Path, ...], html: Path | None) -> None:
 @click.option("--images", type=PATH, help="Folder of the photos; without it boxes are drawn on blank canvases.")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Show at most so many images.")
 @click.option("--html", type=PATH, default=Path("shards.html"), show_default=True, help="The page to write.")
-def show(path: Path, keys: tuple[str, ...], tags: tuple[str, ...], images: Path | None, limit: int, html: Path) -> None:
+@overwrite
+def show(
+    path: Path,
+    keys: tuple[str, ...],
+    tags: tuple[str, ...],
+    images: Path | None,
+    limit: int,
+    html: Path,
+    overwrite: bool,
+) -> None:
     """Write one page with photos, their boxes, tags, scores and texts, to be filtered by tag in a browser."""
     from oscar_shards.pages.show import show as write_page
 
-    write_page(path, keys, tags, images, limit, html)
+    write_page(path, keys, tags, images, limit, html, overwrite)
+    say_next(*TRAIN, path if path.is_dir() else path.parent)
 
 
 @command.command(
@@ -133,6 +155,7 @@ def import_(format: str, source_path: Path, **options: Any) -> None:
 
     with continuable():
         import_shards(format, source_path, **options)
+    say_next("oscar-shards", "verify", options["out"])
 
 
 @command.command(
@@ -171,11 +194,13 @@ def export(format: str, path: Path, out: Path, overwrite: bool) -> None:
     help="What the new texts stand instead of: nothing; the texts of the images that have new ones; all texts.",
 )
 @click.option("--out", type=PATH, required=True, help="The overlay to write, a .parquet file.")
-def texts(path: Path, files: tuple[Path, ...], source: str | None, replace: str, out: Path) -> None:
+@overwrite
+def texts(path: Path, files: tuple[Path, ...], source: str | None, replace: str, out: Path, overwrite: bool) -> None:
     """Add or replace texts without touching the shards: write an overlay, for oscar-train --texts."""
     from oscar_shards.texts import write_overlay
 
-    write_overlay(path, files, source, replace, out)
+    write_overlay(path, files, source, replace, out, overwrite)
+    say_next(*TRAIN, path if path.is_dir() else path.parent, "--texts", out)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError
+from oscar_common.files import no_folder
 from oscar_common.sample import Attribute, ImageRecord, Regions, Sample, Text
 from oscar_shards.index import index_path, index_tar, load_index, size_said
 from oscar_shards.manifest import FILE, Manifest, read_manifest
@@ -42,7 +43,7 @@ def find_shards(folder: Path, flag: str = "--shards") -> tuple[Manifest, list[Pa
         UsageError: it is missing, empty or unfinished.
     """
     if not folder.is_dir():
-        raise UsageError(f"{flag} {folder}: no such folder; give one made by oscar-extract")
+        raise UsageError(f"{flag} {folder}: {no_folder(folder)}; give one made by oscar-extract")
     manifest = read_manifest(folder, flag)
     tars = manifest.tars(folder)
     if len(tars) != manifest.plan.num_shards:

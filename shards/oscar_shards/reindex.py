@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from oscar_common.errors import OperationError, UsageError
+from oscar_common.files import check_writable
 from oscar_common.processes import each
 from oscar_common.progress import meter
 from oscar_common.text_files import read_text, split_lines
@@ -40,6 +41,8 @@ def reindex(paths: Iterable[Path], classes: Path | None, workers: int | None) ->
     began = time.monotonic()
     names = read_lines(classes) if classes else []
     tars = list(dict.fromkeys(tar for path in paths for tar in tars_at(path)))
+    for folder in dict.fromkeys(tar.parent for tar in tars):
+        check_writable(folder, f"PATH {folder}", "PATH")
     sizes = {tar: tar.stat().st_size for tar in tars}
     images = done = 0
     faults: list[str] = []

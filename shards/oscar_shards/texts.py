@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from oscar_common.captions import FLAG, match, read_beside, read_texts
 from oscar_common.errors import UsageError, nearest
-from oscar_common.files import replacing
+from oscar_common.files import check_output_file, replacing
 from oscar_common.tables import Ints, array, columns, find, in_line, last, numbers, once, reading
 from oscar_shards.content import TEXT
 from oscar_shards.index import index_path
@@ -34,14 +34,16 @@ NAMES = ["key", "path", "id", "source"]  # columns of the indexes by which files
 COCO = r"^(COCO_\w+_)?\d{12}(\.|$)"
 
 
-def write_overlay(path: Path, files: Sequence[Path], source: str | None, replace: str, out: Path) -> None:
+def write_overlay(
+    path: Path, files: Sequence[Path], source: str | None, replace: str, out: Path, overwrite: bool = False
+) -> None:
     """Write the texts of some files as an overlay for the shards at `path`, a folder or a tar.
 
     Raises:
         UsageError: no shards, a file that cannot be read or names none of their images, or an `out` of another form.
     """
     began = time.monotonic()
-    _check_out(path, out)
+    _check_out(out, overwrite)
     images = pa.concat_tables([_names(tar) for tar in tars_at(path)])
     made = pa.concat_tables([_texts(file, source, images, path) for file in files])
     schema = OVERLAY.with_metadata({FORMAT: VERSION, REPLACE: replace})
@@ -54,11 +56,12 @@ def write_overlay(path: Path, files: Sequence[Path], source: str | None, replace
     print(f"{out}: {len(made):,} texts for {reached:,} of {len(images):,} images, {seconds:.1f} s")
 
 
-def _check_out(path: Path, out: Path) -> None:
+def _check_out(out: Path, overwrite: bool) -> None:
     if out.suffix != ".parquet" or out.is_dir():
         raise UsageError(f"--out {out}: an overlay is a file that ends in .parquet")
     if out.with_suffix(".tar").exists() or out.name.startswith("_"):
         raise UsageError(f"--out {out}: that is the name of a file of the shards; give another")
+    check_output_file(out, "--out", mark=FORMAT, overwrite=overwrite, makes_folder=True)
 
 
 def _names(tar: Path) -> pa.Table:

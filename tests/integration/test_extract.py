@@ -200,7 +200,7 @@ def test_a_flipped_bit_in_a_tar_is_named_and_joins_no_caption_to_another_image(p
         (["--images", "absent", "--out", "o"], "--images absent: no such folder"),
         (["--images", "empty", "--out", "o"], "no image in it, only 1 other files"),
         (["--images", "."], "give --out DIR"),
-        (["--images", ".", "--out", "file"], "--out file: it is a file"),
+        (["--images", ".", "--out", "file"], "--out file: file is a file; give a folder"),
         (["--images", ".", "--out", "o", "--min-boxes", "50", "--max-boxes", "40"], "--min-boxes 50 is more than"),
         (["--images", ".", "--out", "o", "--score-threshold", "2"], "--score-threshold: 2.0 is out of range"),
         (["--images", ".", "--out", "o", "--detector", "bultin"], "did you mean 'builtin'"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from support import contents, error_line, extract, photo, rejects, slow_jpeg, until
+from support import EXTRACT, contents, error_line, extract, later_wins, photo, rejects, slow_jpeg, until
 
 from oscar_shards.read import open_folder
 
@@ -212,7 +212,12 @@ def test_two_thousand_files_of_which_half_are_broken_and_no_memory_growth(tmp_pa
         x, y = number % 50, number // 50
         coffee.crop((x, y, x + 160, y + 120)).save(images / f"{number:04}.jpg")
         (images / f"{number:04}.png").write_bytes((images / f"{number:04}.jpg").read_bytes()[: 100 + number])
-    line = [sys.executable, "-m", "oscar_extract", *map(str, command(images, out, "--images-per-shard", 200))]
+    line = [
+        sys.executable,
+        "-m",
+        "oscar_extract",
+        *later_wins(EXTRACT, *command(images, out, "--images-per-shard", 200)),
+    ]
     process = subprocess.Popen([*line, "--max-reject-fraction", "0.4"], text=True, stdout=-1, stderr=-1)
     sizes = []
     for tars in range(2, 11):

@@ -29,7 +29,7 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = launch("--shards", shards, "--out", out, *SETTINGS)
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert errors == ""
+    assert errors == f"next: oscar-checkpoint show {out}\n"
     assert "step 16/16" in printed
     assert printed.splitlines()[-1].endswith(f"the model is in {out}/checkpoint-000016")
     return out
@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(shards: Path, 
         file.truncate(5000)
     done = train("--shards", shards, "--out", out, *SETTINGS)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.count("\n") == 2
     assert "warning: " in done.stderr
     assert "checkpoint-000016 is damaged" in done.stderr
     assert "going on from" in done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import contents, error_line, oscar, rejects, until
+from support import EXTRACT, contents, error_line, later_wins, oscar, rejects, until
 
 from oscar_extract.tasks import Survey
 from oscar_extract.workers import local_cluster
@@ -54,7 +54,7 @@ def launch() -> Iterator[Launch]:
 
     def start(*more: object, fault: str = "", once: Path | None = None) -> "subprocess.Popen[str]":
         environment = {**os.environ, "PYTHONPATH": str(FAULTS), "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
-        line = [sys.executable, "-m", "oscar_extract", *map(str, more)]
+        line = [sys.executable, "-m", "oscar_extract", *later_wins(EXTRACT, *more)]
         # Whoever runs the tests in the background has Ctrl-C ignored, and so would what they start.
         hears = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
         started.append(subprocess.Popen(line, text=True, stdout=-1, stderr=-1, env=environment, **hears))

@@ -23,7 +23,7 @@ import pytest
 from remotes import Fault, Server, s3, serve
 from running import rows
 from small_shards import make_samples, write_folder
-from support import error_line, train, until
+from support import TRAIN, error_line, later_wins, train, until
 from watching import watched
 from xxhash import xxh3_64
 
@@ -589,7 +589,7 @@ SETTINGS = ("--init", "random:tiny", "--steps", 12, "--batch-size", 8, "--checkp
 
 
 def launch(*arguments: object) -> "subprocess.Popen[str]":
-    line = [sys.executable, "-m", "oscar_train", *map(str, arguments)]
+    line = [sys.executable, "-m", "oscar_train", *later_wins(TRAIN, *arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -1,9 +1,11 @@
 """oscar-train: from a folder of shards to a pre-trained Oscar."""
 
+import os
 from pathlib import Path
 
 from oscar_common.cli import run, settings_command
 from oscar_common.memory import lacks_memory
+from oscar_common.progress import say_next
 from oscar_common.settings import Catalog, Train
 from oscar_train.arguments import FEW_SHAPES, check
 from oscar_train.run_folder import resumed
@@ -51,6 +53,9 @@ def _train(settings: Train, out: Path, stop: Stop) -> None:
         if not lacks_memory(error):
             raise
         raise lacking(settings) from None
+    if os.environ.get("RANK", "0") == "0":
+        held_out = settings.eval_shards or settings.eval_fraction
+        say_next(*(("oscar-evaluate", out) if held_out else ("oscar-checkpoint", "show", out)))
 
 
 def main() -> None:

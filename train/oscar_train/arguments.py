@@ -6,13 +6,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from oscar_common.errors import UsageError, nearest
+from oscar_common.files import check_output_folder, no_folder
 from oscar_common.settings import Train
 
+ALLOWED_INIT = "give a BERT folder, a hub name or random:tiny|small|base|large"
 RANDOM = "random:"
 CHECKPOINT = "checkpoint-"  # of folders' names
 LOGS = (  # what a run writes beside checkpoints
     *("metrics.csv", "evaluation.csv", "starts.jsonl", "run.yaml", "tag_vocabulary.txt", "tensorboard", "wandb"),
 )
+RECORD = "trainer.json"  # of a checkpoint: what it was made with
+RUN_FILE = "run.yaml"  # the settings of a run, in its folder
 SHUFFLES = ("features", "tags", "captions")  # what an evaluation may take from another image
 # Batches have ever other numbers of tokens, and on a CPU torch keeps what it prepared for the last 1,024 of them, which
 # takes gigabytes; what a step needs more than once are some dozens.
@@ -57,6 +61,7 @@ def check(settings: Train) -> Path:
         if not Path(texts).is_file():
             raise UsageError(f"--texts {texts}: no such file; give one that oscar-shards texts wrote")
     out = Path(settings.out)
+    check_output_folder(out, "--out", (RUN_FILE, f"{CHECKPOINT}*", "metrics.csv"))
     if settings.overwrite or not checkpoints(out):  # else the checkpoint has all that is needed
         _check_init(settings.init)
     if settings.overwrite:
@@ -64,8 +69,6 @@ def check(settings: Train) -> Path:
     check_ranks(settings)
     if settings.wandb is not None and getattr(find_spec("wandb"), "origin", None) is None:  # a folder may be called so
         raise UsageError(f"--wandb {settings.wandb}: wandb is not installed; pip install wandb, or leave --wandb out")
-    if (nearest_file := next((p for p in (out, *out.parents) if p.exists()), None)) and not nearest_file.is_dir():
-        raise UsageError(f"--out {out}: {nearest_file} is a file; give a folder")
     return out
 
 
@@ -104,10 +107,27 @@ def _check_init(init: str) -> None:
         return
     path = Path(init)
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--init {init}: {path} has no config.json; give the folder of a BERT model")
         return
-    allowed = "give a BERT folder, a hub name or random:tiny|small|base|large"
     if path.exists():
-        raise UsageError(f"--init {init}: a file; {allowed}")
+        raise UsageError(f"--init {init}: a file; {ALLOWED_INIT}")
     in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
     if in_a_folder or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", init) or init.startswith("."):
-        raise UsageError(f"--init {init}: no such folder; {allowed}")
+        raise UsageError(f"--init {init}: no such folder; {ALLOWED_INIT}")
+    from oscar_train import hub
+
+    hub.check(init)
+
+
+def check_model(path: Path) -> None:
+    """Refuse a FOLDER that is not that of a model, nor that of a run with checkpoints.
+
+    Raises:
+        UsageError: in one line.
+    """
+    if not path.is_dir():
+        raise UsageError(f"FOLDER {path}: {no_folder(path)}; give that of a model or of a run")
+    if not any((path / name).is_file() for name in ("config.json", RECORD)) and not checkpoints(path):
+        what = "a run without any checkpoint yet" if (path / RUN_FILE).is_file() else "neither a model nor a run"
+        raise UsageError(f"FOLDER {path}: {what}; give a folder with config.json or {CHECKPOINT}*")

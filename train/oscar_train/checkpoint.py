@@ -21,13 +21,12 @@ from torch.optim import Optimizer
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import TEMPORARY, aside, remove, replacing_folder, restore_folders, temporary
 from oscar_common.settings import Train, decisive
-from oscar_train.arguments import CHECKPOINT, LOGS, checkpoints, step_of
+from oscar_train.arguments import CHECKPOINT, LOGS, RECORD, checkpoints, step_of
 from oscar_train.guard import Guard
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import choose_objective, choose_region_init
 from oscar_train.texts.tokens import Tokenizer
 
-RECORD = "trainer.json"
 ENTRIES = {"step", "run", "ranks", "threads", "guard", "about", "files", "seal"}  # of the record
 NEEDED = ("config.json", "model.safetensors", "optimizer.pt")  # a run cannot go on without them
 GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # errors that no other try mends

@@ -6,7 +6,10 @@ from pathlib import Path
 import click
 
 from oscar_common import __version__
-from oscar_common.cli import PATH, examples, run
+from oscar_common.cli import PATH, Group, examples, run
+from oscar_common.files import check_writable
+from oscar_common.progress import say_next
+from oscar_train.arguments import check_model
 
 HELP = """Look at checkpoints, and write them for others.
 
@@ -20,6 +23,7 @@ folder = click.argument("path", metavar="FOLDER", type=PATH)
 
 
 @click.group(
+    cls=Group,
     help=HELP,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     epilog=_examples(
@@ -40,9 +44,11 @@ def show(path: Path) -> None:
 
     A checkpoint's files are compared with their sizes and hashes; exit 1 if one differs.
     """
+    check_model(path)
     from oscar_train.export import describe, find
 
     print("\n".join(describe(find(path))))
+    say_next("oscar-checkpoint", "export", path, "--format", "hf", "--out", f"{path.resolve().name}-hf")
 
 
 @command.command(
@@ -64,6 +70,8 @@ def show(path: Path) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an export in --out.")
 def export(path: Path, format: str, out: Path, overwrite: bool) -> None:
     """Write a model in another form; its weights stay the same to the bit, and --init takes either form."""
+    check_writable(out, f"--out {out}", "--out")
+    check_model(path)
     from oscar_train.export import export as write
     from oscar_train.state import modules
 
@@ -72,6 +80,7 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> None:
     for what, names in (("not in it, as the source has none", model.lost), ("left out", model.extra)):
         if names:
             print(f"{what}: {', '.join(modules(names))}")
+    say_next("oscar-checkpoint", "show", out)
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from transformers import BertConfig
 
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import replacing_folder, restore_folder
-from oscar_train import checkpoint, run_folder
-from oscar_train.arguments import CHECKPOINT, checkpoints
+from oscar_train import checkpoint
+from oscar_train.arguments import CHECKPOINT, RECORD, check_model
 from oscar_train.checkpoint import Checkpoint
 from oscar_train.model import oscar_config
 from oscar_train.reading.regions import BOX
@@ -160,21 +160,17 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
 
 def _checkpoint(path: Path) -> Checkpoint | None:
     """Return the checkpoint that a folder is, or the newest whole one that it has; None if it is another model's."""
-    if not path.is_dir():
-        raise UsageError(f"FOLDER {path}: no such folder; give that of a model or of a run")
-    if (path / CONFIG).is_file() or (path / checkpoint.RECORD).is_file():
-        return _whole(path) if (path / checkpoint.RECORD).is_file() else None
-    if checkpoints(path):
-        try:
-            made, damages = checkpoint.newest(path)
-        except UsageError:
-            see = f"see: oscar-checkpoint show {path}/{CHECKPOINT}*"
-            raise OperationError(f"FOLDER {path}: none of its checkpoints is whole; {see}") from None
-        for damage in damages:
-            warn(damage)
-        return made
-    what = "a run without any checkpoint yet" if (path / run_folder.FILE).is_file() else "neither a model nor a run"
-    raise UsageError(f"FOLDER {path}: {what}; give a folder with {CONFIG} or {CHECKPOINT}*")
+    check_model(path)
+    if (path / CONFIG).is_file() or (path / RECORD).is_file():
+        return _whole(path) if (path / RECORD).is_file() else None
+    try:
+        made, damages = checkpoint.newest(path)
+    except UsageError:
+        see = f"see: oscar-checkpoint show {path}/{CHECKPOINT}*"
+        raise OperationError(f"FOLDER {path}: none of its checkpoints is whole; {see}") from None
+    for damage in damages:
+        warn(damage)
+    return made
 
 
 def _whole(path: Path) -> Checkpoint:

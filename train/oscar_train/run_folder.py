@@ -12,11 +12,11 @@ import yaml
 
 from oscar_common.config import parse, read_yaml
 from oscar_common.errors import UsageError
-from oscar_common.files import replacing
+from oscar_common.files import no_folder, replacing
 from oscar_common.settings import Train, paths
-from oscar_train.arguments import checkpoints
+from oscar_train.arguments import RUN_FILE, checkpoints
 
-FILE, VOCABULARY = "run.yaml", "tag_vocabulary.txt"
+FILE, VOCABULARY = RUN_FILE, "tag_vocabulary.txt"
 
 
 def write_settings(out: Path, settings: Train) -> None:
@@ -45,9 +45,15 @@ def resumed(folder: Path) -> Train:
     """
     path = folder / FILE
     if not path.is_file():
-        what = f"no {FILE} there; give a folder that oscar-train wrote" if folder.is_dir() else "no such folder"
+        what = f"no {FILE} there; give a folder that oscar-train wrote" if folder.is_dir() else no_folder(folder)
         raise UsageError(f"--resume {folder}: {what}")
-    settings = parse(Train, read_yaml(path, "--resume"), str(path))
+    content = read_yaml(path, "--resume")
+    if isinstance(content, dict) and not content.get("shards"):
+        raise UsageError(
+            f"--resume {folder}: {path} is {'cut' if content else 'empty'}: it names no shards; give the command that "
+            "began the run instead, which writes it anew"
+        )
+    settings = parse(Train, content, str(path))
     before = settings.out or str(folder)
 
     def moved(path: Path) -> str:
@@ -60,6 +66,25 @@ def resumed(folder: Path) -> Train:
     if values["cache"] and not Path(values["cache"]).exists():
         values["cache"] = None  # it was another machine's
     return dataclasses.replace(settings, **{**values, "out": str(folder), "overwrite": False})
+
+
+def own_shards(path: Path) -> list[str]:
+    """Return the shards that a run evaluates itself on.
+
+    Raises:
+        UsageError: it does not, or this is no run.
+    """
+    for folder in (path, path.resolve().parent):
+        if (folder / FILE).is_file():
+            settings = resumed(folder)
+            if settings.eval_shards or settings.eval_fraction:
+                return settings.eval_shards or settings.shards
+            own = " ".join(f"--shards {place}" for place in settings.shards)
+            raise UsageError(
+                f"--shards is missing: {path} held nothing out of its training; give --shards with other images, or "
+                f"{own} --all to ask about those that it was trained on, or train with --eval-fraction 0.1"
+            )
+    raise UsageError(f"--shards is missing: {path} is not in a run's folder; give the shards to evaluate on")
 
 
 def _each(value: Any, change: Any, missing: bool = False) -> Any:

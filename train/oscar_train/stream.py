@@ -342,7 +342,7 @@ def open_stream(
     rank: int = 0,
     ranks: int = 1,
     threads: int | None = None,
-    cache: str | None = None,
+    cache: str | Path | None = None,
     cache_size: float = 100.0,
     skip_corrupt: bool = False,
     pin: bool = False,

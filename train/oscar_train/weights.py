@@ -12,6 +12,7 @@ from transformers import BertConfig
 
 from oscar_common.errors import UsageError, reason
 from oscar_train.arguments import RANDOM
+from oscar_train.hub import fetch
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
 from oscar_train.objectives import MATCHED, WRONG, WRONG_Q, WRONG_W
 from oscar_train.reading.regions import BOX, POSITIONS
@@ -47,7 +48,7 @@ def open_init(init: str) -> Start:
         tokenizer = load_tokenizer(None)
         config = random_config(init[len(RANDOM) :], tokenizer.size)
         return Start(name=init, place=place, folder=None, config=config, tokenizer=tokenizer)
-    return open_folder(init, Path(init) if Path(init).is_dir() else _download(init), place)
+    return open_folder(init, Path(init) if Path(init).is_dir() else fetch(init, (SAFETENSORS, PICKLED), FILES), place)
 
 
 def open_folder(name: str, folder: Path, place: str) -> Start:
@@ -219,30 +220,3 @@ def _read_config(place: str, folder: Path) -> BertConfig:
         raise
     except Exception as error:  # OSError for JSON that is none, and a validation error of the library's own
         raise UsageError(f"{place}: {path} cannot be read: {reason(error)}") from None
-
-
-def _download(init: str) -> Path:
-    """Fetch a model from the Hugging Face hub into its cache; return the folder there."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-    from huggingface_hub.utils.logging import set_verbosity_error
-
-    set_verbosity_error()  # type: ignore[no-untyped-call]  # its warnings about retries would come before our one line
-
-    def present(name: str) -> bool:
-        try:
-            return bool(hf_hub_download(init, name))
-        except EntryNotFoundError:
-            return False
-
-    try:
-        config = Path(hf_hub_download(init, "config.json"))
-        _ = present(SAFETENSORS) or present(PICKLED)
-        _ = [present(name) for name in FILES]
-    except Exception as error:  # no network, no such model, no rights: each has its own exceptions
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"--init {init}: no such folder, and not to be had from the Hugging Face hub ({reason}); "
-            "give a BERT folder, a hub name or random:tiny|small|base|large"
-        ) from None
-    return config.parent

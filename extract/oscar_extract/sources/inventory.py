@@ -227,12 +227,19 @@ def _estimated(scan: Scan, per_byte: float) -> int:
     return scan.images + round(scan.unread * per_byte) if scan.read else 0
 
 
+def _not_a_folder(root: Path) -> str:
+    """Say what is given instead of a folder of images."""
+    if not root.exists():
+        return "no such folder"
+    return "a file; give the folder that has it, a list of images (.jsonl, .csv, .tsv, .parquet), or a .tar of images"
+
+
 def _rows(number: int, root: Path, flag: str, found: Listing, seen: set[str]) -> Iterator[tuple[Any, ...]]:
     if root.is_file() and root.suffix == ".tar":
         found.tars.append((number, root, ""))
         return
     if not root.is_dir():
-        raise UsageError(f"{flag} {root}: no such folder")
+        raise UsageError(f"{flag} {root}: {_not_a_folder(root)}")
     links = []
     for path, is_link in _walk(root, flag, seen):
         extension = os.path.splitext(path)[1].lower()

@@ -11,7 +11,7 @@ import numpy as np
 
 from oscar_common import __version__
 from oscar_common.errors import OperationError, UsageError
-from oscar_common.files import locked
+from oscar_common.files import check_output_folder, locked
 from oscar_common.processes import each
 from oscar_common.progress import meter, phase
 from oscar_common.vocabulary import NAMES, read_names
@@ -50,6 +50,7 @@ def import_shards(
         raise UsageError(f"FROM {source_path}: no such file or folder; give what is in the format {format}")
     if out.resolve() in (source_path.resolve(), source_path.resolve().parent):
         raise UsageError(f"--out {out}: FROM is in it; give another --out")
+    check_output_folder(out, "--out", (FILE,))
     beside = sidecar.find(source_path)
     vocabulary = _vocabulary(format, source_path, classes, attributes) if beside is None else Vocabulary([], [])
     with phase(f"looking through {source_path}"):
@@ -222,8 +223,6 @@ def _begin(out: Path, manifest: Manifest) -> None:
                 f"--out {out}: the shards of another job are there, or its files or options were others; "
                 "give another --out"
             )
-    elif next(out.glob("*.tar"), None):
-        raise UsageError(f"--out {out}: there are tars without a {FILE}; give another --out")
     else:
         write_manifest(out, manifest)
 

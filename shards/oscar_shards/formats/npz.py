@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_common.errors import UsageError
+from oscar_common.files import no_folder
 from oscar_common.sample import Attribute, Sample, make_key
 from oscar_shards.formats.foreign import (
     Ints,
@@ -160,7 +161,7 @@ def read_rows(path: Path, source: str | None, vocabulary: Vocabulary) -> NpzRows
         UsageError: there is none.
     """
     if not path.is_dir():
-        raise UsageError(f"FROM {path}: no such folder; give the folder with MILVLG's .npz files")
+        raise UsageError(f"FROM {path}: {no_folder(path)}; give the folder with MILVLG's .npz files")
     with os.scandir(path) as entries:
         names = sorted(e.name for e in entries if e.name.endswith(".npz") and not e.name.startswith("."))
     if not names:

@@ -11,6 +11,7 @@ from importlib import resources
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; script-src "
 )
+MARK = POLICY.encode()  # by which a command knows a page of its own
 
 
 def page(title: str, body: Iterable[str]) -> Iterator[str]:

@@ -11,12 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from oscar_common.errors import UsageError
-from oscar_common.files import replacing
+from oscar_common.files import check_output_file, replacing
 from oscar_common.progress import meter
 from oscar_shards.manifest import DetectorRecord
 from oscar_shards.pages.lengths import LIMIT, Lengths
-from oscar_shards.pages.page import number, page, size, text, visible
+from oscar_shards.pages.page import MARK, number, page, size, text, visible
 from oscar_shards.pages.plots import Bar, begin, binned, lying, sparkline, standing
 from oscar_shards.pages.show import checked_index
 from oscar_shards.read import manifest_of, tars_at
@@ -41,13 +40,14 @@ class Report:
         return {name for detector in self.detectors for name in detector.classes}
 
 
-def write_report(paths: Sequence[Path], html: Path | None) -> None:
+def write_report(paths: Sequence[Path], html: Path | None, overwrite: bool = False) -> None:
     """Count, print, and write the page if one is asked for.
 
     Raises:
         UsageError: nothing to read or to write there, or a damaged shard.
     """
-    check_file(html)
+    if html:
+        check_output_file(html, "--html", mark=MARK, overwrite=overwrite)
     found = measure(paths)
     print_report(found)
     if html:
@@ -55,12 +55,6 @@ def write_report(paths: Sequence[Path], html: Path | None) -> None:
             for piece in page("Shards in numbers", _body(found)):
                 file.write(piece.encode("utf-8", "replace"))
         print(f"{html}: {size(html.stat().st_size)}")
-
-
-def check_file(html: Path | None) -> None:
-    """Raise a UsageError if no file can be written there."""
-    if html and (html.is_dir() or not html.parent.is_dir()):
-        raise UsageError(f"--html {html}: {'a folder' if html.is_dir() else 'no such folder'}; give a file to write")
 
 
 def measure(paths: Sequence[Path]) -> Report:

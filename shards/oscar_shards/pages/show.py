@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from oscar_common.errors import UsageError, nearest, reason
-from oscar_common.files import replacing
+from oscar_common.errors import UsageError, nearest, reason, shorten
+from oscar_common.files import check_output_file, no_folder, replacing
 from oscar_common.progress import meter
 from oscar_shards.manifest import Manifest
-from oscar_shards.pages.page import page, size, text
+from oscar_shards.pages.page import MARK, page, size, text
+from oscar_shards.pages.photos import find_photos
 from oscar_shards.pages.view import MOST, sheet
 from oscar_shards.read import manifest_of, read_index, tars_at
 
@@ -21,7 +22,15 @@ CANDIDATES = 10_000  # names among which one is looked for that was meant
 LISTS = ("tags", "scores", "attributes", "texts")
 
 
-def show(path: Path, keys: Sequence[str], tags: Sequence[str], images: Path | None, limit: int, html: Path) -> None:
+def show(
+    path: Path,
+    keys: Sequence[str],
+    tags: Sequence[str],
+    images: Path | None,
+    limit: int,
+    html: Path,
+    overwrite: bool = False,
+) -> None:
     """Write the page of at most `limit` images: those with these keys, those with any of these tags, else the first.
 
     Raises:
@@ -29,16 +38,36 @@ def show(path: Path, keys: Sequence[str], tags: Sequence[str], images: Path | No
     """
     tars, manifest = tars_at(path), manifest_of(path)
     if images is not None and not images.is_dir():
-        raise UsageError(f"--images {images}: no such folder; give the one that has the photos")
-    if html.is_dir() or not html.parent.is_dir():
-        raise UsageError(f"--html {html}: {'a folder' if html.is_dir() else 'no such folder'}; give a file to write")
+        raise UsageError(f"--images {images}: {no_folder(images)}; give the one that has the photos")
+    check_output_file(html, "--html", mark=MARK, overwrite=overwrite)
     rows = choose(path, keys, tags, limit)
+    photos = _photos(rows, images)
     lead = _lead(len(rows), len(tars), limit, manifest)
     with replacing(html) as file:
-        body = _body(path, lead, sheet(rows, images, MIN_SCORE, _first(tags)))
+        body = _body(path, lead, sheet(rows, photos, MIN_SCORE, _first(tags)))
         for piece in page(f"Shards: {path.name or path}", body):
             file.write(piece.encode("utf-8", "replace"))
-    print(f"{html}: {len(rows):,} image{'s' * (len(rows) != 1)}, {size(html.stat().st_size)}")
+    found = sum(photo is not None for photo in photos)
+    blank = f" ({len(rows) - found:,} without their photo)" if images and found < len(rows) else ""
+    print(f"{html}: {len(rows):,} image{'s' * (len(rows) != 1)}{blank}, {size(html.stat().st_size)}")
+
+
+def _photos(rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None) -> list[Path | None]:
+    """Return where each image's photo lies in `images`, if anywhere.
+
+    Raises:
+        UsageError: it has none of them.
+    """
+    if images is None:
+        return [None] * len(rows)
+    photos = find_photos(images, [row for _, row in rows])
+    if rows and not any(photos):
+        name = rows[0][1].get("path") or rows[0][1].get("key")
+        raise UsageError(
+            f"--images {images}: it has none of the {len(rows):,} photos (the first is {shorten(str(name))!r}); give "
+            "the folder that was extracted, or leave --images out for blank canvases"
+        )
+    return photos
 
 
 def _first(tags: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_shards.pages.page import text
-from oscar_shards.pages.photos import embedded, find_photos
+from oscar_shards.pages.photos import embedded
 
 MOST = 1000  # regions, and texts, of one image that are shown
 MOST_LABELS = 200  # of one image that are kept free of others
@@ -178,15 +178,14 @@ def _text(one: dict[str, Any]) -> str:
     return f'<li dir="auto" title="{text(one.get("source") or "", 100)}">{text(said)}{answer}</li>'
 
 
-def figures(rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None) -> Iterator[str]:
-    """Yield an HTML figure for each (tar, row of its index), with the photo where there is one in `images`."""
-    found: Iterable[Path | None] = find_photos(images, [row for _, row in rows]) if images else [None] * len(rows)
-    for (tar, row), picture in zip(rows, embedded(found), strict=True):
+def figures(rows: Sequence[tuple[Path, dict[str, Any]]], photos: Iterable[Path | None]) -> Iterator[str]:
+    """Yield an HTML figure for each (tar, row of its index), with its photo where it has one."""
+    for (tar, row), picture in zip(rows, embedded(photos), strict=True):
         yield figure(row, boxes_of(tar, row), picture)
 
 
 def sheet(
-    rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None, score: float, tag: str = ""
+    rows: Sequence[tuple[Path, dict[str, Any]]], photos: Iterable[Path | None], score: float, tag: str = ""
 ) -> Iterator[str]:
     """Yield a contact sheet in pieces: filters, set to a least `score` and a `tag` at first, and the figures."""
     counts = Counter(name for _, row in rows for name in {n for n in row.get("tags") or () if n})
@@ -204,7 +203,7 @@ def sheet(
 <span class="count" id="count" role="status"></span></form>
 <div class="sheet">
 """
-    yield from figures(rows, images)
+    yield from figures(rows, photos)
     yield """</div>
 <p class="nothing" id="nothing" hidden>No image fits these filters.</p>
 <dialog id="large"><div class="bar"><button type="button" id="before" aria-label="Before">‹</button>

@@ -1,14 +1,18 @@
 """The command `oscar-evaluate`: what a checkpoint has learned, as a table and JSON."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
 
 from oscar_common import __version__
-from oscar_common.cli import PATH, examples, run
+from oscar_common.cli import PATH, Command, examples, run
+from oscar_common.files import check_output_file
+from oscar_common.progress import say_next
 from oscar_common.settings import DEVICES, OBJECTIVES, PRECISIONS
-from oscar_train.arguments import FEW_SHAPES, SHUFFLES
+from oscar_train.arguments import FEW_SHAPES, SHUFFLES, check_model
+from oscar_train.run_folder import own_shards
 
 HELP = """Ask a model about images that it was not trained on.
 
@@ -20,10 +24,13 @@ those of two models compare; a --seed draws other questions.
 Of shards that the model was trained on, only the images that --eval-fraction held out are asked about.
 """
 
+MARK = b'{\n "model": '  # how the JSON of an evaluation begins
+
 _examples = partial(examples, "oscar-evaluate")
 
 
 @click.command(
+    cls=Command,
     help=HELP,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     epilog=_examples(
@@ -49,19 +56,32 @@ _examples = partial(examples, "oscar-evaluate")
 )
 @click.option("--controls", is_flag=True, help="All of --shuffle, side by side.")
 @click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write the numbers to a file, too.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --json even if this command did not write it.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), help="What is replaced. [default: as it was trained]")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the questions.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Triples at once.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where to compute.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Arithmetic.")
-@click.option("--cache", help="Folder for token ids and fetched shards. [default: ~/.cache/oscar-pretrain]")
+@click.option("--cache", type=PATH, help="Folder for token ids and fetched shards. [default: ~/.cache/oscar-pretrain]")
 @click.option("--skip-corrupt", is_flag=True, help="Go on without shards and images that are gone or damaged.")
 @click.version_option(__version__)
-def command(shuffle: tuple[str, ...], controls: bool, **flags: Any) -> None:
+def command(
+    path: Path, shards: tuple[str, ...], shuffle: tuple[str, ...], controls: bool, overwrite: bool, **flags: Any
+) -> None:
     """Check the arguments, and only then import torch."""
+    if flags["json_file"] is not None:
+        check_output_file(flags["json_file"], "--json", mark=MARK, overwrite=overwrite)
+    check_model(path)
+    places = shards or tuple(own_shards(path))
     from oscar_train.evaluation.evaluate import Asked, evaluate
 
-    evaluate(Asked(shuffles=SHUFFLES if controls else tuple(dict.fromkeys(shuffle)), **flags))
+    shuffles = SHUFFLES if controls else tuple(dict.fromkeys(shuffle))
+    evaluate(Asked(path=path, shards=places, shuffles=shuffles, **flags))
+    if shuffles:
+        say_next("oscar-checkpoint", "export", path, "--format", "hf", "--out", f"{path.resolve().name}-hf")
+    else:
+        given = [word for place in shards for word in ("--shards", place)]
+        say_next("oscar-evaluate", path, *given, *["--all"] * bool(flags["everything"]), "--controls")
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from rich.console import Console
 from oscar_common.device import choose_device
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
-from oscar_train import run_folder
 from oscar_train.evaluation.during import open_asked
 from oscar_train.evaluation.exam import Exam, make_exam
 from oscar_train.evaluation.held_out import asked
@@ -51,7 +50,7 @@ class Asked:
     batch_size: int
     device: str
     precision: str
-    cache: str | None
+    cache: Path | None
     skip_corrupt: bool
 
 
@@ -67,7 +66,7 @@ def evaluate(given: Asked) -> None:
         raise UsageError(f"FOLDER {given.path}: no whole Oscar; it lacks {', '.join(modules(model.lost))}")
     objective = choose_objective(model, given.objective)
     ranks = Ranks(0, 1, torch.device(choose_device(given.device)))
-    sources = [open_source(place, given.skip_corrupt) for place in given.shards or own_shards(given.path)]
+    sources = [open_source(place, given.skip_corrupt) for place in given.shards]
     check_together(sources)
     with opened(model, sources, objective, given) as exam:
         forward = partial(answer, loaded(model, exam.corpus.feature_dim).to(ranks.device), given.precision)
@@ -95,20 +94,6 @@ def choose_objective(model: Model, name: str | None) -> Objective:
             f"--objective {chosen}: it tells {', '.join(objective.classes)}; the model tells {has}; give another"
         )
     return replace(objective, classes=classes)
-
-
-def own_shards(path: Path) -> list[str]:
-    """Return the shards that a run evaluates itself on.
-
-    Raises:
-        UsageError: it does not, or this is no run.
-    """
-    for folder in (path, path.resolve().parent):
-        if (folder / run_folder.FILE).is_file():
-            settings = run_folder.resumed(folder)
-            if settings.eval_shards or settings.eval_fraction:
-                return settings.eval_shards or settings.shards
-    raise UsageError(f"--shards is missing: {path} is no run that held anything out; give shards to evaluate on")
 
 
 @contextmanager
