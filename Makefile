@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DEMO := runs/demo
 PEERS := $(VENV)/peers
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile # a process for each core; tests of a file share what they set up
 
 # As oscar_common.cli does for the commands, for the tests that import torch themselves.
 export GOMP_SPINCOUNT ?= 10000
@@ -47,10 +48,10 @@ demo: setup ## real photos -> regions -> shards -> a small pre-trained Oscar -> 
 	@echo "done: open $(DEMO)/report.html in a browser"
 
 test: setup ## run the tests, except the slow ones
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not gpu'
 
 test-slow: setup ## run the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-gpu: setup ## run the tests that need a GPU; some minutes
 	$(BIN)/python -m pytest -m gpu tests/gpu

@@ -21,6 +21,7 @@ from oscar_extract.sources.corpus import Corpus, Request, find_files, read_corpu
 from oscar_extract.sources.inventory import Listing, take_inventory
 from oscar_extract.sources.tables import LEFT_OUT
 from oscar_shards.manifest import PlanRecord
+from oscar_shards.seal import write_sealed
 from oscar_shards.write import LEFT_OUT_FILE, PLAN_FILE
 
 TEXT = pa.struct([field for field in TEXTS if field.name != "image"])
@@ -235,10 +236,10 @@ def write_plan(out: Path, plan: Plan) -> None:
     size = plan.record.images_per_shard
     with replacing(out / PLAN_FILE) as file:
         table = plan.table.replace_schema_metadata({"oscar.plan": json.dumps(said)})
-        pq.write_table(table, file, compression="zstd", row_group_size=size * -(-GROUP // size))
+        write_sealed(table, file, compression="zstd", row_group_size=size * -(-GROUP // size))
     if len(plan.left_out):
         with replacing(out / LEFT_OUT_FILE) as file:
-            pq.write_table(plan.left_out, file, compression="zstd")
+            write_sealed(plan.left_out, file, compression="zstd")
     else:
         (out / LEFT_OUT_FILE).unlink(missing_ok=True)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from oscar_extract.plan import Plan
 from oscar_extract.sources.corpus import MISSING
 from oscar_extract.tasks import Survey
 from oscar_shards.read import find_shards
+from oscar_shards.seal import write_sealed
 from oscar_shards.stats import count
 from oscar_shards.write import LEFT_OUT_FILE, MISSING_FILE
 
@@ -121,7 +121,7 @@ def check_missing(out: Path, plan: Plan, allowed: float) -> None:
     with locked(out, "--out"):
         if len(found):
             with replacing(list_file) as file:
-                pq.write_table(plan.left_out, file, compression="zstd")
+                write_sealed(plan.left_out, file, compression="zstd")
     like = ", ".join(found["image"][:3].to_pylist())
     raise OperationError(
         f"{missing} of {total} images are missing ({missing / total:.3f}{f', like {like}' if like else ''}), more than "

@@ -13,6 +13,7 @@ from oscar_common.errors import reason
 from oscar_common.files import rename, unfinished
 from oscar_shards.content import CONTENT, read_content
 from oscar_shards.samples import Entry, Span, entries
+from oscar_shards.seal import write_sealed
 from oscar_shards.tar import BLOCK, Window, members
 
 SAMPLE_BYTES = 3 * BLOCK  # of a sample at least: three headers
@@ -75,7 +76,7 @@ def write_index(table: pa.Table, path: Path) -> None:
 def write_unfinished_index(table: pa.Table, path: Path) -> None:
     """Write an index under the temporary name of `path`."""
     with unfinished(path) as file:
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        write_sealed(table, file, compression="zstd", write_page_checksum=True)
 
 
 def load_index(tar: Path) -> pa.Table:

@@ -11,6 +11,7 @@ from typing import Any
 from oscar_common.config import parse
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
+from oscar_shards.seal import sealed_json
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -71,6 +72,7 @@ class Manifest:
     settings: dict[str, Any]
     plan: PlanRecord
     software: dict[str, Any] = field(default_factory=dict)
+    seal: str | None = None  # of the file (see seal.py); older versions wrote none
 
     @property
     def layout(self) -> Layout:
@@ -98,7 +100,7 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json into `folder`, whole or not at all."""
     with replacing(folder / FILE) as file:
-        file.write(json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(sealed_json(dataclasses.asdict(manifest)))
 
 
 def read_manifest(folder: Path, flag: str) -> Manifest:

@@ -23,6 +23,7 @@ from oscar_common.tables import Ints, array, columns, find, in_line, last, numbe
 from oscar_shards.content import TEXT
 from oscar_shards.index import index_path
 from oscar_shards.read import is_whole, read_index, tars_at
+from oscar_shards.seal import write_sealed
 from oscar_shards.values import KINDS
 
 OVERLAY = pa.schema([("key", pa.string()), *TEXT])
@@ -49,9 +50,7 @@ def write_overlay(
     schema = OVERLAY.with_metadata({FORMAT: VERSION, REPLACE: replace})
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file:
-        pq.write_table(
-            made.replace_schema_metadata(schema.metadata), file, compression="zstd", write_page_checksum=True
-        )
+        write_sealed(made.replace_schema_metadata(schema.metadata), file, compression="zstd", write_page_checksum=True)
     reached, seconds = pc.count_distinct(made["key"]).as_py(), time.monotonic() - began
     print(f"{out}: {len(made):,} texts for {reached:,} of {len(images):,} images, {seconds:.1f} s")
 

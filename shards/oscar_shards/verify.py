@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from oscar_common.errors import UsageError, reason
 from oscar_common.processes import each
 from oscar_common.progress import meter
+from oscar_shards import seal
 from oscar_shards.index import (
     PLACES,
     SCHEMA,
@@ -29,13 +30,13 @@ from oscar_shards.index import (
     read_row,
     size_said,
 )
-from oscar_shards.manifest import Manifest
+from oscar_shards.manifest import FILE, Manifest
 from oscar_shards.quantise import are_finite
 from oscar_shards.read import manifest_of, tars_at
 from oscar_shards.samples import Entry, array, entries
 from oscar_shards.tar import TarFault, Window, members
 from oscar_shards.values import Boxes, check_fit, check_values
-from oscar_shards.write import rejects_path
+from oscar_shards.write import LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE, rejects_path
 
 GLANCE = 64 << 10  # bytes of the window when arrays are not read
 MEGA = 1_000_000
@@ -53,19 +54,27 @@ class Report:
     texts: int
     rejects: int
     bytes: int
+    unsealed: list[Path]
 
 
 def verify(paths: Iterable[Path], quick: bool, workers: int | None) -> int:
-    """Check shards and print what is wrong with them; return 1 if anything is, else 0.
+    """Check shards, and Parquet files of this project, and print what is wrong with them; return 1 if anything is.
 
     Raises:
         UsageError: a path has no tar.
     """
     began = time.monotonic()
-    tars = list(dict.fromkeys(tar for path in paths for tar in tars_at(path)))
+    paths = list(paths)
+    tables = [path for path in paths if path.suffix == ".parquet" and path.is_file()]
+    tars = list(dict.fromkeys(tar for path in paths if path not in tables for tar in tars_at(path)))
     sizes = {tar: tar.stat().st_size for tar in tars}
     reports: dict[Path, Report] = {}
     faults = done = 0
+    unsealed: list[Path] = []
+    for path in tables:
+        if message := _check_seal(path, False, unsealed):
+            print(f"{path}: {_in_line(message)}")
+            faults += 1
     with meter("MB", sum(sizes.values()) // MEGA, refusal="faults") as progress:
         for tar, report in each(partial(check, quick=quick), tars, workers):
             reports[tar] = report
@@ -74,9 +83,18 @@ def verify(paths: Iterable[Path], quick: bool, workers: int | None) -> int:
             done, faults = done + sizes[tar], faults + len(report.faults)
             progress.show(done // MEGA, faults)
     for folder in dict.fromkeys(tar.parent for tar in tars):
-        for message in check_folder(folder, {t: reports[t] for t in tars if t.parent == folder}):
+        for message in check_folder(folder, {t: reports[t] for t in tars if t.parent == folder}, unsealed):
             print(f"{folder}: {_in_line(message)}")
             faults += 1
+    unsealed += [path for report in reports.values() for path in report.unsealed]
+    if unsealed:
+        print(
+            f"not covered: {len(unsealed):,} files of an older version have no seal ({unsealed[0]}, ...); "
+            "what they say was checked, but not every byte of them"
+        )
+    if not tars:
+        print(f"{len(tables):,} files: {f'{faults} damaged' if faults else 'no fault'}")
+        return int(faults > 0)
     images, texts = (sum(n) for n in zip(*((len(r.keys), r.texts) for r in reports.values()), strict=True))
     read, seconds = sum(r.bytes for r in reports.values()), time.monotonic() - began
     what = "sizes and headers" if quick else f"{read / 1e9:.3g} GB"
@@ -89,6 +107,7 @@ def verify(paths: Iterable[Path], quick: bool, workers: int | None) -> int:
 def check(tar: Path, quick: bool) -> Report:
     """Check one tar with its index and its folder's manifest."""
     faults: list[tuple[str, str]] = []
+    unsealed: list[Path] = []
     stored = manifest = None
     try:
         with suppress(UsageError):  # `check_folder` tells
@@ -98,6 +117,11 @@ def check(tar: Path, quick: bool) -> Report:
     except OSError as error:
         faults.append(("", f"cannot be read: {error.strerror or error}"))
         table = SCHEMA.empty_table()
+    sealed = manifest is not None and manifest.seal is not None
+    for path in (index_path(tar), rejects_path(tar)):
+        told = path == index_path(tar) and stored is None
+        if path.exists() and not told and (message := _check_seal(path, sealed, unsealed)):
+            faults.append(("", f"{path.name}: {message}"))
     if stored is not None:
         faults.extend(_differences(stored, table, {key for key, _ in faults}))
     counted = stored if quick and stored is not None else table
@@ -107,7 +131,20 @@ def check(tar: Path, quick: bool) -> Report:
         texts=pc.sum(pc.list_value_length(counted["texts"])).as_py() or 0 if "texts" in counted.schema.names else 0,
         rejects=_count_rejects(tar, faults),
         bytes=tar.stat().st_size if tar.exists() else 0,
+        unsealed=unsealed,
     )
+
+
+def _check_seal(path: Path, sealed: bool, unsealed: list[Path]) -> str:
+    """Return what is wrong with a file's seal; where none is expected (not `sealed`), note a file that has none."""
+    try:
+        broken = seal.broken(path)
+    except OSError as error:
+        return f"cannot be read: {reason(error)}"
+    if broken is None and not sealed:
+        unsealed.append(path)
+        return ""
+    return seal.BROKEN if broken else "its seal is not there" if broken is None else ""
 
 
 def _count_rejects(tar: Path, faults: list[tuple[str, str]]) -> int:
@@ -236,15 +273,26 @@ _NAMES = {
 }
 
 
-def check_folder(folder: Path, reports: dict[Path, Report]) -> Iterator[str]:
-    """Say what is wrong with a folder as a whole; of some of its tars only what these say."""
+def check_folder(folder: Path, reports: dict[Path, Report], unsealed: list[Path]) -> Iterator[str]:
+    """Say what is wrong with a folder as a whole; of some of its tars only what these say. Files without a seal, which
+    older versions wrote, are added to `unsealed`."""
     yield from _twice({tar.name: report.keys for tar, report in reports.items()})
     try:
         manifest = manifest_of(folder)
     except UsageError as error:
         yield f"{error.message}; until then P, vocabulary and counts are not checked"
         return
-    if manifest is None or set(manifest.tars(folder)) - set(reports):
+    if manifest is None:
+        return
+    broken = seal.broken_json((folder / FILE).read_bytes())
+    if broken:
+        yield f"{FILE}: {seal.BROKEN}"
+    elif broken is None:
+        unsealed.append(folder / FILE)
+    for name in (PLAN_FILE, LEFT_OUT_FILE, MISSING_FILE):
+        if (folder / name).exists() and (message := _check_seal(folder / name, manifest.seal is not None, unsealed)):
+            yield f"{name}: {message}"
+    if set(manifest.tars(folder)) - set(reports):
         return
     beside = {path for tar in reports for path in (index_path(tar), rejects_path(tar))}
     for stray in sorted(set(folder.glob("[!.]*.parquet")) - beside):

@@ -22,6 +22,7 @@ from oscar_shards import manifest
 from oscar_shards.index import index_path, index_tar, size_said, write_unfinished_index
 from oscar_shards.manifest import Layout
 from oscar_shards.quantise import FLOAT16_LIMIT, are_finite, quantise
+from oscar_shards.seal import write_sealed
 
 PLAN_FILE = "_plan.parquet"  # what oscar-extract is to do; readers of Parquet folders pass over names with _
 LEFT_OUT_FILE = "_left-out.parquet"  # what it could not even begin with: missing images, texts without an image, ...
@@ -73,7 +74,7 @@ def write_shard(tar: Path, items: Iterable[Sample | Reject], layout: Layout) -> 
                 else:
                     _write_sample(writer, item, layout)
         with unfinished(refused) as file:
-            pq.write_table(pa.Table.from_pylist([dataclasses.asdict(r) for r in rejects], REJECTS), file)
+            write_sealed(pa.Table.from_pylist([dataclasses.asdict(r) for r in rejects], REJECTS), file)
         write_unfinished_index(index_tar(temporary(tar)), index)
     except BaseException:
         for path in (index, refused, tar):

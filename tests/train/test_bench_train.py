@@ -64,7 +64,7 @@ def test_every_way_is_measured(report: dict[str, Any]) -> None:
     assert {*ABLATION, "ours-bf16"} == found["ablation"].keys()
     for way in found["ways"].values():
         assert way["samples_per_second"]["median"] > 0
-        assert 0 < way["of_ceiling"] < 1
+        assert way["of_ceiling"] > 0  # the ceiling is measured at another time, when others may be working
         assert way["peak_gb"] > 0
         assert math.isfinite(way["last_loss"])
     for precision in ("fp32", "bf16"):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from oscar_common.errors import UsageError, reason
 from oscar_shards.formats.foreign import Ints, Rows
 from oscar_shards.read import parse_content
+from oscar_shards.seal import leave_room, stamp
 from oscar_shards.write import Reject
 
 FILE = "images.parquet"
@@ -37,6 +38,7 @@ class SidecarWriter:
     def __init__(self, folder: Path, format: str, tars: list[Path], stack: ExitStack) -> None:
         metadata = {FORMAT: format.encode(), SHARDS: json.dumps([tar.name for tar in tars]).encode()}
         schema = SCHEMA.with_metadata(metadata)
+        self._path = folder / FILE
         self._writer = stack.enter_context(pq.ParquetWriter(folder / FILE, schema, compression="zstd"))
 
     def add(self, tar: Path, images: list[tuple[str, str, str, str]], rejects: list[Reject]) -> None:
@@ -49,7 +51,9 @@ class SidecarWriter:
 
     def close(self) -> None:
         """Write the end of the file."""
+        leave_room(self._writer)
         self._writer.close()
+        stamp(self._path)
 
 
 def read_files(path: Path) -> tuple[str, set[str]]:
