@@ -86,15 +86,31 @@ class Manifest:
 
     def tars(self, folder: Path) -> list[Path]:
         """Return the shards that are in `folder`, in their order."""
-        return sorted(p for p in folder.glob(f"{self.name}-*.tar" if self.name else "*.tar") if p.name[0] != ".")
+        return in_order(path for path in folder.glob("*.tar") if re.fullmatch(self._of_tar, path.name))
 
     def tar_names(self, found: Iterable[str]) -> list[str]:
         """Return the names of the tars among some file names, in their order, those of which only the index is there
         included."""
-        of_tar = f"{re.escape(self.name)}-.*\\.tar" if self.name else r"[^.].*\.tar"
+        names = list(found)
         of_index = rf"({re.escape(self.name)}-\d{{6,}})\.parquet"
-        tars = {name for name in found if re.fullmatch(of_tar, name)}
-        return sorted(tars | {f"{m[1]}.tar" for m in (re.fullmatch(of_index, name) for name in found) if m})
+        tars = {name for name in names if re.fullmatch(self._of_tar, name)}
+        indexed = {f"{match[1]}.tar" for match in (re.fullmatch(of_index, name) for name in names) if match}
+        return [path.name for path in in_order(map(Path, tars | indexed))]
+
+    @property
+    def _of_tar(self) -> str:
+        """A pattern of the shards' names; NAME-x-000000.tar is one of another set."""
+        return rf"{re.escape(self.name)}-\d{{6,}}\.tar" if self.name else r"[^.].*\.tar"
+
+
+def in_order(paths: Iterable[Path]) -> list[Path]:
+    """Return shards by name, and by number where they have one: the millionth has a digit more."""
+
+    def place(path: Path) -> tuple[str, int, str]:
+        numbered = re.fullmatch(r"(.*-)(\d{6,})\.tar", path.name)
+        return (numbered[1], int(numbered[2]), path.name) if numbered else (path.name, 0, path.name)
+
+    return sorted(paths, key=place)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ from oscar_common.errors import UsageError
 from oscar_common.files import no_folder
 from oscar_common.sample import Attribute, ImageRecord, Regions, Sample, Text
 from oscar_shards.index import index_path, index_tar, load_index, size_said
-from oscar_shards.manifest import FILE, Manifest, read_manifest
+from oscar_shards.manifest import FILE, Manifest, in_order, read_manifest
 from oscar_shards.quantise import dequantise
 from oscar_shards.samples import Entry, array, entries
 from oscar_shards.tar import Window, members
@@ -100,7 +100,7 @@ def tars_at(path: Path, flag: str = "PATH") -> list[Path]:
     manifest = None
     with suppress(UsageError):  # a manifest that is damaged does not hide the tars
         manifest = manifest_of(path)
-    found = manifest.tars(path) if manifest else sorted(path.glob("[!.]*.tar"))
+    found = manifest.tars(path) if manifest else in_order(path.glob("[!.]*.tar"))
     if not found:
         raise UsageError(f"{flag} {path}: no tar in it; give a folder of shards, or a tar")
     return found

@@ -122,7 +122,7 @@ def manifest_from(folder: Path, classes: list[str]) -> Manifest:
 
 def _name(tars: list[Path]) -> str:
     """Return NAME if the tars are NAME-000000.tar and so on, else an empty one."""
-    found = {match[1] if (match := re.fullmatch(r"([\w-]+)-\d{6}\.tar", tar.name)) else "" for tar in tars}
+    found = {match[1] if (match := re.fullmatch(r"([\w-]+)-\d{6,}\.tar", tar.name)) else "" for tar in tars}
     return found.pop() if len(found) == 1 else ""
 
 

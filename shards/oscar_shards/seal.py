@@ -19,6 +19,7 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 NAME = "oscar.seal"
 BLANK = b"0" * 32  # what is hashed in the seal's place
 PIECE = 1 << 20  # bytes that are hashed at once
+PARQUET = b"PAR1"  # how a file ends
 FRAME = b"\x18\x20"  # in a Parquet footer, between a key and a value of 32 bytes
 BROKEN = "its seal does not fit its bytes: they were changed or damaged"
 
@@ -56,7 +57,7 @@ def broken(path: Path) -> bool | None:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        if file.seek(0, 2) == 0:
+        if file.seek(0, 2) < len(PARQUET) or _last(file, len(PARQUET)) != PARQUET:
             return True
         try:
             begin, digest = _digest(file)
@@ -74,10 +75,7 @@ def _digest(file: BinaryIO) -> tuple[int, str]:
         LookupError: there is none.
     """
     size = file.seek(0, 2)
-    file.seek(max(0, size - 8))
-    length = _footer(file.read(8))
-    file.seek(max(0, size - length))
-    begin, end = _find(file.read(length), size)
+    begin, end = _find(_last(file, _footer(_last(file, 8))), size)
 
     content = xxh3_128()
     for piece in _pieces(file, 0, begin):
@@ -86,6 +84,13 @@ def _digest(file: BinaryIO) -> tuple[int, str]:
     for piece in _pieces(file, end, size):
         content.update(piece)
     return begin, content.hexdigest()
+
+
+def _last(file: BinaryIO, count: int) -> bytes:
+    """Return the last bytes of a file, at most `count`."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - count))
+    return file.read(count)
 
 
 def _pieces(file: BinaryIO, begin: int, end: int) -> Iterator[bytes]:

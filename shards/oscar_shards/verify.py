@@ -283,6 +283,10 @@ def check_folder(folder: Path, reports: dict[Path, Report], unsealed: list[Path]
         yield f"{error.message}; until then P, vocabulary and counts are not checked"
         return
     if manifest is None:
+        indexes = [path for path in map(index_path, reports) if path.exists() and path not in unsealed]
+        if indexes and set(folder.glob("[!.]*.tar")) <= set(reports):
+            again = f"restore it from a copy, or run oscar-shards index {folder}"
+            yield f"{FILE}: it is not there, but there was one when {indexes[0].name} was written; {again}"
         return
     broken = seal.broken_json((folder / FILE).read_bytes())
     if broken:

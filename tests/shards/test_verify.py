@@ -14,7 +14,7 @@ from support import run_here
 
 from oscar_common.sample import ImageRecord, Regions, Sample
 from oscar_shards.__main__ import command
-from oscar_shards.index import index_path
+from oscar_shards.index import index_path, write_index
 from oscar_shards.manifest import Layout
 from oscar_shards.reindex import reindex
 from oscar_shards.verify import check
@@ -131,7 +131,7 @@ def test_an_index_that_says_something_else_is_named(folder):
         tags = table[name].to_pylist()
         tags[2] = ["zebra"] * max(len(tags[2]), 1)
         changed = table.set_column(table.schema.get_field_index(name), table.schema.field(name), [tags])
-        pq.write_table(changed, index_path(tar))
+        write_index(changed, index_path(tar))
         assert faults(tar) == [("image-002", f"not what the index says: {name}")]
 
 
