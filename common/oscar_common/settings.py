@@ -290,6 +290,13 @@ class Train:
     tag_vocabulary: str | None = setting(
         None, "File of tags, one a line; all others are left out.", decides=False, path=True
     )
+    attention_dropout: float | None = setting(
+        None,
+        "Share of the attention's weights that dropout sets to 0; 0 is faster. [default: as --init has it, 0.1 in BERT]",
+        low=0,
+        high=0.9,
+        decides=True,
+    )
     image_layernorm: bool = setting(
         False, "A LayerNorm on the embedded regions, as Oscar+ has, even if --init has none.", decides=True
     )

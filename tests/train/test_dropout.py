@@ -102,3 +102,14 @@ def test_a_model_has_no_dropout_but_this_and_each_has_a_site_of_its_own():
     assert not [m for m in model.modules() if isinstance(m, nn.Dropout)]
     sites = [m.site for m in model.modules() if isinstance(m, TripleDropout)]
     assert sorted(sites) == list(range(1 + 3 * 2))  # text and regions; attention and two outputs of each layer
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
+def test_attention_has_the_dropout_that_is_asked_for_and_the_rest_keeps_its_own(asked: float | None, expected: float):
+    from oscar_train.weights import build, open_init
+
+    model, _ = build(open_init("random:tiny"), 24, 1, attention_dropout=asked)
+    shares = {name: m.p for name, m in model.named_modules() if isinstance(m, TripleDropout)}
+    assert {p for name, p in shares.items() if ".self." in name} == {expected}
+    assert {p for name, p in shares.items() if ".self." not in name} == {0.1}
+    assert model.config.attention_probs_dropout_prob == expected  # its checkpoints say so

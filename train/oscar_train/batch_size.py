@@ -100,6 +100,7 @@ def largest_batch(settings: Train, start: Start, feature_dim: int, ranks: Ranks,
         classes=choose_objective(settings).classes,
         image_layernorm=settings.image_layernorm,
         position=settings.region_position,
+        attention_dropout=settings.attention_dropout,
     )
     shop = open_workshop(model.to(ranks.device), alone, replace(ranks, rank=0, size=1))
     sizes, free = PROBES[ranks.device.type], _free(ranks.device)

@@ -107,6 +107,7 @@ def _model(start: Start, settings: Train, stream: Stream) -> tuple[OscarForPreTr
         classes=choose_objective(settings).classes,
         image_layernorm=settings.image_layernorm,
         position=settings.region_position,
+        attention_dropout=settings.attention_dropout,
         begin=partial(anchor, stream=stream) if choose_region_init(settings) == "tags" else None,
     )
 

@@ -76,6 +76,7 @@ def build(
     classes: tuple[str, ...] | None = None,
     image_layernorm: bool = False,
     position: int | None = None,
+    attention_dropout: float | None = None,
     begin: Callable[[OscarForPreTraining], str] | None = None,
 ) -> tuple[OscarForPreTraining, str]:
     """Make the model, and say in one line what was filled from where, what is random and what was not used.
@@ -88,6 +89,7 @@ def build(
             takes the head as it is.
         image_layernorm: whether regions have a LayerNorm even if the folder's have none.
         position: how many numbers of z the model takes, 4 or 6; None is what the folder's does, else 6.
+        attention_dropout: share of attention weights that are set to 0 in training; None is the folder's.
         begin: sets the embedding of regions, where the folder has none for these, and says to what.
 
     Raises:
@@ -99,6 +101,8 @@ def build(
     if classes is not None:
         _order_classes(config, weights, classes)
     config.use_img_layernorm = int(bool(getattr(config, "use_img_layernorm", 0)) or image_layernorm)
+    if attention_dropout is not None:
+        config.attention_probs_dropout_prob = attention_dropout
     torch.manual_seed(seed)
     model = OscarForPreTraining(oscar_config(config, feature_dim, position))
     total = f"{start.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
