@@ -11,6 +11,7 @@ from rich.table import Table
 
 from oscar_common.errors import OperationError
 from oscar_common.files import locked, replacing
+from oscar_common.progress import duration
 from oscar_extract.plan import Plan
 from oscar_extract.sources.corpus import MISSING
 from oscar_extract.tasks import Survey
@@ -60,7 +61,7 @@ def print_estimate(plan: Plan, found: Survey, workers: str, speedup: int) -> Non
         "detector", f"{detector.name}, preset {detector.preset}, P = {detector.feature_dim}, on {found.device}"
     )
     table.add_row("pace", f"{rate:,.1f} images/s ({workers}; measured on a short sample)")
-    table.add_row("time", f"about {record.num_images / max(rate, 1e-9) / 3600:,.2f} hours")
+    table.add_row("time", f"about {duration(record.num_images / rate)}" if rate else "unknown: no image could be used")
     table.add_row("memory", f"{found.memory / 1e9:.2f} GB a process")
     _print(table)
 

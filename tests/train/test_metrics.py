@@ -284,7 +284,7 @@ def test_a_long_time_is_said_in_a_unit_that_fits(seconds: float, words: str):
 
 
 @pytest.mark.parametrize(
-    ("pace", "told", "warned"), [(0.01, "", ""), (2, "take about 5.4 hours", ""), (123, "14 days", "14 days")]
+    ("pace", "told", "warned"), [(0.01, "", ""), (2, "take about 5.5 hours", ""), (123, "14 days", "14 days")]
 )
 def test_a_long_run_says_early_how_long_it_takes(
     pace: float, told: str, warned: str, capsys: pytest.CaptureFixture[str]
