@@ -23,6 +23,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
 
 
+def plural(count: int, name: str, names: str = "") -> str:
+    """Return a count with its noun: "1 image", "1,200 images"; `names` is the plural of a noun that has another."""
+    return f"{count:,} {name if count == 1 else names or f'{name}s'}"
+
+
 def say_next(*words: object) -> None:
     """Say on stderr which command comes next."""
     print(f"next: {shlex.join(map(str, words))}", file=sys.stderr, flush=True)
