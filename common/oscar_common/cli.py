@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import os
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -128,8 +130,7 @@ def settings_command(
                 layer = _pipeline(catalog, pipeline, stage) if pipeline is not None else {}
             settings = _resolve(schema, catalog, layer, said)
             _check_paths(settings)
-            with continuable():
-                function(settings, catalog)
+            function(settings, catalog)
 
         command = Command(
             name=f"oscar-{stage}",
@@ -145,7 +146,10 @@ def settings_command(
 
 
 def run(
-    command: click.Command, arguments: list[str] | None = None, environment: Mapping[str, str] = MappingProxyType({})
+    command: click.Command,
+    arguments: list[str] | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    continues: bool = False,
 ) -> NoReturn:
     """Run a command: exit 0, or one line on stderr and exit 2 (bad input), 1 (trouble) or 128 + a signal's number.
 
@@ -155,20 +159,23 @@ def run(
         command: what to run.
         arguments: those of the command line, unless others are given.
         environment: what torch is to find there when it is imported, unless the user has set it.
+        continues: whether the same command goes on where it was stopped.
     """
+    again = f"the same command again {'continues' if continues else 'starts anew'}"
     for name, value in {**SPIN, **environment}.items():
         os.environ.setdefault(name, value)
     try:
-        sys.exit(command.main(arguments, standalone_mode=False) or 0)
+        with _last_words(f"stopped by SIGTERM; {again}"):
+            sys.exit(command.main(arguments, standalone_mode=False) or 0)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except Stopped as error:
         _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
-        _fail(str(error.__cause__ or "") or "interrupted", 130)
+        _fail(str(error.__cause__ or "") or f"interrupted; {again}", 130)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "; free some space or give another --out; the same command again continues" if full else ""
+        hint = f"; free some space or give another --out; {again}" if full else ""
         _fail(f"{error.filename or 'output'}: {error.strerror or error}{hint}", 1)
     except Exception as error:
         if not lacks_memory(error):
@@ -179,11 +186,32 @@ def run(
 
 @contextmanager
 def continuable() -> Iterator[None]:
-    """Say after a Ctrl-C that the same command continues. Others begin anew, or leave nothing to continue."""
+    """Say after a Ctrl-C that the same command continues, of one in a group of others that begin anew."""
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command again continues") from None
+
+
+@contextmanager
+def _last_words(line: str) -> Iterator[None]:
+    """Have SIGTERM end this process as it always does, but not without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def end(number: int, frame: types.FrameType | None) -> None:
+        if os.getpid() == process:  # and not one that was forked
+            os.write(2, f"error: {line}\n".encode())
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -219,7 +247,8 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> click.Option:
     if typing.get_origin(hint) is types.UnionType:
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
     flag = f"--{field.name.replace('_', '-')}"
-    default = f" [default: {field.default}]" if field.default not in (None, False, dataclasses.MISSING) else ""
+    is_said = field.default is not None and field.default is not False and field.default is not dataclasses.MISSING
+    default = f" [default: {field.default}]" if is_said else ""
     return click.Option(
         [f"{flag}/--no-{flag[2:]}" if hint is bool else flag, field.name],
         type=_type(field, hint),

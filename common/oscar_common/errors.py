@@ -30,12 +30,16 @@ class Stopped(BaseException):
         self.exit_code = 128 + cause
 
 
-def nearest(value: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'? known: x, y)"`, the tail of a message about an unknown name."""
+def nearest(value: str, known: Iterable[str], others: int = 0) -> str:
+    """Return `" (did you mean 'x'? known: x, y)"`, the tail of a message about an unknown name.
+
+    `others` says how many more are known that are not listed.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]!r}? " if close else ""
-    return f" ({guess}known: {', '.join(known) or 'none'})"
+    more = f" and {others:,} more" if others > 0 else ""
+    return f" ({guess}known: {', '.join(known) or 'none'}{more})"
 
 
 def reason(error: BaseException) -> str:

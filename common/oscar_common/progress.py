@@ -14,6 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 LINE_SECONDS = 10.0
 
 
+def duration(seconds: float) -> str:
+    """Return a time for people, in the unit that fits: "40 seconds", "3.5 hours", "3.9 years"."""
+    for unit, size in (("year", 365.25 * 86400), ("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 1.95 * size:
+            count = seconds / size
+            return f"{count:.1f} {unit}s" if count < 9.95 else f"{count:,.0f} {unit}s"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
+
+
+def plural(count: int, name: str, names: str = "") -> str:
+    """Return a count with its noun: "1 image", "1,200 images"; `names` is the plural of a noun that has another."""
+    return f"{count:,} {name if count == 1 else names or f'{name}s'}"
+
+
 def say_next(*words: object) -> None:
     """Say on stderr which command comes next."""
     print(f"next: {shlex.join(map(str, words))}", file=sys.stderr, flush=True)

@@ -292,7 +292,7 @@ class Train:
     )
     attention_dropout: float | None = setting(
         None,
-        "Share of the attention's weights that dropout sets to 0; 0 is faster. [default: as --init has it, 0.1 in BERT]",
+        "Share of attention weights that dropout sets to 0; 0 is faster. [default: that of --init, 0.1 in BERT]",
         low=0,
         high=0.9,
         decides=True,

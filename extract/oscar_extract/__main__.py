@@ -98,12 +98,18 @@ def choose_detector(settings: Extract, catalog: Catalog) -> Detector:
             f"and not a known name{hint}"
         )
     flags = {name: getattr(settings, name) for name in ("weights", "classes", "attributes", "preset")}
-    return dataclasses.replace(entry, **{name: flag for name, flag in flags.items() if flag is not None})
+    chosen = dataclasses.replace(entry, **{name: flag for name, flag in flags.items() if flag is not None})
+    if chosen.config == "builtin" and chosen.weights is None and chosen.preset not in (None, "detectron2"):
+        raise UsageError(
+            f"--preset {chosen.preset}: the built-in detector follows detectron2; leave --preset out, or give another "
+            "--detector"
+        )
+    return chosen
 
 
 def main() -> None:
     """Run the command line."""
-    cli.run(command)
+    cli.run(command, continues=True)
 
 
 if __name__ == "__main__":

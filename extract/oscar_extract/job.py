@@ -133,24 +133,37 @@ def survey(job: Job, trial: Trial) -> Survey:
     loaded = (
         i for p in trial.images if isinstance(i := _load(tools.detector, trial.roots, p, job, trial.apart), Loaded)
     )
-    images = found = 0
-    began = monotonic()
-    for number, part in enumerate(detect_ahead(job, tools, loaded)):
-        if number == job.threads:  # those before it warmed up
-            began, images, found = monotonic(), 0, 0
-        images += len(part)
-        found += sum(len(i.regions.tags) for i in part if isinstance(i, Sample))
-        if monotonic() - began > trial.seconds:
+    regions = 0
+    marks = [(monotonic(), 0)]  # when each part was done, and how many images with it
+    for part in detect_ahead(job, tools, loaded):
+        marks.append((monotonic(), marks[-1][1] + len(part)))
+        regions += sum(len(i.regions.tags) for i in part if isinstance(i, Sample))
+        if marks[-1][0] - marks[min(len(marks) - 1, job.threads)][0] > trial.seconds or not trial.seconds:
             break
+    images = marks[-1][1]
     record = tools.detector.record
     return Survey(
         manifest=make_manifest(trial.plan, tools, job.settings),
         device=str(tools.detector.model.device.type),
-        images_per_second=images / max(monotonic() - began, 1e-9),
-        bytes_per_image=found / max(images, 1) * (record.feature_dim * (1 if record.dtype == "int8" else 2) + 16 + 24)
+        images_per_second=pace(marks, job.threads),
+        bytes_per_image=regions / max(images, 1) * (record.feature_dim * (1 if record.dtype == "int8" else 2) + 16 + 24)
         + 4096,
         memory=peak_memory(),
     )
+
+
+def pace(marks: list[tuple[float, int]], threads: int) -> float:
+    """Return the images a second of work that is done by threads.
+
+    The first parts, one for each thread, warm up. They are left out if so many come after them that those which the
+    threads had begun by then do not count for much.
+
+    Args:
+        marks: when the work began, and when each part was done (seconds); how many images were done by then.
+        threads: how many parts are worked on at once.
+    """
+    (began, before), (ended, images) = marks[threads if len(marks) > 4 * threads else 0], marks[-1]
+    return (images - before) / max(ended - began, 1e-9)
 
 
 def peak_memory() -> int:

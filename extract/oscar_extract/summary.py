@@ -11,6 +11,7 @@ from rich.table import Table
 
 from oscar_common.errors import OperationError
 from oscar_common.files import locked, replacing
+from oscar_common.progress import duration, plural
 from oscar_extract.plan import Plan
 from oscar_extract.sources.corpus import MISSING
 from oscar_extract.tasks import Survey
@@ -54,7 +55,7 @@ def print_estimate(plan: Plan, found: Survey, workers: str, speedup: int) -> Non
     record, rate = plan.record, found.images_per_second * speedup
     table = Table("", "", title="plan", title_justify="left", show_header=False)
     table.add_row(
-        "images", f"{record.num_images:,} in {_shards(record.num_shards)} of up to {record.images_per_shard:,}"
+        "images", f"{record.num_images:,} in {plural(record.num_shards, 'shard')} of up to {record.images_per_shard:,}"
     )
     table.add_row("bytes", f"about {_bytes(found.bytes_per_image * record.num_images)}")
     detector = found.manifest.detector
@@ -62,7 +63,7 @@ def print_estimate(plan: Plan, found: Survey, workers: str, speedup: int) -> Non
         "detector", f"{detector.name}, preset {detector.preset}, P = {detector.feature_dim}, on {found.device}"
     )
     table.add_row("pace", f"{rate:,.1f} images/s ({workers}; measured on a short sample)")
-    table.add_row("time", f"about {record.num_images / max(rate, 1e-9) / 3600:,.2f} hours")
+    table.add_row("time", f"about {duration(record.num_images / rate)}" if rate else "unknown: no image could be used")
     table.add_row("memory", f"{found.memory / 1e9:.2f} GB a process")
     _print(table)
 
@@ -79,9 +80,11 @@ def warn_of_damage(plan: Plan) -> None:
 def print_start(plan: Plan, found: Survey, out: Path, workers: str) -> None:
     """Say what is about to happen."""
     record, detector = plan.record, found.manifest.detector
+    files = f" ({plural(record.num_images + record.num_duplicates, 'file')})" if record.num_duplicates else ""
+    what = f"{plural(record.num_images, 'image')}{files} of {record.images}, {plural(record.num_texts, 'text')}"
     print(
-        f"{record.num_images:,} images of {record.images}, {record.num_texts:,} texts -> {_shards(record.num_shards)} "
-        f"in {out}; detector {detector.name} (P = {detector.feature_dim}) on {found.device}, {workers}",
+        f"{what} -> {plural(record.num_shards, 'shard')} in {out}; detector {detector.name} "
+        f"(P = {detector.feature_dim}) on {found.device}, {workers}",
         flush=True,
     )
 
@@ -91,7 +94,7 @@ def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> i
     stats = count(find_shards(out, "--out")[1])
     spread = f"{stats.regions_min}-{stats.regions_max} an image, mean {stats.regions_mean:.1f}"
     table = Table("", out.as_posix(), title="oscar-extract", title_justify="left")
-    table.add_row("images", f"{stats.images:,} in {_shards(stats.shards)}")
+    table.add_row("images", f"{stats.images:,} in {plural(stats.shards, 'shard')}")
     table.add_row("regions", f"{stats.regions:,}; {spread}")
     table.add_row("texts", f"{stats.triples.total():,}; {stats.images_without_text:,} images have none")
     left_out = sum((Counter(row.left_out) for row in plan.counts), Counter[str]())
@@ -147,10 +150,6 @@ def _total(plan: Plan) -> int:
 
 def _counts(counts: "Counter[str]") -> str:
     return ", ".join(f"{reason}: {n:,}" for reason, n in counts.most_common())
-
-
-def _shards(count: int) -> str:
-    return f"{count:,} shard{'s' * (count != 1)}"
 
 
 def _bytes(size: float) -> str:

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.files import check_writable
 from oscar_common.processes import each
-from oscar_common.progress import meter
+from oscar_common.progress import meter, plural
 from oscar_common.text_files import read_text, split_lines
 from oscar_shards.index import index_path, index_tar, write_index
 from oscar_shards.manifest import DetectorRecord, Manifest, PlanRecord, write_manifest
+from oscar_shards.pages.page import size
 from oscar_shards.read import manifest_of, tars_at
 
 MEGA = 1_000_000
@@ -57,8 +58,8 @@ def reindex(paths: Iterable[Path], classes: Path | None, workers: int | None) ->
         if manifest_of(folder) is None:
             write_manifest(folder, manifest_from(folder, names))
             print(f"{folder / 'manifest.json'}: written, for tars of an unknown detector")
-    rate = sum(sizes.values()) / max(time.monotonic() - began, 1e-9) / 1e9
-    print(f"{len(tars):,} indexes, {images:,} images, {rate:.2g} GB/s")
+    rate = size(sum(sizes.values()) / max(time.monotonic() - began, 1e-9))
+    print(f"{plural(len(tars), 'index', 'indexes')}, {plural(images, 'image')}, {rate}/s")
 
 
 def index_one(tar: Path) -> Indexed:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from oscar_common.captions import FLAG, match, read_beside, read_texts
 from oscar_common.errors import UsageError, nearest
 from oscar_common.files import check_output_file, replacing
+from oscar_common.progress import plural
 from oscar_common.tables import Ints, array, columns, find, in_line, last, numbers, once, reading
 from oscar_shards.content import TEXT
 from oscar_shards.index import index_path
@@ -52,7 +53,7 @@ def write_overlay(
     with replacing(out) as file:
         write_sealed(made.replace_schema_metadata(schema.metadata), file, compression="zstd", write_page_checksum=True)
     reached, seconds = pc.count_distinct(made["key"]).as_py(), time.monotonic() - began
-    print(f"{out}: {len(made):,} texts for {reached:,} of {len(images):,} images, {seconds:.1f} s")
+    print(f"{out}: {plural(len(made), 'text')} for {reached:,} of {plural(len(images), 'image')}, {seconds:.1f} s")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

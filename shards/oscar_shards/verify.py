@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from oscar_common.errors import UsageError, reason
 from oscar_common.processes import each
-from oscar_common.progress import meter
+from oscar_common.progress import meter, plural
 from oscar_shards import seal
 from oscar_shards.index import (
     PLACES,
@@ -31,6 +31,7 @@ from oscar_shards.index import (
     size_said,
 )
 from oscar_shards.manifest import FILE, Manifest
+from oscar_shards.pages.page import size
 from oscar_shards.quantise import are_finite
 from oscar_shards.read import manifest_of, tars_at
 from oscar_shards.samples import Entry, array, entries
@@ -89,18 +90,19 @@ def verify(paths: Iterable[Path], quick: bool, workers: int | None) -> int:
     unsealed += [path for report in reports.values() for path in report.unsealed]
     if unsealed:
         print(
-            f"not covered: {len(unsealed):,} files of an older version have no seal ({unsealed[0]}, ...); "
+            f"not covered: {plural(len(unsealed), 'file')} of an older version without a seal ({unsealed[0]}, ...); "
             "what they say was checked, but not every byte of them"
         )
     if not tars:
-        print(f"{len(tables):,} files: {f'{faults} damaged' if faults else 'no fault'}")
+        print(f"{plural(len(tables), 'file')}: {f'{faults} damaged' if faults else 'no fault'}")
         return int(faults > 0)
     images, texts = (sum(n) for n in zip(*((len(r.keys), r.texts) for r in reports.values()), strict=True))
     read, seconds = sum(r.bytes for r in reports.values()), time.monotonic() - began
-    what = "sizes and headers" if quick else f"{read / 1e9:.3g} GB"
-    rate = "" if quick else f", {read / seconds / 1e9:.2g} GB/s"
-    result = f"{faults} fault{'s' * (faults != 1)}" if faults else "no fault"
-    print(f"{len(tars):,} shards, {images:,} images, {texts:,} texts: {result} ({what} in {seconds:.1f} s{rate})")
+    what = "sizes and headers" if quick else size(read)
+    rate = "" if quick else f", {size(read / seconds)}/s"
+    result = plural(faults, "fault") if faults else "no fault"
+    counts = f"{plural(len(tars), 'shard')}, {plural(images, 'image')}, {plural(texts, 'text')}"
+    print(f"{counts}: {result} ({what} in {seconds:.1f} s{rate})")
     return int(faults > 0)
 
 

@@ -96,6 +96,6 @@ def test_only_commands_that_continue_say_so_after_ctrl_c():
         with continuable():
             raise KeyboardInterrupt
 
-    assert error_line(run_here(interrupted)) == "error: interrupted"
+    assert error_line(run_here(interrupted)) == "error: interrupted; the same command again starts anew"
     assert error_line(run_here(interrupted, "--continues")) == "error: interrupted; the same command again continues"
     assert run_here(interrupted).returncode == 130

@@ -5,7 +5,7 @@ import pytest
 
 from oscar_common.sample import ImageRecord
 from oscar_extract import job
-from oscar_extract.job import Loaded, ahead, in_batches
+from oscar_extract.job import Loaded, ahead, in_batches, pace
 from oscar_extract.plan import PlannedImage
 from oscar_extract.regions import Input
 from oscar_extract.resize import Target
@@ -61,3 +61,11 @@ def test_what_goes_wrong_ahead_is_raised_in_its_place():
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+def test_parts_that_ran_ahead_do_not_count_as_done_in_no_time():
+    few = [(0.0, 0), (4.0, 1), (4.0, 2), (4.001, 3)]  # two threads: the third was begun long before
+    assert pace(few, threads=2) == pytest.approx(3 / 4, rel=0.01)
+    many = [(0.0, 0), *((10.0 + 0.5 * n, n) for n in range(1, 20))]  # the first ones warm up
+    assert pace(many, threads=2) == pytest.approx(2)
+    assert pace([(0.0, 0)], threads=2) == 0

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import oscar_train.checkpoint_command
 import oscar_train.evaluation.command
 from oscar_common.errors import UsageError
 from oscar_common.files import check_output_folder, replacing
+from oscar_common.progress import plural
 
 extract_command = oscar_extract.__main__.command
 train_command = oscar_train.__main__.command
@@ -254,3 +256,35 @@ def test_the_command_that_comes_next_is_one(shards: Path, tmp_path: Path):
         name, *words = shlex.split(said.removeprefix("next: "))
         command = train_command if name == "oscar-train" else groups[name].commands[words.pop(0)]
         assert command.make_context(name, words).params
+
+
+def test_a_count_has_its_noun():
+    assert [plural(n, "image") for n in (0, 1, 1200)] == ["0 images", "1 image", "1,200 images"]
+    assert plural(2, "index", "indexes") == "2 indexes"
+
+
+def test_a_tag_is_found_in_any_case_and_an_unknown_one_says_how_many_there_are(shards: Path, tmp_path: Path):
+    page = tmp_path / "page.html"
+    assert run_here(shards_command, "show", shards, "--html", page, "--tag", "Person").returncode == 0
+    assert " more)" in refused(shards_command, "show", shards, "--html", page, "--tag", "zzz")
+
+
+def test_help_shows_a_default_of_zero():
+    assert "Steps of linear warm-up. [default: 0]" in " ".join(run_here(train_command, "--help").stdout.split())
+
+
+def test_the_built_in_detector_has_one_preset(tmp_path: Path):
+    (tmp_path / "a.jpg").touch()
+    said = refused(extract_command, "--images", tmp_path, "--out", tmp_path / "o", "--preset", "bua")
+    assert said.startswith("error: --preset bua: the built-in detector follows detectron2")
+
+
+def test_sigterm_ends_a_command_with_a_word(tmp_path: Path):
+    code = (
+        "import os, signal, click, oscar_common.cli as cli\n"
+        "command = click.Command('x', callback=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "cli.run(command, [], continues=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr == "error: stopped by SIGTERM; the same command again continues\n"

@@ -78,9 +78,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_tars_of_others_are_indexed_verified_and_opened_like_ones_own(folder):
     assert shards("index", folder).returncode == 0
     done = shards("verify", folder)
-    assert (done.returncode, done.stdout.startswith("1 shards, 3 images, 3 texts: no fault (")) == (0, True), (
-        done.stdout
-    )
+    assert (done.returncode, done.stdout.startswith("1 shard, 3 images, 3 texts: no fault (")) == (0, True), done.stdout
     opened = open_folder(folder)
     assert opened.manifest.detector.feature_dim == 8
     rows = opened.table.to_pylist()

@@ -118,7 +118,7 @@ def test_a_folder_of_an_older_version_is_read_and_what_is_not_covered_is_said(fo
     assert (faults, sorted(unsealed)) == ([], beside(folder))
     done = run_here(command, "verify", folder)
     assert done.returncode == 0
-    assert "not covered: 6 files of an older version have no seal" in done.stdout
+    assert "not covered: 6 files of an older version without a seal" in done.stdout
 
 
 def test_a_file_alone_is_verified_too(folder: Path):

@@ -157,6 +157,7 @@ def test_overwrite_does_not_delete_what_a_run_begins_with(
     monkeypatch.chdir(tmp_path)
     for place in ("run/checkpoint-000004", "run/checkpoint-best"):
         (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "link").symlink_to("run/checkpoint-000004")
     (tmp_path / "run" / "tag_vocabulary.txt").write_text("cat\n")
     write_settings(tmp_path / "run", Train(shards=["s3://bucket/coco"], out="run"))

@@ -47,7 +47,7 @@ def test_a_run_sees_the_texts_laid_over_and_is_not_continued_with_others(shards:
     arguments = ("--shards", shards, "--out", tmp_path / "run", *SETTINGS)
     done = train(*arguments, "--texts", first)
     assert done.returncode == 0, done.stderr
-    assert "2 triples of 1 images; 11 images have no text and are left out" in done.stdout
+    assert "2 triples of 1 image; left out: 11 images without text" in done.stdout
     moved = first.rename(tmp_path / "moved.parquet")
     assert "complete: all 4 steps are done" in train(*arguments, "--texts", moved).stdout
     for texts in ((), ("--texts", other), ("--texts", moved, "--texts", other)):
@@ -98,7 +98,7 @@ def test_a_mix_of_folders_is_a_run_of_its_own(shards: Path, plain_shards: Path, 
     both = ("--shards", shards, "--shards", plain_shards, "--out", tmp_path / "run", *SETTINGS)
     done = train(*both, "--mix", "2", "--mix", "0.5")
     assert done.returncode == 0, done.stderr
-    assert "95 triples of 29 images; 1 images have no text" in done.stdout
+    assert "95 triples of 29 images; left out: 1 image without text" in done.stdout
     assert "complete: all 4 steps" in train(*both, "--mix", "2", "--mix", "0.5", "--read-threads", "3").stdout
     for flags, message in (
         (("--mix", "2", "--mix", "1"), "--mix 2.0 1.0: the run in --out began with 2.0 0.5"),

@@ -60,7 +60,7 @@ def _train(settings: Train, out: Path, stop: Stop) -> None:
 
 def main() -> None:
     """Run the command."""
-    run(command, environment=FEW_SHAPES)
+    run(command, environment=FEW_SHAPES, continues=True)
 
 
 if __name__ == "__main__":

@@ -111,15 +111,20 @@ def save(
     return read(place)[0]
 
 
+def room(model: OscarForPreTraining) -> int:
+    """Return the bytes that a checkpoint takes: the weights, the tied ones twice, and AdamW's two moments."""
+    parameters = sum(tensor.numel() for tensor in model.parameters())
+    tied = model.bert.embeddings.word_embeddings.weight.numel()
+    return 4 * (3 * parameters + tied)
+
+
 def check_space(out: Path, model: OscarForPreTraining) -> None:
     """Check that a checkpoint fits on the disk: better at the start than after hours.
 
     Raises:
         OperationError: it does not.
     """
-    parameters = sum(tensor.numel() for tensor in model.parameters())
-    tied = model.bert.embeddings.word_embeddings.weight.numel()
-    need, free = 4 * (3 * parameters + tied), shutil.disk_usage(out).free
+    need, free = room(model), shutil.disk_usage(out).free
     if need > free:
         raise OperationError(
             f"--out {out}: {free / 1e6:,.0f} MB are free, a checkpoint takes {need / 1e6:,.0f} MB; free some space or "

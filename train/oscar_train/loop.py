@@ -13,6 +13,7 @@ import torch
 
 from oscar_common.errors import Stopped
 from oscar_common.files import locked
+from oscar_common.progress import plural
 from oscar_common.settings import AUTO, Train
 from oscar_train import checkpoint, run_folder
 from oscar_train.anchors import anchor
@@ -191,7 +192,7 @@ def _train(run: Run, last: Checkpoint | None, stop: Stop) -> None:
     seconds = time.monotonic() - began
     pace = (steps - done) * run.settings.batch_size / seconds
     folder = checkpoint.folder(run.out, steps)
-    run.say(f"done: {steps - done} steps in {seconds:.0f} s, {pace:.1f} samples/s; the model is in {folder}")
+    run.say(f"done: {plural(steps - done, 'step')} in {seconds:.0f} s, {pace:.1f} samples/s; the model is in {folder}")
 
 
 def _go_on(run: Run, done: int, stop: Stop) -> None:
@@ -253,10 +254,10 @@ def describe(stream: Stream, exam: Exam | None = None) -> str:
     triples, images = len(corpus), len(corpus.images.shard) - textless
     if stream.only is not None:
         triples, images = len(stream.only), len(np.unique(corpus.image[stream.only]))
-    without = f"; {textless:,} images have no text and are left out" if textless else ""
+    without = f"; left out: {plural(textless, 'image')} without text" if textless else ""
     truth = f"; q are ground-truth tags of {corpus.ground_truth:,} images" if corpus.ground_truth else ""
     asked = f"; evaluated on {describe_exam(exam)}" if exam is not None else ""
-    return f"{triples:,} triples of {images:,} images{without}{truth}{asked}"
+    return f"{plural(triples, 'triple')} of {plural(images, 'image')}{without}{truth}{asked}"
 
 
 def _save(run: Run, step: int) -> None:

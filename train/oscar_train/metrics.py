@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from oscar_common.progress import duration
 from oscar_train.boards import Boards, open_boards
 from oscar_train.sources import warn
 from oscar_train.tables import Table, open_table
@@ -21,6 +22,8 @@ from oscar_train.tables import Table, open_table
 FILE, EVALUATION = "metrics.csv", "evaluation.csv"
 MEASURED = ("samples_per_second", "tokens_per_second", "of_ceiling", "memory_gb", "data_wait")
 RECENT = 20  # rows whose pace the rest is expected to have
+FEW, FEW_SECONDS = 10, 30.0  # steps, or seconds of fewer, that tell a pace
+LONG = 100 * 3600  # seconds from which on a time is said in days
 PAGE = 40  # rows under a title
 
 
@@ -64,10 +67,10 @@ class Log:
     A row is in its file when `add` or `add_evaluation` returns; `settle` sees it to the disk.
     """
 
-    def __init__(self, rows: Table, evaluations: Table | None, boards: Boards, total: int, done: int) -> None:
+    def __init__(self, rows: Table, evaluations: Table | None, boards: Boards, total: int) -> None:
         self._rows, self._evaluations, self._boards, self._total = rows, evaluations, boards, total
         self._console = Console(soft_wrap=True, highlight=False)
-        self._marks = deque([(time.monotonic(), done)], maxlen=RECENT + 1)
+        self._marks: deque[tuple[float, int]] = deque(maxlen=RECENT + 1)
         self._printed = 0
 
     @property
@@ -112,24 +115,32 @@ class Log:
         self._printed += 1
         self.say(f"{_line(row, self._total)}  {self._left(row.step)}")
 
-    def _left(self, step: int) -> timedelta:
-        """Return the time to the end, at the recent pace."""
+    def _left(self, step: int) -> str:
+        """Return the time to the end at the recent pace, or a dash until there is one."""
         (began, first), (now, last) = self._marks[0], self._marks[-1]
-        return timedelta(seconds=round((now - began) / max(last - first, 1) * (self._total - step)))
+        if not is_pace(last - first, now - began):
+            return "-"
+        left = (now - began) / (last - first) * (self._total - step)
+        return str(timedelta(seconds=round(left))) if left < LONG else duration(left)
+
+
+def is_pace(steps: int, seconds: float) -> bool:
+    """Whether so many steps, in so many seconds, tell how fast the others will be."""
+    return steps >= FEW or (steps > 0 and seconds >= FEW_SECONDS)
 
 
 def _title(total: int) -> str:
     return (
-        f"{'':{len(_step(total, total))}}     loss      mlm   acc.    match   acc.        lr  samples/s  tokens/s"
-        "  ceiling    memory  wait  ETA"
+        f"{'':{len(_step(total, total))}} {'loss':>7} {'mlm':>7} {'acc.':>5} {'match':>7} {'acc.':>5} {'lr':>8} "
+        f"{'samples/s':>9} {'memory':>8} wait  ETA"
     )
 
 
 def _line(row: Row, total: int) -> str:
     return (
-        f"{_step(row.step, total)} {row.loss:>8.4f} {row.mlm_loss:>8.4f} {row.mlm_accuracy:>6.1%} "
-        f"{row.match_loss:>8.4f} {row.match_accuracy:>6.1%} {row.lr:>9.2e} {row.samples_per_second:>10.1f} "
-        f"{row.tokens_per_second:>9.0f} {row.of_ceiling:>8.1%} {row.memory_gb:>6.2f} GB {row.data_wait:>5.0%}"
+        f"{_step(row.step, total)} {row.loss:>7.4f} {row.mlm_loss:>7.4f} {row.mlm_accuracy:>5.1%} "
+        f"{row.match_loss:>7.4f} {row.match_accuracy:>5.1%} {row.lr:>8.2e} {row.samples_per_second:>9.1f} "
+        f"{row.memory_gb:>5.2f} GB {row.data_wait:>4.0%}"
     )
 
 
@@ -169,4 +180,4 @@ def open_log(
         if step - max(rows.last, 0) >= every:
             warn(f"{out / FILE} ends at step {max(rows.last, 0)}; the rows from there to step {step} are lost")
         with open_boards(out, step, wandb, config) as boards:
-            yield Log(rows, evaluations, boards, total, step)
+            yield Log(rows, evaluations, boards, total)

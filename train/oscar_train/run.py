@@ -7,14 +7,18 @@ from pathlib import Path
 import torch
 
 from oscar_common.errors import OperationError
+from oscar_common.progress import duration
 from oscar_common.settings import Train
+from oscar_train import checkpoint
 from oscar_train.ceiling import Work, matrix_ceiling
 from oscar_train.evaluation.exam import Exam
 from oscar_train.meter import Meter
-from oscar_train.metrics import Log, Row
+from oscar_train.metrics import Log, Row, is_pace
+from oscar_train.sources import warn
 from oscar_train.step import Report, Result, Workshop, rate
 from oscar_train.stream import Stream
 
+LONG_RUN, WEEK = 600.0, 7 * 86400.0  # seconds from which on a run is told, or warned of, how long it takes
 NOTHING = 20  # steps without any image after which a run ends
 
 
@@ -49,6 +53,7 @@ class Reports:
         self._coming: deque[tuple[int, Report, Work]] = deque()
         self._nothing = 0  # steps without any image, the last ones
         self._meter = _meter(run.shop)
+        self._forecast = Forecast(run)
 
     def add(self, step: int, report: Report, work: Work) -> None:
         """Note that a step is under way, and what there was to do for this rank."""
@@ -73,6 +78,7 @@ class Reports:
             if result.fault:
                 _skip(run, step, result, report)
             self._meter.add(work, report.waited, report.ended)
+            self._forecast.add(step, report.ended)
             if run.log is not None and (step % run.settings.log_every == 0 or step == run.settings.steps):
                 run.log.add(_row(run, step, result, self._meter.measured()))
         return stopped
@@ -82,6 +88,41 @@ class Reports:
         if self._nothing == NOTHING:
             raise OperationError(
                 f"step {step}: no image of {NOTHING} steps could be read, all were skipped; are the --shards there?"
+            )
+
+
+class Forecast:
+    """Says of a long run, once, how long it will take and how much room its checkpoints do."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._first: tuple[int, float] | None = None
+        self._is_over = run.log is None
+
+    def add(self, step: int, ended: float) -> None:
+        """Note when a step was over; as soon as there is a pace, say what is to come."""
+        if self._is_over:
+            return
+        if self._first is None:
+            self._first = step, ended
+            return
+        steps, seconds = step - self._first[0], ended - self._first[1]
+        if is_pace(steps, seconds):
+            self._is_over = True
+            self._say(step, (self._run.settings.steps - step) * seconds / steps)
+
+    def _say(self, step: int, left: float) -> None:
+        settings, room = self._run.settings, checkpoint.room(self._run.shop.model)
+        if left < LONG_RUN:
+            return
+        self._run.say(
+            f"at this pace the {settings.steps - step:,} steps left take about {duration(left)}; a checkpoint takes "
+            f"{room / 1e9:.1f} GB, and --keep {settings.keep} keeps as many"
+        )
+        if left > WEEK:
+            warn(
+                f"--steps {settings.steps}, --batch-size {settings.batch_size}: about {duration(left)} on this "
+                "machine; try fewer steps, a smaller batch or --init, --precision bf16, or more GPUs"
             )
 
 

@@ -13,7 +13,7 @@ from oscar_common import __version__
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.files import check_output_folder, locked
 from oscar_common.processes import each
-from oscar_common.progress import meter, phase
+from oscar_common.progress import meter, phase, plural
 from oscar_common.vocabulary import NAMES, read_names
 from oscar_shards.formats import lxmert_tsv, npz, oscar_corpus, sidecar
 from oscar_shards.formats.foreign import Rows, Vocabulary
@@ -244,7 +244,7 @@ def _write(parts: list[Part], layout: Layout, out: Path, workers: int | None) ->
             progress.show(done, sum(w.rejects for w in written.values()))
     refused = sum(w.rejects for w in written.values())
     images = total - sum(w.refused_images for w in written.values())
-    print(f"{out}: {len(parts):,} shards, {images:,} images")
+    print(f"{out}: {plural(len(parts), 'shard')}, {plural(images, 'image')}")
     if refused:
         path, message = next(written[p.tar.name].first for p in left if written[p.tar.name].rejects)
         raise OperationError(

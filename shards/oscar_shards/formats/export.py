@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.files import TEMPORARY, hold, release, replacing_folder, restore_folder
-from oscar_common.progress import Meter, meter
+from oscar_common.progress import Meter, meter, plural
 from oscar_common.sample import Sample
 from oscar_shards.formats import lxmert_tsv, npz, sidecar
 from oscar_shards.formats.foreign import Vocabulary
@@ -51,7 +51,7 @@ def export_shards(format: str, path: Path, out: Path, overwrite: bool) -> None:
         if path.is_dir():  # to the byte
             shutil.copyfile(path / FILE, folder / FILE)
     print("".join(f"{note}\n" for note in notes), end="")
-    print(f"{out}: {done:,} images")
+    print(f"{out}: {plural(done, 'image')}")
 
 
 def _shards_of(path: Path) -> tuple[Manifest, list[Path]]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oscar_common.files import check_output_file, replacing
-from oscar_common.progress import meter
+from oscar_common.progress import meter, plural
 from oscar_shards.manifest import DetectorRecord
 from oscar_shards.pages.lengths import LIMIT, Lengths
 from oscar_shards.pages.page import MARK, number, page, size, text, visible
@@ -77,7 +77,7 @@ def facts(found: Report) -> Iterator[tuple[str, str]]:
     stats, lengths = found.stats, found.lengths
     for d in found.detectors:
         yield "detector", f"{d.name}, preset {d.preset}, {d.feature_dim:,} features a region as {d.dtype}"
-    yield "images", f"{stats.images:,} in {stats.shards:,} shard{'s' * (stats.shards != 1)}"
+    yield "images", f"{stats.images:,} in {plural(stats.shards, 'shard')}"
     per_image = size((stats.bytes + stats.index_bytes) / max(stats.images, 1))
     yield "bytes", f"{size(stats.bytes)} of tars, {size(stats.index_bytes)} of indexes; {per_image} an image"
     yield "triples (image, text)", f"{stats.triples.total():,}; {stats.images_without_text:,} images have no text"

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from oscar_common.errors import UsageError, nearest, reason, shorten
 from oscar_common.files import check_output_file, no_folder, replacing
-from oscar_common.progress import meter
+from oscar_common.progress import meter, plural
 from oscar_shards.manifest import Manifest
 from oscar_shards.pages.page import MARK, page, size, text
 from oscar_shards.pages.photos import find_photos
@@ -49,7 +49,7 @@ def show(
             file.write(piece.encode("utf-8", "replace"))
     found = sum(photo is not None for photo in photos)
     blank = f" ({len(rows) - found:,} without their photo)" if images and found < len(rows) else ""
-    print(f"{html}: {len(rows):,} image{'s' * (len(rows) != 1)}{blank}, {size(html.stat().st_size)}")
+    print(f"{html}: {plural(len(rows), 'image')}{blank}, {size(html.stat().st_size)}")
 
 
 def _photos(rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None) -> list[Path | None]:
@@ -81,7 +81,7 @@ def _body(path: Path, lead: str, sheet: Iterator[str]) -> Iterator[str]:
 
 def _lead(shown: int, shards: int, limit: int, manifest: Manifest | None) -> str:
     more = "; --limit shows more" if shown == limit else ""
-    parts = [f"{shown:,} image{'s' * (shown != 1)} of {shards:,} shard{'s' * (shards != 1)}{more}"]
+    parts = [f"{plural(shown, 'image')} of {plural(shards, 'shard')}{more}"]
     if manifest:
         detector = manifest.detector
         parts.append(f"detector {text(detector.name)}, preset {text(detector.preset)}, P = {detector.feature_dim:,}")
@@ -130,7 +130,8 @@ class _Names:
     def like(self, name: str) -> str:
         """Return the nearest names, as the tail of a message."""
         close = difflib.get_close_matches(name[:200], [n for n in self.names if len(n) < 200], n=5, cutoff=0.3)
-        return nearest(name, close or list(self.names)[:5])
+        listed = close or list(self.names)[:5]
+        return nearest(name, listed, len(self.names) - len(listed))
 
 
 def checked_index(tar: Path) -> pa.Table:
@@ -148,13 +149,13 @@ def checked_index(tar: Path) -> pa.Table:
 
 
 def _wanted(table: pa.Table, keys: Sequence[str], tags: Sequence[str]) -> pa.Array:
-    """Return whether each row has one of the keys and one of the tags, as far as any are asked for."""
+    """Return whether each row has one of the keys and one of the tags (in any case), as far as any are asked for."""
     wanted = pa.repeat(True, len(table))
     if keys:
         wanted = pc.and_(wanted, pc.is_in(table["key"].combine_chunks(), value_set=pa.array(keys, pa.string())))
     if tags:
         column = table["tags"].combine_chunks()
-        has = pc.is_in(column.flatten(), value_set=pa.array(tags, pa.string()))
+        has = pc.is_in(pc.utf8_lower(column.flatten()), value_set=pc.utf8_lower(pa.array(tags, pa.string())))
         rows = pc.list_parent_indices(column).filter(has)
         wanted = pc.and_(wanted, pc.is_in(pa.array(range(len(table)), rows.type), value_set=rows))
     return wanted

@@ -11,6 +11,7 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
+from oscar_common.progress import plural
 from oscar_shards.pages.page import text
 from oscar_shards.pages.photos import embedded
 
@@ -148,7 +149,7 @@ def _meta(row: dict[str, Any], regions: list[Region]) -> str:
     parts = [
         text(row.get("source") or "", 100),
         f"{row.get('width') or '?'} × {row.get('height') or '?'}",
-        f"{count:,} region{'s' * (count != 1)}{undrawn}",
+        f"{plural(count, 'region')}{undrawn}",
     ]
     return " · ".join(filter(None, parts))
 
@@ -190,7 +191,7 @@ def sheet(
     """Yield a contact sheet in pieces: filters, set to a least `score` and a `tag` at first, and the figures."""
     counts = Counter(name for _, row in rows for name in {n for n in row.get("tags") or () if n})
     options = "".join(
-        f'<option value="{text(name)}">{n} image{"s" * (n != 1)}</option>' for name, n in counts.most_common(TAGS)
+        f'<option value="{text(name)}">{plural(n, "image")}</option>' for name, n in counts.most_common(TAGS)
     )
     yield f"""<form class="tools" id="tools" autocomplete="off">
 <input type="search" id="tag" list="tags" value="{text(tag)}" placeholder="tag, of {len(counts):,}" aria-label="Tag">

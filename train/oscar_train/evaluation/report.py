@@ -5,6 +5,7 @@ import math
 import numpy as np
 from rich.table import Table
 
+from oscar_common.progress import plural
 from oscar_train.evaluation.exam import Exam
 from oscar_train.evaluation.measure import RANKS, SIDES
 
@@ -15,7 +16,7 @@ def describe_exam(exam: Exam) -> str:
     """Say what is asked about."""
     images = len(np.unique(exam.corpus.image[exam.triples]))
     gallery = f", {len(exam.gallery):,} of them for retrieval" if len(exam.gallery) else ""
-    return f"{len(exam.triples):,} triples of {images:,} images{gallery}"
+    return f"{plural(len(exam.triples), 'triple')} of {plural(images, 'image')}{gallery}"
 
 
 def line(values: Numbers) -> str:
