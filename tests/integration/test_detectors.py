@@ -73,18 +73,19 @@ def test_an_image_with_a_score_that_is_not_finite_is_a_reject_and_the_others_kee
 
     out = tmp_path / "out"
     line = [*made[0], "--out", out, "--weights", save(broken, tmp_path / "broken.pkl")]
-    for again in ([], ["--retry-rejects"]):
-        done = extract(*line, *again)
-        assert done.returncode == 0, done.stderr
-        refused = rejects(out)
-        assert {(r["reason"], r["message"]) for r in refused} == {("not-finite", "a score is not finite")}
-        assert f"not-finite: {len(refused)}" in done.stdout
-        after = samples_of(out)
-        assert after == {key: before[key] for key in after}
-        gone = [json.loads(sample["json"])["image"]["path"] for key, sample in before.items() if key not in after]
-        assert sorted(gone) == sorted(r["path"] for r in refused)
-        assert after
+    done = extract(*line)
+    assert done.returncode == 0, done.stderr
+    refused = rejects(out)
+    assert {(r["reason"], r["message"]) for r in refused} == {("not-finite", "a score is not finite")}
+    assert f"not-finite: {len(refused)}" in done.stdout
+    after = samples_of(out)
+    assert after
+    assert after == {key: before[key] for key in after}
+    gone = [json.loads(sample["json"])["image"]["path"] for key, sample in before.items() if key not in after]
+    assert sorted(gone) == sorted(r["path"] for r in refused)
+
     assert "images were refused" in error_line(extract(*line, "--retry-rejects", "--max-reject-fraction", 0))
+    assert (rejects(out), samples_of(out)) == (refused, after)
 
 
 def test_with_a_weight_that_is_not_finite_every_image_is_a_reject_and_the_job_exits_1(states, made, tmp_path):

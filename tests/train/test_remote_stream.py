@@ -533,7 +533,7 @@ def test_a_process_ends_at_once_with_fetches_under_way(server: Server, folder: P
     assert process.stdout.readline() == "left\n"
     began = time.monotonic()
     assert finished(process) == ""
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # a server that is waited for would take minutes
     ShardCache(tmp_path, 1 << 30)
     assert not list((tmp_path / FOLDER).glob(".tmp-*"))
 
@@ -549,7 +549,7 @@ def test_ctrl_c_twice_ends_a_run_that_waits_for_a_server(server: Server, tmp_pat
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # a server that is waited for would take minutes
     said = "error: stopped by SIGINT at once; the same command again continues from the last checkpoint"
     assert (process.returncode, err.strip()) == (130, said)
 
@@ -561,7 +561,7 @@ def test_ctrl_c_once_ends_a_run_that_waits_for_where_its_regions_begin(server: S
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # a server that is waited for would take minutes
     said = "error: stopped by SIGINT before the first step; the same command again continues"
     assert (process.returncode, err.strip()) == (130, said)
 
