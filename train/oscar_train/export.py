@@ -15,7 +15,7 @@ from transformers import BertConfig
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import replacing_folder
 from oscar_train import checkpoint
-from oscar_train.arguments import CHECKPOINT, check_model
+from oscar_train.arguments import CHECKPOINT, RECORD, check_model
 from oscar_train.checkpoint import Checkpoint
 from oscar_train.model import oscar_config
 from oscar_train.reading.regions import BOX
@@ -153,8 +153,8 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
 def _checkpoint(path: Path) -> Checkpoint | None:
     """Return the checkpoint that a folder is, or the newest whole one that it has; None if it is another model's."""
     check_model(path)
-    if (path / CONFIG).is_file() or (path / checkpoint.RECORD).is_file():
-        return _whole(path) if (path / checkpoint.RECORD).is_file() else None
+    if (path / CONFIG).is_file() or (path / RECORD).is_file():
+        return _whole(path) if (path / RECORD).is_file() else None
     try:
         made, damages = checkpoint.newest(path)
     except UsageError:
