@@ -35,7 +35,7 @@ from torchvision.ops import nms
 
 from oscar_common.config import installed_catalog
 from oscar_common.device import choose_device
-from oscar_common.sample import ImageRecord, Sample
+from oscar_common.sample import ImageRecord, Regions, Sample
 from oscar_common.settings import Detector as Entry
 from oscar_extract.detector import Detector, build, compile_network, configure, load_config, load_detector
 from oscar_extract.images import read_image
@@ -234,6 +234,7 @@ def timed_batch(
     samples = [
         Sample(key=f"{n:06}", image=record, regions=r, texts=[])
         for n, (record, r) in enumerate(zip(records, regions, strict=True))
+        if isinstance(r, Regions)
     ]
     shard = [replace(sample, key=f"{sample.key}-{n}") for n in range(SHARD // len(samples)) for sample in samples]
     with clock.stage("write"):
@@ -323,6 +324,8 @@ def parity(detector: Detector, exact: Detector, files: list[Path]) -> dict[str, 
     for file in files:
         item = make_input(exact, read_image(file)[0])
         (one,), (other,) = (detect(d, [item], selection) for d in (exact, detector))
+        assert isinstance(one, Regions)
+        assert isinstance(other, Regions)
         overlaps = intersection_over_union(torch.tensor(np.concatenate([one.boxes, other.boxes])), plus=1)
         best, twin = overlaps[: len(one.tags), len(one.tags) :].max(dim=1)
         near = (best > 0.7).nonzero()[:, 0].tolist()
