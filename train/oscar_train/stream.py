@@ -256,7 +256,11 @@ class Stream:
         edges = [self.size * part // self._parts for part in range(self._parts + 1)]
         rooms = [self.room() for _ in range(self.rooms)]
         pieces = [[(begin, room.rows(begin, end)) for begin, end in pairwise(edges)] for room in rooms]
-        with ThreadPoolExecutor(self.threads, "stream") as makers, self._fetching(end) as tell:
+        with (
+            self.reader.tars.reading(),  # until the makers are gone, whom the end of fetching stops
+            ThreadPoolExecutor(self.threads, "stream") as makers,
+            self._fetching(end) as tell,
+        ):
 
             def begun(step: int) -> list[Future[object]]:
                 position = self._position(step)

@@ -72,9 +72,7 @@ def holding_out(settings: Train, sources: Sequence[Source], tags: TagRule, token
 def open_asked(sources: Sequence[Source], **options: Any) -> Iterator[Stream]:
     """Open shards of which no batch is asked for, but regions at any time; options: of `open_stream`."""
     with open_stream(sources, batch_size=1, **options) as stream:
-        stream.reader.tars.begin()
         yield stream
-        stream.reader.tars.end()
 
 
 def is_due(settings: Train, step: int) -> bool:

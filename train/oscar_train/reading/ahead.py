@@ -15,7 +15,10 @@ REST = 30.0  # seconds until a tar that could not be fetched is asked for again
 
 
 class Ahead:
-    """Threads that fetch what `want` names. A tar that cannot be fetched is left to the one who reads it."""
+    """Threads that fetch what `want` names, in a block of `Tars.reading`.
+
+    A tar that cannot be fetched is left to the one who reads it.
+    """
 
     def __init__(self, tars: Tars) -> None:
         self._tars = tars
@@ -32,13 +35,12 @@ class Ahead:
             self._changed.notify_all()
 
     def __enter__(self) -> "Ahead":
-        self._tars.begin()
         for _ in range(FETCHERS):
             threading.Thread(target=self._work, name="ahead", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._tars.end()
+        self._tars.stop()
         with self._changed:
             self._over = True
             self._changed.notify_all()
@@ -80,6 +82,6 @@ def fetching(tars: Tars, shards: Sequence[int]) -> Iterator[None]:
     if tars.cache is None:
         yield
         return
-    with Ahead(tars) as ahead:
+    with tars.reading(), Ahead(tars) as ahead:
         ahead.want(shards)
         yield

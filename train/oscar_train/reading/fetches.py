@@ -38,34 +38,41 @@ class Fetch:
 
 
 class Fetches:
-    """What is being fetched, by number. `begin` and `end` count who uses it: after the last one nothing is waited for.
+    """What is being fetched, by number.
 
-    It can also be used without them; then there is no stopping it.
+    Who reads ahead in threads of its own does so in `reading`, and calls `stop` before it waits for them to end: they
+    wait for nothing any more. Whoever asks outside of it is never stopped.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._under_way: dict[int, Fetch] = {}
-        self._users = 0
+        self._readers = 0
         self._stopped = False
-        self._stopper = 0  # the thread that did
         self._said = -SILENCE
 
-    def begin(self) -> None:
-        """Count one more user."""
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count a reader while the block lasts."""
         with self._changed:
-            self._users, self._stopped = self._users + 1, False
+            self._readers, self._stopped = self._readers + 1, False
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._readers -= 1
+                self._stopped = self._stopped and self._readers > 0
 
-    def end(self) -> None:
-        """Count one user less; with the last one, all who wait get Stopped."""
+    def stop(self) -> None:
+        """Have all who wait get Stopped, until the reader's block ends; nobody does if there is another reader."""
         with self._changed:
-            self._users -= 1
-            self._stopped, self._stopper = self._users == 0, threading.get_ident()
+            self._stopped = self._readers <= 1
             self._changed.notify_all()
 
-    def check(self) -> None:
-        """Raise Stopped if nobody wants anything any more."""
-        if self._stopped:
+    def check(self, number: int) -> None:
+        """Raise Stopped if nobody wants what is fetched any more."""
+        fetch = self._under_way.get(number)
+        if self._stopped or not (self._readers or (fetch and fetch.waiting)):
             raise Stopped("nobody waits for it any more")
 
     @contextmanager
@@ -80,8 +87,6 @@ class Fetches:
             Exception: what `work` raised, to all who wait.
         """
         with self._changed:
-            if threading.get_ident() == self._stopper:  # it is back, and whom it stopped is gone
-                self._stopped = False
             fetch = self._under_way.get(number)
             if fetch is None:
                 fetch = self._under_way[number] = Fetch()
@@ -133,7 +138,7 @@ class Fetches:
             while not self._changed.wait_for(lambda: fetch.over or self._stopped, PATIENCE):
                 self._say(name, began)
             if not fetch.over:
-                self.check()
+                raise Stopped("nobody waits for it any more")
             if fetch.error is not None and not (isinstance(fetch.error, Stopped) and not self._stopped):
                 raise fetch.error
 

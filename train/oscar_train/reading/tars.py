@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -62,13 +62,13 @@ class Tars:
         if cache is not None:
             check_largest(corpus, cache)
 
-    def begin(self) -> None:
-        """Say that batches are read from now on."""
-        self._fetches.begin()
+    def reading(self) -> AbstractContextManager[None]:
+        """Return the context in which batches are read by other threads; they are gone when it ends."""
+        return self._fetches.reading()
 
-    def end(self) -> None:
-        """Say that they are not; after the last one, nothing is fetched or waited for until the next begins."""
-        self._fetches.end()
+    def stop(self) -> None:
+        """Have these threads wait for nothing any more; see `Fetches`."""
+        self._fetches.stop()
 
     @contextmanager
     def open(self, shard: int) -> Iterator[int]:
@@ -165,7 +165,7 @@ class Tars:
             try:
                 remote.download(source.tars[number], path, size)
             except RemoteError:
-                self._fetches.check()  # no further try if nobody waits
+                self._fetches.check(shard)  # no further try if nobody waits
                 raise
             if fault := self._fault(path, shard):
                 raise Corrupt(source.named(number), fault)
