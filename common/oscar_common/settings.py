@@ -99,8 +99,7 @@ class Extract:
     images: str | None = setting(
         None,
         "Folder of images, searched recursively, tars of images (img2dataset's) included; or a manifest file .jsonl, "
-        ".csv, .tsv or .parquet with columns path, text, source. With --dataset: a further folder with its images. Or "
-        "tars behind a URL (s3://, gs://, hf://, https://): their folder, or FOLDER/{00000..00331}.tar.",
+        ".csv, .tsv or .parquet with columns path, text, source. With --dataset: a further folder with its images.",
         path=True,
         url=True,
     )
@@ -122,13 +121,6 @@ class Extract:
         "val and test), COCO annotations, or a list. May be given again.",
         path=True,
     )
-    cache: str | None = setting(
-        None,
-        "Folder for fetched tars of images; on a disk of this machine. It may be deleted at any time. "
-        "[default: ~/.cache/oscar-pretrain]",
-        path=True,
-    )
-    cache_size: float = setting(100.0, "GB of fetched tars that may be in --cache; the least used go.", low=0)
     duplicates: str = setting(
         "merge",
         "Image files of the same bytes: merge into one sample with the texts of all, or keep each.",

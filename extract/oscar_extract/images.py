@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -63,15 +62,7 @@ def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None =
 
     Raises:
         RefusedImage: it is not there, cannot be read, is no regular file, or is too large.
-        RemoteError: the tar is behind a URL, and cannot be fetched.
     """
-    from oscar_extract.sources.remote import here  # the process that only decodes does without drivers of stores
-
-    with here(path) as local:
-        return _read(local, offset, size)
-
-
-def _read(path: Path, offset: int, size: int | None) -> bytes:
     try:
         with open(path, "rb", opener=_at_once) as file:
             status = os.fstat(file.fileno())

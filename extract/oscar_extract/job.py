@@ -33,7 +33,6 @@ from oscar_extract.plan import PlannedImage, read_shard_plan
 from oscar_extract.regions import Input, make_input
 from oscar_extract.selection import Selection
 from oscar_extract.sources.duplicates import locate
-from oscar_extract.sources.remote import cache_in, cache_of
 from oscar_extract.tasks import DeviceFailure, Done, Job, Survey, Trial, is_done
 from oscar_shards.manifest import Manifest, PlanRecord, read_manifest
 from oscar_shards.write import Reject, shard_path, unfit_numbers, write_shard
@@ -82,7 +81,6 @@ def equip(job: Job) -> Equipment:
     Raises:
         UsageError: see `load_detector`.
     """
-    cache_in(cache_of(job.settings))
     return _equip(job.entry, Request(**{f.name: getattr(job.settings, f.name) for f in fields(Request)}))
 
 

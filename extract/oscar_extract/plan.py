@@ -19,7 +19,6 @@ from oscar_common.settings import Extract
 from oscar_common.tables import TEXTS, Ints, array
 from oscar_extract.sources.corpus import Corpus, Request, find_files, read_corpus
 from oscar_extract.sources.inventory import Listing, take_inventory
-from oscar_extract.sources.remote import cache_in, cache_of, name_of, url_of
 from oscar_extract.sources.tables import LEFT_OUT
 from oscar_shards.manifest import PlanRecord
 from oscar_shards.seal import write_sealed
@@ -89,7 +88,6 @@ def plan_of(request: Request, settings: Extract) -> Plan:
     Raises:
         UsageError: see `read_corpus`.
     """
-    cache_in(cache_of(settings))
     with phase("listing files"):
         found = find_files(request)
     choices = settings.images_per_shard, settings.limit, settings.shuffle_seed
@@ -115,7 +113,7 @@ def make_plan(
     # What a list names and a tar has lost is in both of these.
     missing = absent.get("dead-link", 0) + max(absent.get("missing", 0), corpus.lost)
     record = PlanRecord(
-        images=", ".join(name_of(p.root) for p in request.parts),
+        images=", ".join(str(p.root) for p in request.parts),
         captions=", ".join(p.captions for p in request.parts if p.captions) or None,
         num_images=len(table),
         num_texts=len(array(table["texts"]).flatten()),
@@ -196,7 +194,7 @@ def inputs_digest(request: Request, found: Listing, *settings: object) -> str:
     read += [path for folder in captions if folder.is_dir() for path in sorted(folder.rglob("*.txt"))]
     stats = [(str(p), s.st_size, s.st_mtime_ns) for p in read if p.exists() for s in [p.stat()]]
     asked = repr(dataclasses.replace(request, out=None, splits=frozenset()))  # the order of a set is not fixed
-    said = json.dumps([asked, sorted(request.splits), settings, stats, *([found.stamps] if found.stamps else [])])
+    said = json.dumps([asked, sorted(request.splits), settings, stats])
     return _digest([array(found.files[n]) for n in ("root", "path")], said)
 
 
@@ -230,7 +228,7 @@ def _update(digest: Any, column: pa.Array) -> None:
 def write_plan(out: Path, plan: Plan) -> None:
     """Write the plan, and the list of what was left out, beside the shards."""
     said = {
-        "roots": [str(root if url_of(root) else root.absolute()) for root in plan.roots],
+        "roots": [str(root.absolute()) for root in plan.roots],
         "counts": [dataclasses.asdict(count) for count in plan.counts],
         "record": dataclasses.asdict(plan.record),
         "inputs": plan.inputs,

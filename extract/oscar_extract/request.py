@@ -11,8 +11,6 @@ from oscar_common.settings import LAYOUTS, Catalog, Extract
 from oscar_extract.sources.corpus import LISTS, Part, Request
 from oscar_extract.sources.inventory import FAMILIES, readable
 from oscar_extract.sources.place import SPLITS
-from oscar_extract.sources.remote import tars_of, url_of
-from oscar_shards.url import is_url, local_path, shown
 
 ALIASES = {  # what people call the folder of a dataset, in lower case
     "coco": ("mscoco", "coco2014", "coco2017", "ms-coco", "ms_coco"),
@@ -52,16 +50,9 @@ def make_request(settings: Extract, catalog: Catalog) -> Request:
 
 
 def _images_part(settings: Extract) -> Part:
-    root, tars = _images(settings.images or "")
-    is_tree = url_of(root) is None and not root.is_file()
-    name = settings.source or (root.resolve().name if is_tree else root.stem)
-    name = readable(name).replace("/", "_") or "images"
-    return Part(name=name, layout=None, root=root, tars=tars, captions=settings.captions)
-
-
-def _images(given: str) -> tuple[Path, tuple[str, ...]]:
-    """Return the folder or file of `--images`, and of a URL the tars that it names."""
-    return tars_of(given) if is_url(given) and local_path(given) is None else (_place("--images", given), ())
+    root = _place("--images", settings.images or "")
+    name = settings.source or (root.stem if root.is_file() else root.resolve().name)
+    return Part(name=readable(name).replace("/", "_") or "images", layout=None, root=root, captions=settings.captions)
 
 
 def _dataset_parts(settings: Extract, catalog: Catalog, names: list[str]) -> list[Part]:
@@ -147,20 +138,16 @@ def _entry(settings: Extract, catalog: Catalog, name: str, roots: dict[str, str]
     if images is None:
         raise UsageError(f"--dataset {name}: its entry in pipelines.yaml has neither images nor a layout")
     source = settings.source or entry.source or name
-    root, tars = _images(images)
     return Part(
         name=source.replace("/", "_"),
         layout=None,
-        root=root,
-        tars=tars,
+        root=_place("--images", images),
         captions=settings.captions or entry.captions,
     )
 
 
 def _place(flag: str, given: str) -> Path:
-    path = local_path(given)
-    if path is None:
-        raise UsageError(f"{flag} {shown(given)}: a URL; with a --dataset in its published layout, give a local folder")
+    path = Path(given)
     if not path.exists():
         raise UsageError(f"{flag} {path}: no such {'file' if flag == '--exclude' else 'folder'}")
     return path

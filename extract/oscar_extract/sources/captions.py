@@ -9,7 +9,6 @@ from oscar_common.captions import FLAG, match, read_beside, read_texts
 from oscar_common.errors import UsageError
 from oscar_common.tables import array, columns
 from oscar_extract.sources.place import Place
-from oscar_extract.sources.remote import name_of
 from oscar_extract.sources.tables import LEFT_OUT
 
 BESIDE = ("txt", ".txt", "*.txt")
@@ -36,8 +35,8 @@ def read_captions(captions: str, place: Place, paths: pa.Array, ids: pa.Array) -
     rows = match(wanted, (paths, ids), paths, ids)
     if not (rows >= 0).any():
         raise UsageError(
-            f"{FLAG} {captions}: none of its {len(texts)} texts names an image under {name_of(place.root)} (images "
-            f"there are like {paths[0].as_py()!r}); give the captions of these images, or another --images"
+            f"{FLAG} {captions}: none of its {len(texts)} texts names an image under {place.root} (images there are "
+            f"like {paths[0].as_py()!r}); give the captions of these images, or another --images"
         )
     image = pc.binary_join_element_wise(place.name, ids.take(pa.array(rows, mask=rows < 0)), "/")
     known = pa.array(rows >= 0)

@@ -53,7 +53,6 @@ class Part:
     name: str
     layout: str | None
     root: Path
-    tars: tuple[str, ...] = ()  # of a root behind a URL those that are meant, if not all
     captions: str | None = None
 
     @property
@@ -106,8 +105,7 @@ def find_files(request: Request) -> Listing:
     further = ([request.images] if request.images else []) + list(request.beside)
     folders = list(dict.fromkeys([p.root for p in walked] + further))
     inner = request.out if request.out and request.out.resolve() not in {f.resolve() for f in folders} else None
-    named = {part.root: part.tars for part in walked if part.tars}
-    return list_files(folders, walked[0].flag if walked else "--images", inner, named)
+    return list_files(folders, walked[0].flag if walked else "--images", inner)
 
 
 def read_corpus(request: Request, inventory: Inventory) -> Corpus:

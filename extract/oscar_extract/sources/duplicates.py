@@ -15,7 +15,6 @@ import pyarrow as pa
 import xxhash
 
 from oscar_common.tables import Ints
-from oscar_extract.sources.remote import here
 
 HEAD = 16 << 10
 TOGETHER = 2048  # files that a thread looks at in one go
@@ -67,8 +66,8 @@ def _heads(roots: list[Path], files: pa.Table) -> npt.NDArray[np.uint64]:
     """Return size and hash of the first bytes of each file, uint64 [N, 2]; zeros for one that cannot be read."""
     heads = np.zeros((len(files), 2), np.uint64)
     for path, members in groupby(zip(heads, _places(roots, files), strict=True), lambda member: member[1][0]):
-        with here(path) as local, suppress(OSError, ValueError):  # ValueError: a zero byte in the path
-            handle = os.open(local, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
+        with suppress(OSError, ValueError):  # ValueError: a zero byte in the path
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
             try:
                 for row, (_, offset, size) in members:
                     row[:] = _head(handle, offset, size)
@@ -88,18 +87,16 @@ def _head(handle: int, offset: int, size: int | None) -> tuple[int, int]:
 def _whole(place: Bytes) -> bytes | None:
     """Return the hash of all of a file, or None if it cannot be read."""
     digest = xxhash.xxh3_128()
-    path, offset, size = place
-    with here(path) as local:
-        try:
-            for block in _blocks(local, offset, size):
-                digest.update(block)
-        except (OSError, ValueError):
-            return None
+    try:
+        for block in _blocks(*place):
+            digest.update(block)
+    except (OSError, ValueError):
+        return None
     return digest.digest()
 
 
-def _blocks(path: Path, offset: int, size: int | None) -> Iterator[bytes]:
-    with path.open("rb") as file:
+def _blocks(path: str, offset: int, size: int | None) -> Iterator[bytes]:
+    with open(path, "rb") as file:
         file.seek(offset)
         left = size
         while block := file.read(1 << 20 if left is None else min(left, 1 << 20)):

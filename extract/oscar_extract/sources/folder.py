@@ -10,7 +10,6 @@ from oscar_extract.images import EXTENSIONS
 from oscar_extract.sources.captions import read_captions
 from oscar_extract.sources.inventory import Bools
 from oscar_extract.sources.place import Place
-from oscar_extract.sources.remote import name_of
 from oscar_extract.sources.tables import IMAGES, LEFT_OUT, Annotations
 
 
@@ -24,8 +23,8 @@ def read_folder(place: Place, captions: str | None = None) -> Annotations:
     if not which.any():
         endings = " ".join(sorted(EXTENSIONS - {""}))
         raise UsageError(
-            f"--images {name_of(place.root)}: no image in it, only {place.inventory.others} other files; looked for "
-            f"{endings}{place.inventory.damage}"
+            f"--images {place.root}: no image in it, only {place.inventory.others} other files; looked for {endings}"
+            f"{place.inventory.damage}"
         )
     return read_files(place, which, captions)
 

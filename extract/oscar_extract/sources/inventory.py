@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +12,6 @@ from functools import cached_property
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from oscar_common.errors import UsageError, reason
 from oscar_common.tables import Ints, array, columns, find, last, reading, stems, table, without_extension
 from oscar_common.text_files import NotText, decode
 from oscar_extract.images import EXTENSIONS
-from oscar_extract.sources.remote import cache_in, cache_in_use, here, list_tars, url_of
 from oscar_extract.sources.tables import FILES
 from oscar_shards.tar import Member, TarFault, Window, members
 
@@ -174,29 +172,19 @@ class Listing:
     tars: list[tuple[int, Path, str]] = field(default_factory=list)  # root, tar, and its path relative to the root
     tables: list[tuple[int, Path]] = field(default_factory=list)  # annotations that a downloader may have written
     others: int = 0
-    stamps: list[str] = field(default_factory=list)  # what servers say of the tars behind URLs
 
 
-def list_files(
-    roots: list[Path], flag: str, skip: Path | None = None, named: Mapping[Path, tuple[str, ...]] = MappingProxyType({})
-) -> Listing:
+def list_files(roots: list[Path], flag: str, skip: Path | None = None) -> Listing:
     """List the images under `roots`, known extensions or none at all, no hidden files; and the tars.
 
-    A file that is reached twice through symbolic links counts once. `skip` is a folder to leave alone; `named` are the
-    tars that are meant of some roots behind URLs.
+    A file that is reached twice through symbolic links counts once. `skip` is a folder to leave alone.
 
     Raises:
         UsageError: no such folder.
     """
     found = Listing(roots=roots)
     seen: set[str] = {os.path.realpath(skip)} if skip else set()
-    for number, root in enumerate(roots):
-        if url_of(root) is not None:
-            tars = list_tars(root, named.get(root, ()))
-            found.tars += [(number, root / tar.name, tar.name) for tar in tars]
-            found.stamps += [f"{tar.name} {tar.stamp.size} {tar.stamp.version}" for tar in tars]
-    local = ((number, root) for number, root in enumerate(roots) if url_of(root) is None)
-    rows = chain.from_iterable(_rows(number, root, flag, found, seen) for number, root in local)
+    rows = chain.from_iterable(_rows(number, root, flag, found, seen) for number, root in enumerate(roots))
     found.files = table(FILES, rows)
     return found
 
@@ -326,8 +314,7 @@ def _scan_tars(tars: list[tuple[int, Path, str]]) -> Iterator[Scan]:
     if len(tars) < 8:
         yield from map(scan_tar, tars)
         return
-    processes = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(processes, get_context("spawn"), cache_in, (cache_in_use(),)) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
         yield from pool.map(scan_tar, tars)
 
 
@@ -343,25 +330,24 @@ def scan_tar(place: tuple[int, Path, str]) -> Scan:
     sidecars: defaultdict[str, dict[str, str]] = defaultdict(dict)
     kinds: defaultdict[str, set[str]] = defaultdict(set)  # of the text files beside each image
     fault, size, read = "", 0, 0
-    told = _told(tar.with_suffix(".parquet")) if url_of(tar) is None else set()
-    with here(tar) as file:
-        try:
-            with Window(file, WINDOW) as window:
-                size = window.size
-                for member in members(window, foreign=True):
-                    read = member.end
-                    if os.path.basename(member.name).startswith("."):
-                        continue
-                    stem, extension = os.path.splitext(member.name)
-                    if extension.lower() in EXTENSIONS and extension:
-                        images.append((stem, member))
-                    elif extension in (".txt", ".json") and stem not in told:
-                        kinds[stem].add(extension)
-                        if member.size <= SIDECAR_BYTES:
-                            content = window.content(member.data, member.data + member.size)
-                            sidecars[stem].update(_sidecar(extension, content))
-        except (TarFault, OSError) as error:
-            fault = reason(error)
+    told = _told(tar.with_suffix(".parquet"))
+    try:
+        size = tar.stat().st_size
+        with Window(tar, WINDOW) as window:
+            for member in members(window, foreign=True):
+                read = member.end
+                if os.path.basename(member.name).startswith("."):
+                    continue
+                stem, extension = os.path.splitext(member.name)
+                if extension.lower() in EXTENSIONS and extension:
+                    images.append((stem, member))
+                elif extension in (".txt", ".json") and stem not in told:
+                    kinds[stem].add(extension)
+                    if member.size <= SIDECAR_BYTES:
+                        content = window.content(member.data, member.data + member.size)
+                        sidecars[stem].update(_sidecar(extension, content))
+    except (TarFault, OSError) as error:
+        fault = reason(error)
     whole = _with_their_texts(images, kinds, told) if fault else images
 
     rows = (
