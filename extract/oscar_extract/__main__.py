@@ -9,7 +9,6 @@ from oscar_common.config import installed_catalog
 from oscar_common.errors import UsageError, nearest
 from oscar_common.settings import Catalog, Detector, Extract
 from oscar_extract.download import zoo_config
-from oscar_shards.url import is_url, shown
 
 HELP = """Find regions in images and write them to shards.
 
@@ -71,11 +70,6 @@ def check(settings: Extract) -> None:
     if settings.scheduler and settings.workers:
         raise UsageError(
             "--workers is for this machine; with --scheduler its own workers do the work: give one of them"
-        )
-    if is_url(settings.out or "."):
-        raise UsageError(
-            f"--out {shown(settings.out or '')}: shards are written to a file system; give a folder, and copy it "
-            "to the store afterwards"
         )
     out = Path(settings.out or ".")
     if out.exists() and not out.is_dir():

@@ -12,7 +12,7 @@ from oscar_extract.sources.corpus import LISTS, Part, Request
 from oscar_extract.sources.inventory import FAMILIES, readable
 from oscar_extract.sources.place import SPLITS
 from oscar_extract.sources.remote import cache_of, find_tars
-from oscar_shards.url import local_path, shown
+from oscar_shards.url import is_url, local_path, shown
 
 ALIASES = {  # what people call the folder of a dataset, in lower case
     "coco": ("mscoco", "coco2014", "coco2017", "ms-coco", "ms_coco"),
@@ -31,6 +31,11 @@ def make_request(settings: Extract, catalog: Catalog) -> Request:
     Raises:
         UsageError: nothing to extract, an unknown name, or a flag that misses its partner.
     """
+    if settings.out and is_url(settings.out):
+        raise UsageError(
+            f"--out {shown(settings.out)}: shards are written to a file system; give a folder, and copy it to "
+            "the store afterwards"
+        )
     names = [name.strip() for given in settings.dataset for name in given.split(",") if name.strip()]
     if not names and settings.images is None:
         raise UsageError("no images: give --images DIR (or --dataset or --pipeline NAME)")
@@ -40,9 +45,11 @@ def make_request(settings: Extract, catalog: Catalog) -> Request:
         raise UsageError(f"--root {settings.root[0]}: it goes with --dataset {', '.join(LAYOUTS)}")
     if settings.captions and published:
         raise UsageError(f"--captions {settings.captions}: it goes with --images; a --dataset brings its own texts")
+    further = _own_images(settings, settings.images) if published and settings.images else None
     return Request(
         parts=parts,
-        images=_place("--images", settings.images) if published and settings.images else None,
+        images=further.root if further else None,
+        remote=further.remote if further else None,
         beside=_beside(parts, settings.root),
         splits=_splits(settings.splits),
         exclude=tuple(_place("--exclude", path) for path in settings.exclude),
@@ -156,7 +163,7 @@ def _entry(settings: Extract, catalog: Catalog, name: str, roots: dict[str, str]
 def _place(flag: str, given: str) -> Path:
     path = local_path(given)
     if path is None:
-        raise UsageError(f"{flag} {shown(given)}: a URL is not read here; only --images without --dataset takes one")
+        raise UsageError(f"{flag} {shown(given)}: a URL is not read here; only --images takes one")
     if not path.exists():
         raise UsageError(f"{flag} {path}: no such {'file' if flag == '--exclude' else 'folder'}")
     return path

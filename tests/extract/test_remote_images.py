@@ -138,6 +138,21 @@ def test_a_tar_that_has_other_images_now_is_refused(tars: Path, tmp_path: Path):
     assert shards(tmp_path / "out") == before
 
 
+def test_a_list_of_captions_here_is_joined_with_tars_behind_a_url(tars: Path, tmp_path: Path):
+    root = tmp_path / "cc"
+    root.mkdir()
+    (root / "Train_GCC-training.tsv").write_text("a cup of coffee\thttps://x/000000000\na cat\thttps://x/000010000\n")
+    arguments = ("--dataset", "cc", "--root", root, "--images-per-shard", 2, "--device", "cpu")
+    done = extract(*arguments, "--images", tars, "--out", tmp_path / "local")
+    assert done.returncode == 0, done.stderr
+    with serve(tars.parent) as server:
+        url = f"{server.url}/cc3/{{00000..00001}}.tar"
+        done = extract(*arguments, "--images", url, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert shards(tmp_path / "out") == shards(tmp_path / "local")
+    assert "shard-000000.tar" in shards(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -146,7 +161,7 @@ def test_a_tar_that_has_other_images_now_is_refused(tars: Path, tmp_path: Path):
         (("--images", "{url}/none"), "write"),
         (("--images", "{url}/cc3/{{0..1.tar"), "a brace is missing"),
         (("--images", "pipe:cat x"), "runs a shell command"),
-        (("--dataset", "coco", "--root", "{url}/cc3"), "only --images without --dataset takes one"),
+        (("--dataset", "coco", "--root", "{url}/cc3"), "only --images takes one"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_a_line(tars: Path, tmp_path: Path, arguments: tuple[str, ...], message: str):

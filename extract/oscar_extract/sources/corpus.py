@@ -74,11 +74,18 @@ class Request:
 
     parts: list[Part]
     images: Path | None = None  # a further folder with the images of published layouts
+    remote: RemoteTars | None = None  # the tars behind a URL, for which `images` only stands
     beside: tuple[Path, ...] = ()  # folders of the datasets whose images those of the job share
     splits: frozenset[str] = frozenset({"train"})
     exclude: tuple[Path, ...] = ()
     merge_duplicates: bool = True
     out: Path | None = None
+
+    @property
+    def remotes(self) -> dict[Path, RemoteTars]:
+        """The tars behind URLs, by the path that stands for each."""
+        places = [(p.root, p.remote) for p in self.parts] + [(self.images or Path(), self.remote)]
+        return {path: remote for path, remote in places if remote}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +114,7 @@ def find_files(request: Request) -> Listing:
     further = ([request.images] if request.images else []) + list(request.beside)
     folders = list(dict.fromkeys([p.root for p in walked] + further))
     inner = request.out if request.out and request.out.resolve() not in {f.resolve() for f in folders} else None
-    remotes = {p.root: p.remote for p in walked if p.remote}
-    return list_files(folders, walked[0].flag if walked else "--images", inner, remotes)
+    return list_files(folders, walked[0].flag if walked else "--images", inner, request.remotes)
 
 
 def read_corpus(request: Request, inventory: Inventory) -> Corpus:
@@ -188,8 +194,7 @@ def _read_parts(
     request: Request, inventory: Inventory, karpathy: dict[str, dict[str, str]]
 ) -> tuple[list[Root], pa.Table, pa.Table, pa.Table, list[pa.Table]]:
     """Read every dataset; files of manifests follow those found in folders."""
-    remotes: dict[Path, Root] = {p.root: p.remote for p in request.parts if p.remote}
-    roots = [remotes.get(root, root) for root in inventory.roots]
+    roots: list[Root] = [request.remotes.get(root, root) for root in inventory.roots]
     files, said = [inventory.files], []
     for part in request.parts:
         place = _place(request, part, inventory, karpathy)

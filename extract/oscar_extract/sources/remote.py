@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import cache_folder
@@ -139,7 +139,7 @@ def _split(given: str, flag: str) -> tuple[str, list[str]]:
         raise UsageError(f"{flag} {shown(given)}: braces stand in the file's name alone: {{00000..00331}}.tar")
     try:
         names = [name for name, _ in zip(braceexpand(last), range(MANY), strict=False)]
-    except UnbalancedBracesError:
+    except ValueError:
         raise UsageError(f"{flag} {shown(given)}: a brace is missing; write {{00000..00331}}.tar") from None
     return url, sorted(set(names))
 
