@@ -167,6 +167,7 @@ def resume(given: dict[str, Any]) -> dict[str, Any]:
     from oscar_common.settings import Catalog, Extract
     from oscar_extract.plan import plan_of, read_shard_plan
     from oscar_extract.request import make_request
+    from oscar_extract.sources.remote import cache_of
     from oscar_extract.tasks import is_done
     from oscar_shards.stats import count as count_all
     from oscar_shards.write import shard_path
@@ -179,7 +180,7 @@ def resume(given: dict[str, Any]) -> dict[str, Any]:
         tars = [shard_path(out, settings.name, n) for n in range(planned.record.num_shards)]
         todo = [n for n, tar in enumerate(tars) if not is_done(tar, settings.retry_rejects)]
     with clock.stage("first shard of the plan"):
-        _, images = read_shard_plan(out, todo[0])
+        _, images = read_shard_plan(out, todo[0], cache_of(settings))
     with clock.stage("counting what is done"):
         stats = count_all([tar for n, tar in enumerate(tars) if n not in set(todo)])
     return summary(clock, baseline) | {

@@ -99,7 +99,8 @@ class Extract:
     images: str | None = setting(
         None,
         "Folder of images, searched recursively, tars of images (img2dataset's) included; or a manifest file .jsonl, "
-        ".csv, .tsv or .parquet with columns path, text, source. With --dataset: a further folder with its images.",
+        ".csv, .tsv or .parquet with columns path, text, source. With --dataset: a further folder with its images. "
+        "Also the URL of a folder of such tars, or https://host/{00000..00331}.tar.",
         path=True,
         url=True,
     )
@@ -184,6 +185,13 @@ class Extract:
     scheduler: str | None = setting(
         None, "Address of a dask scheduler, like tcp://host:8786, whose workers do the work and see the same folders."
     )
+    cache: str | None = setting(
+        None,
+        "Folder for tars of --images that are fetched from a URL; on a disk of each machine that works. It may be "
+        "deleted at any time. [default: ~/.cache/oscar-pretrain]",
+        path=True,
+    )
+    cache_size: float = setting(100.0, "GB of fetched tars that may be in --cache; the least used go.", low=0)
     decode_threads: int = setting(4, "Threads of a process that read and decode images.", low=1)
     image_timeout: float = setting(60.0, "Refuse an image that takes longer than these seconds to decode.", low=0.1)
     max_reject_fraction: float = setting(

@@ -14,7 +14,7 @@ from oscar_common.settings import Catalog, Detector, Extract
 from oscar_extract.download import zoo_config
 from oscar_shards.manifest import FILE as MANIFEST
 
-OWN_FILES = (MANIFEST, "_plan.parquet", "_left-out.parquet")  # by which the command knows its own folder
+OWN_FILES = (MANIFEST, "_plan.parquet", "_left-out.parquet", "_missing.parquet")  # by these it knows its own folder
 
 HELP = """Find regions in images and write them to shards.
 

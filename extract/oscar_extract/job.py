@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
-from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -33,6 +32,7 @@ from oscar_extract.plan import PlannedImage, read_shard_plan
 from oscar_extract.regions import Input, make_input
 from oscar_extract.selection import Selection
 from oscar_extract.sources.duplicates import locate
+from oscar_extract.sources.remote import Root, cache_of, opened
 from oscar_extract.tasks import DeviceFailure, Done, Job, Survey, Trial, is_done
 from oscar_shards.manifest import Manifest, PlanRecord, read_manifest
 from oscar_shards.write import Reject, shard_path, unfit_numbers, write_shard
@@ -212,7 +212,7 @@ def extract_shard(job: Job, number: int, tell: Callable[[int, int], None]) -> Do
             yield item
 
     with journal(tar) as record:
-        roots, planned = read_shard_plan(job.out, number)
+        roots, planned = read_shard_plan(job.out, number, cache_of(job.settings))
         if is_done(tar, job.settings.retry_rejects):  # somebody else was faster
             images = len(planned)
         else:
@@ -222,7 +222,7 @@ def extract_shard(job: Job, number: int, tell: Callable[[int, int], None]) -> Do
 
 
 def extract(
-    job: Job, tools: Equipment, roots: list[Path], planned: list[PlannedImage], record: Journal
+    job: Job, tools: Equipment, roots: list[Root], planned: list[PlannedImage], record: Journal
 ) -> Iterator[Sample | Reject]:
     """Yield the samples and rejects of one shard, in an order that depends on the images and the batch size alone."""
     settings = job.settings
@@ -300,10 +300,12 @@ def _sample_or_reject(image: Loaded, regions: Regions | RefusedImage | None) -> 
     return Sample(key=image.planned.key, image=image.record, regions=regions, texts=image.planned.texts)
 
 
-def _load(detector: Detector, roots: list[Path], image: PlannedImage, job: Job, apart: bool) -> Loaded | Reject:
+def _load(detector: Detector, roots: list[Root], image: PlannedImage, job: Job, apart: bool) -> Loaded | Reject:
     """Decode and resize one image; one that cannot be used becomes a reject with its reason."""
     try:
-        content = read_bytes(*locate(roots, image.root, image.path, image.raw, image.offset, image.size))
+        file, offset, size = locate(roots, image.root, image.path, image.raw, image.offset, image.size)
+        with opened(file) as path:
+            content = read_bytes(path, offset, size)
         pixels = decode_apart(content, job.settings.image_timeout) if apart else decode(content)
         prepared = make_input(detector, pixels)
     except RefusedImage as refused:

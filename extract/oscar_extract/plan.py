@@ -19,8 +19,10 @@ from oscar_common.settings import Extract
 from oscar_common.tables import TEXTS, Ints, array
 from oscar_extract.sources.corpus import Corpus, Request, find_files, read_corpus
 from oscar_extract.sources.inventory import Listing, take_inventory
+from oscar_extract.sources.remote import Cache, RemoteTars, Root, cache_of
 from oscar_extract.sources.tables import LEFT_OUT
 from oscar_shards.manifest import PlanRecord
+from oscar_shards.remote import Stamp
 from oscar_shards.seal import write_sealed
 from oscar_shards.write import LEFT_OUT_FILE, PLAN_FILE
 
@@ -74,7 +76,7 @@ class Count:
 class Plan:
     """All images of a job in order (a table of the schema PLAN). Shard i holds those from i * images_per_shard on."""
 
-    roots: list[Path]
+    roots: list[Root]
     table: pa.Table
     counts: list[Count]
     left_out: pa.Table
@@ -92,7 +94,7 @@ def plan_of(request: Request, settings: Extract) -> Plan:
         found = find_files(request)
     choices = settings.images_per_shard, settings.limit, settings.shuffle_seed
     inputs = inputs_digest(request, found, *choices)
-    if settings.out and not settings.overwrite and (plan := saved_plan(Path(settings.out), inputs)):
+    if settings.out and not settings.overwrite and (plan := saved_plan(Path(settings.out), inputs, cache_of(settings))):
         return plan
     with phase("looking into tars"):
         inventory = take_inventory(found)
@@ -113,7 +115,7 @@ def make_plan(
     # What a list names and a tar has lost is in both of these.
     missing = absent.get("dead-link", 0) + max(absent.get("missing", 0), corpus.lost)
     record = PlanRecord(
-        images=", ".join(str(p.root) for p in request.parts),
+        images=", ".join(str(p.remote or p.root) for p in request.parts),
         captions=", ".join(p.captions for p in request.parts if p.captions) or None,
         num_images=len(table),
         num_texts=len(array(table["texts"]).flatten()),
@@ -189,7 +191,12 @@ def inputs_digest(request: Request, found: Listing, *settings: object) -> str:
     Of tars that is all; to look for their members again would take minutes.
     """
     captions = [Path(p.captions) for p in request.parts if p.captions]
-    read = [*found.annotations, *(tar for _, tar, _ in found.tars), *request.exclude, *captions]
+    read = [
+        *found.annotations,
+        *(tar for _, tar, _ in found.tars if isinstance(tar, Path)),
+        *request.exclude,
+        *captions,
+    ]
     read += [p.root for p in request.parts if p.is_listing]
     read += [path for folder in captions if folder.is_dir() for path in sorted(folder.rglob("*.txt"))]
     stats = [(str(p), s.st_size, s.st_mtime_ns) for p in read if p.exists() for s in [p.stat()]]
@@ -228,7 +235,7 @@ def _update(digest: Any, column: pa.Array) -> None:
 def write_plan(out: Path, plan: Plan) -> None:
     """Write the plan, and the list of what was left out, beside the shards."""
     said = {
-        "roots": [str(root.absolute()) for root in plan.roots],
+        "roots": [_described(root) for root in plan.roots],
         "counts": [dataclasses.asdict(count) for count in plan.counts],
         "record": dataclasses.asdict(plan.record),
         "inputs": plan.inputs,
@@ -244,14 +251,27 @@ def write_plan(out: Path, plan: Plan) -> None:
         (out / LEFT_OUT_FILE).unlink(missing_ok=True)
 
 
-def saved_plan(out: Path, inputs: str) -> Plan | None:
+def _described(root: Root) -> Any:
+    return {"url": root.url, "files": root.files} if isinstance(root, RemoteTars) else str(root.absolute())
+
+
+def _roots(said: dict[str, Any], cache: Cache) -> list[Root]:
+    return [
+        RemoteTars(root["url"], {name: Stamp(*stamp) for name, stamp in root["files"].items()}, cache)
+        if isinstance(root, dict)
+        else Path(root)
+        for root in said["roots"]
+    ]
+
+
+def saved_plan(out: Path, inputs: str, cache: Cache) -> Plan | None:
     """Return the plan that lies in `out` if it was made from the same, without the table, which workers read."""
     try:
         said = _said(out)
         if said["inputs"] != inputs:
             return None
         return Plan(
-            roots=[Path(r) for r in said["roots"]],
+            roots=_roots(said, cache),
             table=PLAN.empty_table(),
             counts=[Count(**c) for c in said["counts"]],
             left_out=LEFT_OUT.empty_table(),
@@ -267,14 +287,14 @@ def _said(out: Path) -> dict[str, Any]:
     return content
 
 
-def read_shard_plan(out: Path, number: int) -> tuple[list[Path], list[PlannedImage]]:
+def read_shard_plan(out: Path, number: int, cache: Cache) -> tuple[list[Root], list[PlannedImage]]:
     """Return the roots and the images of one shard, from the plan that lies in `out`; nothing else of it is read."""
     said = _said(out)
     size = PlanRecord(**said["record"]).images_per_shard
     with pq.ParquetFile(out / PLAN_FILE) as file:
         rows = file.metadata.row_group(0).num_rows
         table = file.read_row_group(number * size // rows)
-    return [Path(r) for r in said["roots"]], planned_images(table.slice(number * size % rows, size))
+    return _roots(said, cache), planned_images(table.slice(number * size % rows, size))
 
 
 def planned_images(table: pa.Table) -> list[PlannedImage]:

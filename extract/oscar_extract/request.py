@@ -3,6 +3,7 @@
 import os
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from oscar_common.errors import UsageError, nearest
@@ -11,6 +12,8 @@ from oscar_common.settings import LAYOUTS, Catalog, Extract
 from oscar_extract.sources.corpus import LISTS, Part, Request
 from oscar_extract.sources.inventory import FAMILIES, readable
 from oscar_extract.sources.place import SPLITS
+from oscar_extract.sources.remote import cache_of, find_tars
+from oscar_shards.url import local_path, shown
 
 ALIASES = {  # what people call the folder of a dataset, in lower case
     "coco": ("mscoco", "coco2014", "coco2017", "ms-coco", "ms_coco"),
@@ -38,9 +41,11 @@ def make_request(settings: Extract, catalog: Catalog) -> Request:
         raise UsageError(f"--root {settings.root[0]}: it goes with --dataset {', '.join(LAYOUTS)}")
     if settings.captions and published:
         raise UsageError(f"--captions {settings.captions}: it goes with --images; a --dataset brings its own texts")
+    further = _own_images(settings, settings.images) if published and settings.images else None
     return Request(
         parts=parts,
-        images=_place("--images", settings.images) if published and settings.images else None,
+        images=further.root if further else None,
+        remote=further.remote if further else None,
         beside=_beside(parts, settings.root),
         splits=_splits(settings.splits),
         exclude=tuple(_place("--exclude", path) for path in settings.exclude),
@@ -50,9 +55,19 @@ def make_request(settings: Extract, catalog: Catalog) -> Request:
 
 
 def _images_part(settings: Extract) -> Part:
-    root = _place("--images", settings.images or "")
+    part = _own_images(settings, settings.images or "")
+    root = part.root
     name = settings.source or (root.stem if root.is_file() else root.resolve().name)
-    return Part(name=readable(name).replace("/", "_") or "images", layout=None, root=root, captions=settings.captions)
+    return replace(part, name=readable(name).replace("/", "_") or "images")
+
+
+def _own_images(settings: Extract, images: str, captions: str | None = None) -> Part:
+    """Return a nameless part of what `--images` says: a folder, a file, or tars behind a URL."""
+    captions = settings.captions or captions
+    if local_path(images) is not None:
+        return Part(name="", layout=None, root=_place("--images", images), captions=captions)
+    tars = find_tars(images, cache_of(settings), "--images")
+    return Part(name="", layout=None, root=tars.path, captions=captions, remote=tars)
 
 
 def _dataset_parts(settings: Extract, catalog: Catalog, names: list[str]) -> list[Part]:
@@ -138,16 +153,13 @@ def _entry(settings: Extract, catalog: Catalog, name: str, roots: dict[str, str]
     if images is None:
         raise UsageError(f"--dataset {name}: its entry in pipelines.yaml has neither images nor a layout")
     source = settings.source or entry.source or name
-    return Part(
-        name=source.replace("/", "_"),
-        layout=None,
-        root=_place("--images", images),
-        captions=settings.captions or entry.captions,
-    )
+    return replace(_own_images(settings, images, entry.captions), name=source.replace("/", "_"))
 
 
 def _place(flag: str, given: str) -> Path:
-    path = Path(given)
+    path = local_path(given)
+    if path is None:
+        raise UsageError(f"{flag} {shown(given)}: a URL is not read here; only --images takes one")
     if not path.exists():
         raise UsageError(f"{flag} {path}: no such {'file' if flag == '--exclude' else 'folder'}")
     return path

@@ -12,6 +12,7 @@ from oscar_common.errors import UsageError
 from oscar_common.files import TEMPORARY, locked
 from oscar_common.progress import Meter, meter
 from oscar_extract.plan import Plan, planned_images, read_shard_plan, write_plan
+from oscar_extract.sources.remote import cache_of
 from oscar_extract.summary import (
     check_missing,
     check_rejects,
@@ -77,7 +78,7 @@ def trial_of(job: Job, plan: Plan, seconds: float = 0.0) -> Trial:
         rows = list(range(0, len(plan.table), max(1, len(plan.table) // SAMPLE)))[:SAMPLE]
         images = planned_images(plan.table.take(rows))
     else:
-        images = read_shard_plan(job.out, 0)[1][:SAMPLE]
+        images = read_shard_plan(job.out, 0, cache_of(job.settings))[1][:SAMPLE]
     return Trial(plan=plan.record, roots=plan.roots, images=images, seconds=seconds, apart=not seconds)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from oscar_common.errors import OperationError
 from oscar_common.settings import Detector, Extract
 from oscar_extract.plan import PlannedImage
+from oscar_extract.sources.remote import Root
 from oscar_shards.manifest import Manifest, PlanRecord
 from oscar_shards.read import is_whole
 from oscar_shards.write import rejects_path
@@ -33,7 +34,7 @@ class Trial:
     """
 
     plan: PlanRecord
-    roots: list[Path]
+    roots: list[Root]
     images: list[PlannedImage]
     seconds: float = 0.0
     apart: bool = True

@@ -23,6 +23,9 @@ class RemoteError(OperationError):
         super().__init__(f"{url}: {cause}")
         self.url, self.cause = url, cause
 
+    def __reduce__(self) -> tuple[type["RemoteError"], tuple[str, str]]:
+        return type(self), (self.url, self.cause)  # it has to come whole out of another process
+
 
 class Gone(RemoteError):
     """There is no such file, folder or bucket; asking again does not help."""

@@ -24,6 +24,7 @@ from oscar_extract.plan import write_plan as store
 from oscar_extract.request import make_request
 from oscar_extract.sources.corpus import find_files
 from oscar_extract.sources.duplicates import locate
+from oscar_extract.sources.remote import Cache
 from oscar_shards.tar import Window, members
 from oscar_shards.write import PLAN_FILE
 
@@ -277,6 +278,7 @@ def vqa(root: Path, version: str = "v2_", notes: str = "") -> Path:
     return root
 
 
+NO_CACHE = Cache(Path("none"), 0)
 QUESTION = ("vqa", "What is 9000? food")
 
 
@@ -1251,7 +1253,7 @@ def test_a_shards_part_of_a_stored_plan_is_what_was_planned(tmp_path, size):
     assert made.record.num_shards == -(-2050 // size)
     for number in {0, 1, 2, made.record.num_shards // 2, made.record.num_shards - 1}:
         if number < made.record.num_shards:
-            roots, found = read_shard_plan(tmp_path, number)
+            roots, found = read_shard_plan(tmp_path, number, NO_CACHE)
             assert found == everything[number * size : (number + 1) * size]
             assert len(found) == made.record.images_in(number)
             assert roots == made.roots
@@ -1275,7 +1277,7 @@ def test_a_stored_plan_is_used_again_until_an_input_changes(tmp_path):
     second, was_stored = again()
     assert was_stored
     assert (second.record, second.counts, second.roots) == (first.record, first.counts, first.roots)
-    assert read_shard_plan(out, 0) == (first.roots, planned_images(first.table))
+    assert read_shard_plan(out, 0, NO_CACHE) == (first.roots, planned_images(first.table))
     changes = {
         "a seed": {"shuffle_seed": 3},
         "a limit": {"limit": 2},
@@ -1309,4 +1311,4 @@ def test_the_hash_of_the_inputs_is_the_same_in_every_process(tmp_path):
     for splits in shuffled:
         object.__setattr__(request, "splits", splits)
         assert inputs_digest(request, inventory, 1) == said
-    assert saved_plan(tmp_path, said) is None
+    assert saved_plan(tmp_path, said, NO_CACHE) is None

@@ -21,6 +21,7 @@ from oscar_extract.sources.genome import GQA, VG_QA, coco_twins, read_gqa, read_
 from oscar_extract.sources.inventory import Bools, Inventory, Listing, list_files
 from oscar_extract.sources.listing import is_listing, read_listing
 from oscar_extract.sources.place import SPLITS, Place
+from oscar_extract.sources.remote import RemoteTars, Root
 from oscar_extract.sources.splits import karpathy_splits
 from oscar_extract.sources.tables import FILES, LEFT_OUT, Annotations
 from oscar_extract.sources.vqa import QUESTIONS, read_vqa
@@ -54,6 +55,7 @@ class Part:
     layout: str | None
     root: Path
     captions: str | None = None
+    remote: RemoteTars | None = None  # the tars behind a URL, for which `root` only stands
 
     @property
     def flag(self) -> str:
@@ -72,11 +74,18 @@ class Request:
 
     parts: list[Part]
     images: Path | None = None  # a further folder with the images of published layouts
+    remote: RemoteTars | None = None  # the tars behind a URL, for which `images` only stands
     beside: tuple[Path, ...] = ()  # folders of the datasets whose images those of the job share
     splits: frozenset[str] = frozenset({"train"})
     exclude: tuple[Path, ...] = ()
     merge_duplicates: bool = True
     out: Path | None = None
+
+    @property
+    def remotes(self) -> dict[Path, RemoteTars]:
+        """The tars behind URLs, by the path that stands for each."""
+        places = [(p.root, p.remote) for p in self.parts] + [(self.images or Path(), self.remote)]
+        return {path: remote for path, remote in places if remote}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +97,7 @@ class Corpus:
     the schema TEXTS, sorted by `text_row`, the image's row. left_out: a table of the schema LEFT_OUT.
     """
 
-    roots: list[Path]
+    roots: list[Root]
     image: pa.Array
     files: pa.Table
     also: pa.Array
@@ -105,7 +114,7 @@ def find_files(request: Request) -> Listing:
     further = ([request.images] if request.images else []) + list(request.beside)
     folders = list(dict.fromkeys([p.root for p in walked] + further))
     inner = request.out if request.out and request.out.resolve() not in {f.resolve() for f in folders} else None
-    return list_files(folders, walked[0].flag if walked else "--images", inner)
+    return list_files(folders, walked[0].flag if walked else "--images", inner, request.remotes)
 
 
 def read_corpus(request: Request, inventory: Inventory) -> Corpus:
@@ -183,9 +192,10 @@ def _nothing_left(request: Request, missing: Bools, held_out: Bools, excluded: B
 
 def _read_parts(
     request: Request, inventory: Inventory, karpathy: dict[str, dict[str, str]]
-) -> tuple[list[Path], pa.Table, pa.Table, pa.Table, list[pa.Table]]:
+) -> tuple[list[Root], pa.Table, pa.Table, pa.Table, list[pa.Table]]:
     """Read every dataset; files of manifests follow those found in folders."""
-    roots, files, said = list(inventory.roots), [inventory.files], []
+    roots: list[Root] = [request.remotes.get(root, root) for root in inventory.roots]
+    files, said = [inventory.files], []
     for part in request.parts:
         place = _place(request, part, inventory, karpathy)
         if part.layout:
@@ -232,7 +242,7 @@ def _place(request: Request, part: Part, inventory: Inventory, karpathy: dict[st
 
 
 def _described(request: Request) -> str:
-    return ", ".join(f"{p.name} under {p.root}" for p in request.parts)
+    return ", ".join(f"{p.name} under {p.remote or p.root}" for p in request.parts)
 
 
 def _renamed(names: pa.Array, same: dict[str, str]) -> pa.Array:
@@ -291,7 +301,7 @@ def _with_copies(which: Bools, there: Ints, group: Ints) -> Bools:
     return copies
 
 
-def _groups(request: Request, roots: list[Path], files: pa.Table, file: Ints) -> Ints:
+def _groups(request: Request, roots: list[Root], files: pa.Table, file: Ints) -> Ints:
     """Return the number of each kept image in the corpus; images of the same file or bytes share one."""
     same = twins(roots, files.take(pa.array(file))) if request.merge_duplicates else np.arange(len(file))
     _, first, of_file = np.unique(file, return_index=True, return_inverse=True)

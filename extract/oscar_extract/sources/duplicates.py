@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,14 @@ import pyarrow as pa
 import xxhash
 
 from oscar_common.tables import Ints
+from oscar_extract.sources.remote import File, RemoteFile, RemoteTars, Root, opened
 
 HEAD = 16 << 10
 TOGETHER = 2048  # files that a thread looks at in one go
 THREADS = 16  # they wait for the disk
 
 
-def twins(roots: list[Path], files: pa.Table) -> Ints:
+def twins(roots: list[Root], files: pa.Table) -> Ints:
     """Return for each file (schema FILES) the first one with the same bytes, itself if there is none before; int64 [F].
 
     Only files of one size with the same first 16 kB are read to the end. A file that cannot be read, or is empty, has
@@ -40,16 +40,19 @@ def twins(roots: list[Path], files: pa.Table) -> Ints:
     return result
 
 
-Bytes = tuple[str, int, int | None]  # a file, where the image begins in it, and its size if it is not all of the file
+Bytes = tuple[File, int, int | None]  # a file, where the image begins in it, and its size if it is not all of the file
 
 
-def locate(roots: list[Path], root: int, path: str, raw: bytes | None, offset: int | None, size: int | None) -> Bytes:
+def locate(roots: list[Root], root: int, path: str, raw: bytes | None, offset: int | None, size: int | None) -> Bytes:
     """Return where the bytes of a row of the schema FILES are."""
     name = path if raw is None else os.fsdecode(raw)
-    return os.path.join(roots[root], name) if name else os.fspath(roots[root]), offset or 0, size
+    place = roots[root]
+    if isinstance(place, RemoteTars):
+        return RemoteFile(place, name), offset or 0, size
+    return place / name if name else place, offset or 0, size
 
 
-def _places(roots: list[Path], files: pa.Table) -> list[Bytes]:
+def _places(roots: list[Root], files: pa.Table) -> list[Bytes]:
     columns = [files[n].to_pylist() for n in ("root", "path", "raw", "offset", "size")]
     return [locate(roots, *row) for row in zip(*columns, strict=True)]
 
@@ -62,11 +65,11 @@ def _repeated(heads: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
     return repeated
 
 
-def _heads(roots: list[Path], files: pa.Table) -> npt.NDArray[np.uint64]:
+def _heads(roots: list[Root], files: pa.Table) -> npt.NDArray[np.uint64]:
     """Return size and hash of the first bytes of each file, uint64 [N, 2]; zeros for one that cannot be read."""
     heads = np.zeros((len(files), 2), np.uint64)
-    for path, members in groupby(zip(heads, _places(roots, files), strict=True), lambda member: member[1][0]):
-        with suppress(OSError, ValueError):  # ValueError: a zero byte in the path
+    for file, members in groupby(zip(heads, _places(roots, files), strict=True), lambda member: member[1][0]):
+        with opened(file) as path, suppress(OSError, ValueError):  # ValueError: a zero byte in the path
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
             try:
                 for row, (_, offset, size) in members:
@@ -95,8 +98,8 @@ def _whole(place: Bytes) -> bytes | None:
     return digest.digest()
 
 
-def _blocks(path: str, offset: int, size: int | None) -> Iterator[bytes]:
-    with open(path, "rb") as file:
+def _blocks(place: File, offset: int, size: int | None) -> Iterator[bytes]:
+    with opened(place) as path, open(path, "rb") as file:
         file.seek(offset)
         left = size
         while block := file.read(1 << 20 if left is None else min(left, 1 << 20)):

@@ -24,6 +24,7 @@ from oscar_common.errors import UsageError, reason
 from oscar_common.tables import Ints, array, columns, find, last, reading, stems, table, without_extension
 from oscar_common.text_files import NotText, decode
 from oscar_extract.images import EXTENSIONS
+from oscar_extract.sources.remote import File, RemoteFile, RemoteTars, opened
 from oscar_extract.sources.tables import FILES
 from oscar_shards.tar import Member, TarFault, Window, members
 
@@ -169,31 +170,49 @@ class Listing:
     roots: list[Path]
     files: pa.Table = field(default_factory=FILES.empty_table)
     annotations: list[Path] = field(default_factory=list)
-    tars: list[tuple[int, Path, str]] = field(default_factory=list)  # root, tar, and its path relative to the root
-    tables: list[tuple[int, Path]] = field(default_factory=list)  # annotations that a downloader may have written
+    tars: list[tuple[int, File, str]] = field(default_factory=list)  # root, tar, and its path relative to the root
+    tables: list[tuple[int, File]] = field(default_factory=list)  # annotations that a downloader may have written
     others: int = 0
 
 
-def list_files(roots: list[Path], flag: str, skip: Path | None = None) -> Listing:
+def list_files(
+    roots: list[Path], flag: str, skip: Path | None = None, remotes: dict[Path, RemoteTars] | None = None
+) -> Listing:
     """List the images under `roots`, known extensions or none at all, no hidden files; and the tars.
 
     A file that is reached twice through symbolic links counts once. `skip` is a folder to leave alone.
+    `remotes` are the tars behind those roots that only stand for a URL.
 
     Raises:
         UsageError: no such folder.
     """
     found = Listing(roots=roots)
     seen: set[str] = {os.path.realpath(skip)} if skip else set()
-    rows = chain.from_iterable(_rows(number, root, flag, found, seen) for number, root in enumerate(roots))
+    walked = []
+    for number, root in enumerate(roots):
+        if remotes and root in remotes:
+            _add_remote(number, remotes[root], found)
+        else:
+            walked.append(_rows(number, root, flag, found, seen))
+    rows = chain.from_iterable(walked)
     found.files = table(FILES, rows)
     return found
+
+
+def _add_remote(number: int, tars: RemoteTars, found: Listing) -> None:
+    for name in tars.files:
+        if name.endswith(".tar"):
+            found.tars.append((number, RemoteFile(tars, name), name))
+        else:
+            found.others += 1
+            found.tables.append((number, RemoteFile(tars, name)))
 
 
 def take_inventory(found: Listing) -> Inventory:
     """Add the members of the tars, and what a downloader says of files."""
     scans = list(_scan_tars(found.tars))
     in_tars = pa.concat_tables([FILES.empty_table(), *(scan.files for scan in scans)])
-    tables = (read_downloads(number, found.roots[number], path) for number, path in found.tables)
+    tables = (read_downloads(number, found.roots[number], file) for number, file in found.tables)
     downloads = pa.concat_tables([DOWNLOADS.empty_table(), *tables])
     is_there = pc.equal(downloads["status"], "success")
     return Inventory(
@@ -309,7 +328,7 @@ def _looks_like_an_image(entry: "os.DirEntry[str]") -> bool:
     return os.path.splitext(entry.name)[1].lower() in EXTENSIONS - {""}
 
 
-def _scan_tars(tars: list[tuple[int, Path, str]]) -> Iterator[Scan]:
+def _scan_tars(tars: list[tuple[int, File, str]]) -> Iterator[Scan]:
     """Look into each tar; many are read by several processes."""
     if len(tars) < 8:
         yield from map(scan_tar, tars)
@@ -318,19 +337,28 @@ def _scan_tars(tars: list[tuple[int, Path, str]]) -> Iterator[Scan]:
         yield from pool.map(scan_tar, tars)
 
 
-def scan_tar(place: tuple[int, Path, str]) -> Scan:
+def scan_tar(place: tuple[int, File, str]) -> Scan:
     """List a tar's images, with the texts beside them.
 
     Its path is given as root, file, and path under the root. Of a damaged tar these are the images before the damage,
     but for those whose texts may lie behind it.
+
+    Raises:
+        OperationError: the tar lies behind a URL and cannot be fetched.
     """
     number, tar, path = place
-    label, raw = readable(path or tar.name), os.fsencode(path)
+    beside = tar.beside if isinstance(tar, RemoteFile) else tar.with_suffix(".parquet")
+    told = _told(beside) if beside else set()
+    with opened(tar) as local:
+        return _scanned(number, Path(local), path, readable(path or tar.name), told)
+
+
+def _scanned(number: int, tar: Path, path: str, label: str, told: set[str]) -> Scan:
+    raw = os.fsencode(path)
     images: list[tuple[str, Member]] = []  # with their stems
     sidecars: defaultdict[str, dict[str, str]] = defaultdict(dict)
     kinds: defaultdict[str, set[str]] = defaultdict(set)  # of the text files beside each image
     fault, size, read = "", 0, 0
-    told = _told(tar.with_suffix(".parquet"))
     try:
         size = tar.stat().st_size
         with Window(tar, WINDOW) as window:
@@ -386,9 +414,9 @@ def _with_their_texts(
     ]
 
 
-def _told(path: Path) -> set[str]:
+def _told(file: File) -> set[str]:
     """Return the keys of a tar's members whose URL and caption the table beside the tar says: no need to read them."""
-    with suppress(OSError, pa.ArrowException):
+    with opened(file) as path, suppress(OSError, pa.ArrowException):
         if set(pq.read_schema(path).names) >= DOWNLOADED:
             rows = pq.read_table(path, columns=sorted(DOWNLOADED))
             full = pc.and_(rows["url"].is_valid(), rows["caption"].is_valid())
@@ -419,16 +447,17 @@ def _sidecar(extension: str, content: bytes) -> dict[str, str]:
     return {names[k]: v.strip() for k, v in said.items() if k in names and isinstance(v, str)}
 
 
-def read_downloads(number: int, root: Path, path: Path) -> pa.Table:
+def read_downloads(number: int, root: Path, file: File) -> pa.Table:
     """Return what one of img2dataset's tables (00042.parquet) says; no row of any other Parquet file."""
-    with reading(path, "annotations"):
+    inner = file.name if isinstance(file, RemoteFile) else str(file.relative_to(root))
+    with opened(file) as path, reading(root / inner, "annotations"):
         schema = pq.read_schema(path)
         if not {"key", "url", "status"} <= set(schema.names):
             return DOWNLOADS.empty_table()
         wanted = [n for n in ("key", "url", "status", "caption", "error_message") if n in schema.names]
         rows = pq.read_table(path, columns=wanted)
         said = {n: array(rows[n]).cast(pa.string()) for n in wanted}
-    image = pc.binary_join_element_wise(readable(str(path.relative_to(root).with_suffix(""))), said["key"], "/")
+    image = pc.binary_join_element_wise(readable(str(Path(inner).with_suffix(""))), said["key"], "/")
     message = pc.coalesce(said.get("error_message", pa.nulls(len(rows), pa.string())), said["status"])
     return columns(
         DOWNLOADS,
