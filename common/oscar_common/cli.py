@@ -75,7 +75,22 @@ class _NumberOr(click.ParamType):  # type: ignore[type-arg]
 
 
 class Command(click.Command):
-    """A command whose options are given once each, but for those that are lists: the last one never wins silently."""
+    """A command whose options are given once each, but for those that are lists: the last one never wins silently.
+
+    groups: under which title the help lists an option, by its name; the others come first.
+    """
+
+    groups: Mapping[str, str] = MappingProxyType({})
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options by group."""
+        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                groups.setdefault(self.groups.get(param.name or "", "Options"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments, once to see what is given more than once."""
@@ -140,6 +155,7 @@ def settings_command(
             epilog="\b\nExamples:\n" + examples,
             context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
         )
+        command.groups = {field.name: field.metadata["group"] for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
         return click.version_option(__version__)(command)
 
     return decorate

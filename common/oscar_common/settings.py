@@ -29,6 +29,7 @@ def setting(
     high: float | None = None,
     words: Mapping[str, int] = MappingProxyType({}),
     decides: bool | None = None,
+    group: str = "",
     path: bool | None = None,
     url: bool = False,
 ) -> Any:
@@ -36,6 +37,7 @@ def setting(
 
     Args:
         words: what may be given instead of a number; each stands for one that is out of the range.
+        group: under which `--help` lists it.
         decides: whether the numbers of a run depend on it, so that a run must go on with the same value. Every
             setting of `Train` says so.
         path: whether it names files or folders (it may be a URL or a name, too). Every setting of `Train` that is a
@@ -44,6 +46,7 @@ def setting(
     """
     metadata = {
         "help": help,
+        "group": group,
         "choices": choices,
         "low": low,
         "high": high,
@@ -90,11 +93,13 @@ class Extract:
         "A dataset in its published layout: coco, cc, sbu, flickr30k, gqa, vqa or vg-qa, with --root; or a name under "
         "`datasets:` in pipelines.yaml. Several (give it again, or a,b,c) are joined: an image in two of them is "
         "extracted once and carries the texts of both.",
+        group="Images",
     )
     root: list[str] = setting(
         [],
         "Folder of the --dataset; DIR/NAME if there is such a folder. One for all of them, or one for each in turn.",
         path=True,
+        group="Images",
     )
     images: str | None = setting(
         None,
@@ -103,65 +108,88 @@ class Extract:
         "Also the URL of a folder of such tars, or https://host/{00000..00331}.tar.",
         path=True,
         url=True,
+        group="Images",
     )
     captions: str | None = setting(
         None,
         "Texts: COCO captions .json; .tsv, .csv, .jsonl or .parquet of (image, caption); a folder with .txt files "
         "named like the images; or the word `txt` for .txt files beside the images.",
         path=True,
+        group="Images",
     )
-    source: str | None = setting(None, "Name of the dataset in the samples. [default: the images folder's name]")
+    source: str | None = setting(
+        None, "Name of the dataset in the samples. [default: the images folder's name]", group="Images"
+    )
     splits: str = setting(
         "train",
         "Splits of a --dataset to take: train, val, test, or several like train,val. Images of val and test splits not "
         "taken are kept out, whichever dataset names them.",
+        group="Images",
     )
     exclude: list[str] = setting(
         [],
         "File of images to keep out, one a line (id, source/id, file name or path), or a .json: Karpathy's split (its "
         "val and test), COCO annotations, or a list. May be given again.",
         path=True,
+        group="Images",
     )
     duplicates: str = setting(
         "merge",
         "Image files of the same bytes: merge into one sample with the texts of all, or keep each.",
         choices=("merge", "keep"),
+        group="Images",
     )
-    limit: int | None = setting(None, "Take only the first so many images.", low=1)
-    shuffle_seed: int | None = setting(None, "Shuffle the images by this seed first.", low=0, high=2**63 - 1)
+    limit: int | None = setting(None, "Take only the first so many images.", low=1, group="Images")
+    shuffle_seed: int | None = setting(
+        None, "Shuffle the images by this seed first.", low=0, high=2**63 - 1, group="Images"
+    )
     dry_run: bool = setting(
-        False, "Print the corpus and the plan, and from a short sample the hours and bytes; write nothing."
+        False,
+        "Print the corpus and the plan, and from a short sample the hours and bytes; write nothing.",
+        group="Output",
     )
-    out: str | None = setting(None, "Folder for the shards. The same command again continues what is there.", path=True)
-    name: str = setting("shard", "First part of the shards' file names.")
+    out: str | None = setting(
+        None, "Folder for the shards. The same command again continues what is there.", path=True, group="Output"
+    )
+    name: str = setting("shard", "First part of the shards' file names.", group="Output")
     detector: str = setting(
         "builtin",
         "builtin, vg-r101, vg-r152, vinvl-x152 or another name under `detectors:` in pipelines.yaml; a name in "
         "detectron2's model zoo, like COCO-Detection/faster_rcnn_R_50_FPN_3x; or a detectron2 config file.",
+        group="Detector",
     )
     weights: str | None = setting(
-        None, "Weights for --detector: .safetensors, .pth, .bin or .pkl, of any known family.", path=True, url=True
+        None,
+        "Weights for --detector: .safetensors, .pth, .bin or .pkl, of any known family.",
+        path=True,
+        url=True,
+        group="Detector",
     )
     preset: str | None = setting(
-        None, "Numerics: whose extractor to follow. [default: the one that goes with the weights]", choices=PRESETS
+        None,
+        "Numerics: whose extractor to follow. [default: the one that goes with the weights]",
+        choices=PRESETS,
+        group="Detector",
     )
     classes: str | None = setting(
         None,
         "Class names, one a line, or VinVL's label map (.json). [default: Visual Genome's for vg-r101, else what "
         "detectron2 knows of the config's training set]",
         path=True,
+        group="Detector",
     )
     attributes: str | None = setting(
-        None, "Attribute names, one a line. [default: Visual Genome's, or the label map's]", path=True
+        None, "Attribute names, one a line. [default: Visual Genome's, or the label map's]", path=True, group="Detector"
     )
     min_boxes: int | None = setting(
         None,
         "Keep at least this many regions of an image, however low their score. "
         "[default: 10, lxmert 36, bua-r152 100, bua-d2 0]",
         low=0,
+        group="Detector",
     )
     max_boxes: int | None = setting(
-        None, "Keep at most this many regions of an image. [default: 100, lxmert 36]", low=1
+        None, "Keep at most this many regions of an image. [default: 100, lxmert 36]", low=1, group="Detector"
     )
     score_threshold: float | None = setting(
         None,
@@ -169,44 +197,63 @@ class Extract:
         "[default: 0.2, bua-d2 0.05]",
         low=0,
         high=1,
+        group="Detector",
     )
     dtype: str = setting(
         "float16",
         "How features are stored: float16; or int8 with a scale a region, half as large (error: docs/shards.md).",
         choices=DTYPES,
+        group="Output",
     )
-    images_per_shard: int = setting(1000, "Images in a shard, the unit of work, of failure and of resume.", low=1)
-    batch_size: int = setting(1, "Images of equal resized shape per forward pass (try 8 on a GPU).", low=1)
+    images_per_shard: int = setting(
+        1000, "Images in a shard, the unit of work, of failure and of resume.", low=1, group="Output"
+    )
+    batch_size: int = setting(
+        1, "Images of equal resized shape per forward pass (try 8 on a GPU).", low=1, group="Machine"
+    )
     workers: int | None = setting(
         None,
         "Processes on this machine. [default: one for each GPU; without any, as many as cores, memory and work allow]",
         low=1,
+        group="Machine",
     )
     scheduler: str | None = setting(
-        None, "Address of a dask scheduler, like tcp://host:8786, whose workers do the work and see the same folders."
+        None,
+        "Address of a dask scheduler, like tcp://host:8786, whose workers do the work and see the same folders.",
+        group="Machine",
     )
     cache: str | None = setting(
         None,
         "Folder for tars of --images that are fetched from a URL; on a disk of each machine that works. It may be "
         "deleted at any time. [default: ~/.cache/oscar-pretrain]",
         path=True,
+        group="Images",
     )
-    cache_size: float = setting(100.0, "GB of fetched tars that may be in --cache; the least used go.", low=0)
-    decode_threads: int = setting(4, "Threads of a process that read and decode images.", low=1)
-    image_timeout: float = setting(60.0, "Refuse an image that takes longer than these seconds to decode.", low=0.1)
+    cache_size: float = setting(
+        100.0, "GB of fetched tars that may be in --cache; the least used go.", low=0, group="Images"
+    )
+    decode_threads: int = setting(4, "Threads of a process that read and decode images.", low=1, group="Machine")
+    image_timeout: float = setting(
+        60.0, "Refuse an image that takes longer than these seconds to decode.", low=0.1, group="Machine"
+    )
     max_reject_fraction: float = setting(
-        0.5, "Exit 1 if more of the images than this are missing or were refused.", low=0, high=1
+        0.5, "Exit 1 if more of the images than this are missing or were refused.", low=0, high=1, group="Output"
     )
-    retry_rejects: bool = setting(False, "Do the shards that have rejects again.")
-    overwrite: bool = setting(False, "Delete the shards in --out and start anew.")
-    device: str = setting("auto", "Where the detector runs; auto is cuda where there is one.", choices=DEVICES)
+    retry_rejects: bool = setting(False, "Do the shards that have rejects again.", group="Output")
+    overwrite: bool = setting(False, "Delete the shards in --out and start anew.", group="Output")
+    device: str = setting(
+        "auto", "Where the detector runs; auto is cuda where there is one.", choices=DEVICES, group="Machine"
+    )
     precision: str = setting(
         "fp32",
         "Arithmetic of the network: fp32 as the references; tf32 and bf16 are faster on a GPU.",
         choices=PRECISIONS,
+        group="Machine",
     )
     compile: bool = setting(
-        False, "Compile the network with torch.compile: some minutes at the start, then faster; for long jobs."
+        False,
+        "Compile the network with torch.compile: some minutes at the start, then faster; for long jobs.",
+        group="Machine",
     )
 
 
@@ -221,6 +268,7 @@ class Train:
         "flag says wins.",
         decides=False,
         path=False,
+        group="Run",
     )
     shards: list[str] = setting(
         [],
@@ -229,6 +277,7 @@ class Train:
         decides=False,
         path=True,
         url=True,
+        group="Data",
     )
     mix: list[float] = setting(
         [],
@@ -237,6 +286,7 @@ class Train:
         low=0.001,
         high=1000,
         decides=True,
+        group="Data",
     )
     texts: list[str] = setting(
         [],
@@ -244,18 +294,21 @@ class Train:
         "texts. May be given again; they are laid over the shards in that order.",
         decides=False,
         path=True,
+        group="Data",
     )
     out: str | None = setting(
         None,
         "Folder for checkpoints and logs. The same command again continues what is there.",
         decides=False,
         path=True,
+        group="Run",
     )
     init: str = setting(
         "random:tiny",
         "Start from: a BERT folder, a hub name, or random:tiny|small|base|large.",
         decides=True,
         path=True,
+        group="Model",
     )
     objective: str = setting(
         "oscar",
@@ -263,12 +316,14 @@ class Train:
         "or visualbert (is its text?). docs/objectives.md has all of it.",
         choices=OBJECTIVES,
         decides=True,
+        group="Objective",
     )
     variant: str = setting(
         "paper",
         "As the paper describes the objective, or as the released code does it.",
         choices=VARIANTS,
         decides=True,
+        group="Objective",
     )
     negatives: str | None = setting(
         None,
@@ -276,27 +331,30 @@ class Train:
         "(also texts for tags). [default: the objective's]",
         choices=NEGATIVES,
         decides=True,
+        group="Objective",
     )
-    whole_word_masking: bool = setting(False, "Mask all tokens of a word or none.", decides=True)
+    whole_word_masking: bool = setting(False, "Mask all tokens of a word or none.", decides=True, group="Objective")
     tags: str | None = setting(
         None,
         "Which tags are q: detected, ground-truth (where shards carry them, else detected), or none. [default: "
         "detected; ground-truth with --variant release; none with --objective visualbert]",
         choices=TAGS,
         decides=False,
+        group="Objective",
     )
     tag_budget: int | None = setting(
-        None, "Most tags of an image. [default: as many as 35 tokens hold]", low=1, decides=False
+        None, "Most tags of an image. [default: as many as 35 tokens hold]", low=1, decides=False, group="Objective"
     )
-    tag_dedupe: bool = setting(False, "Each tag of an image once.", decides=False)
+    tag_dedupe: bool = setting(False, "Each tag of an image once.", decides=False, group="Objective")
     tag_order: str = setting(
         "detector",
         "Tags of an image as the detector has them, by score (highest first), or shuffled, once for all epochs.",
         choices=TAG_ORDERS,
         decides=False,
+        group="Objective",
     )
     tag_vocabulary: str | None = setting(
-        None, "File of tags, one a line; all others are left out.", decides=False, path=True
+        None, "File of tags, one a line; all others are left out.", decides=False, path=True, group="Objective"
     )
     attention_dropout: float | None = setting(
         None,
@@ -304,9 +362,13 @@ class Train:
         low=0,
         high=0.9,
         decides=True,
+        group="Model",
     )
     image_layernorm: bool = setting(
-        False, "A LayerNorm on the embedded regions, as Oscar+ has, even if --init has none.", decides=True
+        False,
+        "A LayerNorm on the embedded regions, as Oscar+ has, even if --init has none.",
+        decides=True,
+        group="Model",
     )
     region_position: int | None = setting(
         None,
@@ -314,6 +376,7 @@ class Train:
         "[default: what --init takes, else 6]",
         choices=REGION_POSITIONS,
         decides=True,
+        group="Model",
     )
     region_init: str | None = setting(
         None,
@@ -321,36 +384,52 @@ class Train:
         "least squares, or random. [default: tags; random with --variant release]",
         choices=REGION_INITS,
         decides=True,
+        group="Model",
     )
-    steps: int = setting(1000, "Optimiser steps in all.", low=1, decides=True)
+    steps: int = setting(1000, "Optimiser steps in all.", low=1, decides=True, group="Schedule")
     batch_size: int = setting(
         64,
         "Triples per step, over all devices and --accumulate: the global batch. auto: the largest that fits.",
         low=2,
         words={"auto": AUTO},
         decides=True,
+        group="Schedule",
     )
     accumulate: int = setting(
-        1, "Parts in which each device does its share of a batch: memory for time.", low=1, decides=False
+        1,
+        "Parts in which each device does its share of a batch: memory for time.",
+        low=1,
+        decides=False,
+        group="Schedule",
     )
-    lr: float = setting(1e-4, "Peak learning rate.", low=0, decides=True)
+    lr: float = setting(1e-4, "Peak learning rate.", low=0, decides=True, group="Schedule")
     schedule: str = setting(
-        "linear", "The learning rate after the warm-up: down to 0, or constant.", choices=SCHEDULES, decides=True
+        "linear",
+        "The learning rate after the warm-up: down to 0, or constant.",
+        choices=SCHEDULES,
+        decides=True,
+        group="Schedule",
     )
-    warmup_steps: int = setting(0, "Steps of linear warm-up.", low=0, decides=True)
-    weight_decay: float = setting(0.01, "AdamW weight decay; biases and LayerNorm have none.", low=0, decides=True)
-    max_grad_norm: float = setting(10.0, "Clip the gradient's norm to this; 0: no clipping.", low=0, decides=True)
+    warmup_steps: int = setting(0, "Steps of linear warm-up.", low=0, decides=True, group="Schedule")
+    weight_decay: float = setting(
+        0.01, "AdamW weight decay; biases and LayerNorm have none.", low=0, decides=True, group="Schedule"
+    )
+    max_grad_norm: float = setting(
+        10.0, "Clip the gradient's norm to this; 0: no clipping.", low=0, decides=True, group="Schedule"
+    )
     shuffle_window: int = setting(
         64,
         "Shards whose triples are shuffled together; those behind a URL are all in the cache at once.",
         low=1,
         decides=True,
+        group="Data",
     )
     read_threads: int | None = setting(
         None,
         "Threads that read and make batches, which are the same for any number. [default: as many as cores, at most 8]",
         low=1,
         decides=False,
+        group="Data",
     )
     cache: str | None = setting(
         None,
@@ -358,32 +437,44 @@ class Train:
         "this machine. It may be deleted at any time. [default: ~/.cache/oscar-pretrain]",
         decides=False,
         path=True,
+        group="Data",
     )
     cache_size: float = setting(
-        100.0, "GB of fetched shards that may be in --cache; the least used go.", low=0, decides=False
+        100.0, "GB of fetched shards that may be in --cache; the least used go.", low=0, decides=False, group="Data"
     )
     skip_corrupt: bool = setting(
-        False, "Count and name shards and images that are gone or damaged, and go on without them.", decides=False
+        False,
+        "Count and name shards and images that are gone or damaged, and go on without them.",
+        decides=False,
+        group="Data",
     )
-    seed: int = setting(42, "Seed of order, masks, negatives and dropout.", low=0, high=2**63 - 1, decides=True)
+    seed: int = setting(
+        42, "Seed of order, masks, negatives and dropout.", low=0, high=2**63 - 1, decides=True, group="Schedule"
+    )
     max_skipped: int = setting(
         20,
         "End the run once more steps than this were skipped: their loss was no number, or a spike.",
         low=0,
         decides=False,
+        group="Schedule",
     )
     spike: float = setting(
         3.0,
         "Skip a step whose loss is more than this times the median of the last 100 steps; 0: never.",
         low=0,
         decides=True,
+        group="Schedule",
     )
     checkpoint_every: int = setting(
-        500, "Steps between checkpoints; one is always written at the end.", low=1, decides=False
+        500, "Steps between checkpoints; one is always written at the end.", low=1, decides=False, group="Run"
     )
-    keep: int = setting(2, "Keep this many of the newest checkpoints.", low=1, decides=False)
+    keep: int = setting(2, "Keep this many of the newest checkpoints.", low=1, decides=False, group="Run")
     log_every: int = setting(
-        1, "Steps between rows of metrics.csv, TensorBoard points and terminal lines.", low=1, decides=False
+        1,
+        "Steps between rows of metrics.csv, TensorBoard points and terminal lines.",
+        low=1,
+        decides=False,
+        group="Run",
     )
     wandb: str | None = setting(
         None,
@@ -391,8 +482,11 @@ class Train:
         "to --out only.",
         decides=False,
         path=False,
+        group="Run",
     )
-    overwrite: bool = setting(False, "Delete the checkpoints and logs in --out and start anew.", decides=False)
+    overwrite: bool = setting(
+        False, "Delete the checkpoints and logs in --out and start anew.", decides=False, group="Run"
+    )
     eval_shards: list[str] = setting(
         [],
         "Folder or URL of shards that is not trained on, for the evaluation while training; images of --shards that "
@@ -400,6 +494,7 @@ class Train:
         decides=False,
         path=True,
         url=True,
+        group="Evaluation",
     )
     eval_fraction: float = setting(
         0.0,
@@ -408,39 +503,47 @@ class Train:
         low=0,
         high=0.9,
         decides=True,
+        group="Evaluation",
     )
     eval_every: int | None = setting(
         None,
         "Steps between evaluations; there is one at the end, too. [default: --checkpoint-every]",
         low=1,
         decides=False,
+        group="Evaluation",
     )
     eval_triples: int = setting(
-        2000, "Held-out triples that are asked about, drawn once; 0: all.", low=0, decides=False
+        2000, "Held-out triples that are asked about, drawn once; 0: all.", low=0, decides=False, group="Evaluation"
     )
     eval_images: int = setting(
         100,
         "Held-out images for retrieval, each with one text: the model sees the square of it. 0: none.",
         low=0,
         decides=False,
+        group="Evaluation",
     )
-    device: str = setting("auto", "Where to train; auto is cuda where there is one.", choices=DEVICES, decides=False)
+    device: str = setting(
+        "auto", "Where to train; auto is cuda where there is one.", choices=DEVICES, decides=False, group="Machine"
+    )
     precision: str = setting(
         "fp32",
         "Arithmetic of the network: fp32; or tf32 or bf16, faster on a GPU. Weights and optimizer are always fp32.",
         choices=PRECISIONS,
         decides=True,
+        group="Machine",
     )
     compile: bool = setting(
         False,
         "Compile the network with torch.compile: some minutes at the start, then faster (on a CPU by a few hundredths "
         "only); for long runs.",
         decides=False,
+        group="Machine",
     )
     activation_checkpointing: bool = setting(
         False,
         "Compute activations again in the backward pass: a third more time, a fraction of the memory.",
         decides=False,
+        group="Machine",
     )
 
 

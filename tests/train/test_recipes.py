@@ -1,6 +1,8 @@
 """What settings come to: flags over a pipeline or a resumed run, over a recipe, over defaults."""
 
 import dataclasses
+import importlib
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from support import error_line, run_here
 from oscar_common.cli import settings_command
 from oscar_common.config import installed_catalog
 from oscar_common.errors import UsageError
-from oscar_common.settings import Train
+from oscar_common.settings import Extract, Train
 from oscar_train.arguments import check
 from oscar_train.run_folder import resumed, write_settings
 
@@ -171,3 +173,13 @@ def test_overwrite_does_not_delete_what_a_run_begins_with(
     check(replace(settings, out="elsewhere"))
     check(replace(settings, init="run/checkpoint-best", recipe=None, tag_vocabulary=None))  # which stays
     check(replace(settings, overwrite=False))
+
+
+@pytest.mark.parametrize(("command", "schema"), [("oscar_train", Train), ("oscar_extract", Extract)])
+def test_the_help_lists_every_option_once_under_its_group(command: str, schema: type):
+    main = importlib.import_module(f"{command}.__main__")
+    printed = run_here(main.command, "--help").stdout
+    sections = dict(re.findall(r"^([A-Z]\w+):\n(.*?)(?=^\S|\Z)", printed, re.MULTILINE | re.DOTALL))
+    for field in dataclasses.fields(schema):
+        flag = re.compile(rf"^  --{field.name.replace('_', '-')}[ \n]", re.MULTILINE)
+        assert [title for title, text in sections.items() if flag.search(text)] == [field.metadata["group"]], flag
