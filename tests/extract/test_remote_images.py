@@ -2,14 +2,18 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from remotes import Fault, serve
-from support import contents, error_line, extract, photo
+from remotes import Fault, s3, serve
+from support import contents, error_line, extract, oscar, photo, until
 
 from oscar_shards import retries
 from oscar_shards.cache import cost
@@ -151,6 +155,49 @@ def test_a_list_of_captions_here_is_joined_with_tars_behind_a_url(tars: Path, tm
     assert done.returncode == 0, done.stderr
     assert shards(tmp_path / "out") == shards(tmp_path / "local")
     assert "shard-000000.tar" in shards(tmp_path / "out")
+
+
+def test_the_tars_of_a_bucket_are_listed(
+    tars: Path, local: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with s3(tars) as url:
+        done = extract("--images", url, "--out", tmp_path / "out", "--cache", tmp_path / "cache", *ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    assert shards(tmp_path / "out") == local
+    assert not list(tmp_path.glob("s3:*"))
+
+
+def test_killed_workers_that_share_a_cache_leave_what_the_same_command_completes(
+    tars: Path, local: dict[str, bytes], tmp_path: Path
+):
+    with serve(tars.parent) as server:
+        url = f"{server.url}/cc3/{{00000..00001}}.tar"
+        arguments = ("--images", url, "--out", tmp_path / "out", "--cache", tmp_path / "cache", *ARGUMENTS[:-1], 2)
+        line = [sys.executable, "-m", "oscar_extract", *map(str, arguments)]
+        server.faults["00001.tar"] = Fault.STALL  # the process is killed while it waits for half of a tar
+        with subprocess.Popen(line, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+            until(lambda: server.gets("00001.tar"), process)
+            os.killpg(process.pid, signal.SIGKILL)
+        server.faults.clear()
+        done = oscar("oscar-extract", *arguments)
+        assert done.returncode == 0, done.stderr
+    assert shards(tmp_path / "out") == local
+    assert not list((tmp_path / "cache").rglob(".tmp-*"))
+
+
+def test_a_worker_process_that_cannot_fetch_ends_the_command_in_a_line(tars: Path, tmp_path: Path):
+    with serve(tars.parent) as server:
+        arguments = ("--images", f"{server.url}/cc3", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+        arguments = (*arguments, *ARGUMENTS[:-1], 2)
+        assert extract(*arguments).returncode == 0
+        for path in [*(tmp_path / "out").glob("shard-*"), *(tmp_path / "cache").rglob("*.tar")]:
+            path.unlink()
+        server.faults = {"00000.tar": Fault.CUT, "00001.tar": Fault.CUT}
+        failed = oscar("oscar-extract", *arguments)
+    assert failed.returncode == 1, failed.stderr
+    assert "gave up after 5 tries" in error_line(failed)
+    assert not shards(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
