@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DEMO := runs/demo
 PEERS := $(VENV)/peers
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile # a process for each core; tests of a file share what they set up
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal # a process for each core; who is done takes over tests of others
 
 # As oscar_common.cli does for the commands, for the tests that import torch themselves.
 export GOMP_SPINCOUNT ?= 10000

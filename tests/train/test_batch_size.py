@@ -118,7 +118,10 @@ def limited(gigabytes: float, *arguments: object) -> "subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("gigabytes", [4.5, 14])  # too few for a model's first step; enough, but not for this batch
+@pytest.mark.parametrize(
+    "gigabytes",
+    [pytest.param(4.5, marks=pytest.mark.slow), 14],  # too few for a model's first step; enough, but not for this batch
+)
 def test_a_batch_that_does_not_fit_is_refused_before_it_is_taken(shards: Path, tmp_path: Path, gigabytes: float):
     done = limited(gigabytes, "--shards", shards, "--out", tmp_path / "run", "--batch-size", 100_000, "--device", "cpu")
     assert done.returncode == 1, done.stderr

@@ -58,6 +58,7 @@ def report(bench: Any, shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     return content
 
 
+@pytest.mark.slow
 def test_every_way_is_measured(report: dict[str, Any]) -> None:
     found = report["sizes"]["tiny"]
     assert list(found["ways"]) == WAYS
@@ -73,6 +74,7 @@ def test_every_way_is_measured(report: dict[str, Any]) -> None:
         assert (found["goal"][f"ours-{precision}"] == "met") == (ours[f"to_release-{precision}"] >= 1.3)
 
 
+@pytest.mark.slow
 def test_the_released_step_does_the_same_work_as_ours(report: dict[str, Any]) -> None:
     """On the same weights and batch, without dropout, to rounding; and nothing of ours is far from fp32."""
     found = report["sizes"]["tiny"]["numerics"]
