@@ -48,10 +48,10 @@ demo: setup ## real photos -> regions -> shards -> a small pre-trained Oscar -> 
 	@echo "done: open $(DEMO)/report.html in a browser"
 
 test: setup ## run the tests, except the slow ones
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not gpu'
 
 test-slow: setup ## run the slow tests
-	$(BIN)/python -m pytest $(PARALLEL) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-gpu: setup ## run the tests that need a GPU; some minutes
 	$(BIN)/python -m pytest -m gpu tests/gpu
