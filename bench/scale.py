@@ -117,7 +117,7 @@ def plan(given: dict[str, Any]) -> dict[str, Any]:
     from oscar_extract.request import make_request
     from oscar_extract.sources import corpus
     from oscar_extract.sources.inventory import take_inventory
-    from oscar_shards.write import PLAN_FILE
+    from oscar_shards.manifest import PLAN_FILE
 
     clock, baseline = Clock(), memory("VmRSS")
     settings = Extract(**given)

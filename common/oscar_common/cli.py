@@ -187,8 +187,8 @@ def run(
         _fail(error.format_message(), error.exit_code)
     except Stopped as error:
         _fail(str(error), error.exit_code)
-    except (click.Abort, KeyboardInterrupt) as error:
-        _fail(str(error.__cause__ or "") or f"interrupted; {again}", 130)
+    except (click.Abort, KeyboardInterrupt):
+        _fail(f"interrupted; {again}", 130)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = f"; free some space or give another --out; {again}" if full else ""
@@ -198,15 +198,6 @@ def run(
             raise
         smaller = any(option.name == "batch_size" for option in command.params)
         _fail(f"memory is lacking ({reason(error)}){'; give a smaller --batch-size' if smaller else ''}", 1)
-
-
-@contextmanager
-def continuable() -> Iterator[None]:
-    """Say after a Ctrl-C that the same command continues, of one in a group of others that begin anew."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command again continues") from None
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from oscar_common.progress import say_next
 from oscar_common.settings import Catalog, Detector, Extract
 from oscar_extract.download import zoo_config
 from oscar_shards.manifest import FILE as MANIFEST
+from oscar_shards.manifest import LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE
 
-OWN_FILES = (MANIFEST, "_plan.parquet", "_left-out.parquet", "_missing.parquet")  # by these it knows its own folder
+OWN_FILES = (MANIFEST, PLAN_FILE, LEFT_OUT_FILE, MISSING_FILE)  # by these it knows its own folder
 
 HELP = """Find regions in images and write them to shards.
 

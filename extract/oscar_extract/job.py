@@ -81,11 +81,12 @@ def equip(job: Job) -> Equipment:
     Raises:
         UsageError: see `load_detector`.
     """
-    return _equip(job.entry, Request(**{f.name: getattr(job.settings, f.name) for f in fields(Request)}))
+    chosen = {field.name: getattr(job.settings, field.name) for field in fields(EquipmentKey)}
+    return _equip(job.entry, EquipmentKey(**chosen))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class EquipmentKey:
     """The settings that decide what a process is equipped with; see `oscar_common.settings.Extract`."""
 
     detector: str
@@ -100,18 +101,18 @@ class Request:
 
 
 @lru_cache(maxsize=1)
-def _equip(entry: Entry, request: Request) -> Equipment:
-    detector = load_detector(request.detector, entry, choose_device(request.device), request.precision)
-    detector = replace(detector, record=replace(detector.record, dtype=request.dtype))
-    if request.compile:
+def _equip(entry: Entry, key: EquipmentKey) -> Equipment:
+    detector = load_detector(key.detector, entry, choose_device(key.device), key.precision)
+    detector = replace(detector, record=replace(detector.record, dtype=key.dtype))
+    if key.compile:
         compile_network(detector.model)
     selection = choose_selection(
         detector.preset.selection,
-        least=request.min_boxes,
-        most=request.max_boxes,
-        threshold=request.score_threshold,
+        least=key.min_boxes,
+        most=key.max_boxes,
+        threshold=key.score_threshold,
     )
-    return Equipment(detector=detector, selection=selection, limit=Limit(images=request.batch_size))
+    return Equipment(detector=detector, selection=selection, limit=Limit(images=key.batch_size))
 
 
 def choose_selection(preset: Selection, *, least: int | None, most: int | None, threshold: float | None) -> Selection:

@@ -21,10 +21,9 @@ from oscar_extract.sources.corpus import Corpus, Request, find_files, read_corpu
 from oscar_extract.sources.inventory import Listing, take_inventory
 from oscar_extract.sources.remote import Cache, RemoteTars, Root, cache_of
 from oscar_extract.sources.tables import LEFT_OUT
-from oscar_shards.manifest import PlanRecord
+from oscar_shards.manifest import LEFT_OUT_FILE, PLAN_FILE, PlanRecord
 from oscar_shards.remote import Stamp
 from oscar_shards.seal import write_sealed
-from oscar_shards.write import LEFT_OUT_FILE, PLAN_FILE
 
 TEXT = pa.struct([field for field in TEXTS if field.name != "image"])
 PLAN = pa.schema(

@@ -24,8 +24,8 @@ from oscar_extract.summary import (
 )
 from oscar_extract.tasks import Done, Job, Trial, is_done
 from oscar_extract.workers import Dask, Here, Workers, cores, gpus, local_cluster, remote_cluster
-from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
-from oscar_shards.write import MISSING_FILE, finish_shards, remove_shards, shard_path
+from oscar_shards.manifest import FILE, MISSING_FILE, Manifest, read_manifest, write_manifest
+from oscar_shards.write import finish_shards, remove_shards, shard_path
 
 SAMPLE = 64  # images to try the detector with, at most
 DRY_SECONDS = 10.0

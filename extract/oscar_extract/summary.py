@@ -15,10 +15,10 @@ from oscar_common.progress import duration, plural
 from oscar_extract.plan import Plan
 from oscar_extract.sources.corpus import MISSING
 from oscar_extract.tasks import Survey
+from oscar_shards.manifest import LEFT_OUT_FILE, MISSING_FILE
 from oscar_shards.read import find_shards
 from oscar_shards.seal import write_sealed
 from oscar_shards.stats import count
-from oscar_shards.write import LEFT_OUT_FILE, MISSING_FILE
 
 PAPER = {  # images / texts of Oscar's pre-training corpus (Li et al. 2020, appendix)
     "coco": "112k / 560k",

@@ -1,5 +1,6 @@
 """The command `oscar-shards`: check, index, count, look at and convert shards. Nothing here loads torch."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import click
 
 from oscar_common import __version__
-from oscar_common.cli import PATH, Group, continuable, examples, run
+from oscar_common.cli import PATH, Group, examples, run
 from oscar_common.progress import say_next
 from oscar_common.settings import DTYPES
 
@@ -153,8 +154,7 @@ def import_(format: str, source_path: Path, **options: Any) -> None:
     """Make shards of region features in another FORMAT: oscar (VinVL's TSV), lxmert, bottom-up, npz (MILVLG's)."""
     from oscar_shards.formats.convert import import_shards
 
-    with continuable():
-        import_shards(format, source_path, **options)
+    import_shards(format, source_path, **options)
     say_next("oscar-shards", "verify", options["out"])
 
 
@@ -205,7 +205,7 @@ def texts(path: Path, files: tuple[Path, ...], source: str | None, replace: str,
 
 def main() -> None:
     """Run the command."""
-    run(command)
+    run(command, continues=sys.argv[1:2] == ["import"])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from oscar_shards.seal import sealed_json
 
 FILE = "manifest.json"
 FORMAT = 1
+PLAN_FILE = "_plan.parquet"  # what oscar-extract is to do; readers of Parquet folders pass over names with _
+LEFT_OUT_FILE = "_left-out.parquet"  # what it could not even begin with: missing images, texts without an image, ...
+MISSING_FILE = "_missing.parquet"  # the same of a job that was refused because too much of it was missing
 
 
 @dataclass(frozen=True, kw_only=True)

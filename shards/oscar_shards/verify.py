@@ -30,14 +30,14 @@ from oscar_shards.index import (
     read_row,
     size_said,
 )
-from oscar_shards.manifest import FILE, Manifest
+from oscar_shards.manifest import FILE, LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE, Manifest
 from oscar_shards.pages.page import size
 from oscar_shards.quantise import are_finite
 from oscar_shards.read import manifest_of, tars_at
 from oscar_shards.samples import Entry, array, entries
 from oscar_shards.tar import TarFault, Window, members
 from oscar_shards.values import Boxes, check_fit, check_values
-from oscar_shards.write import LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE, rejects_path
+from oscar_shards.write import rejects_path
 
 GLANCE = 64 << 10  # bytes of the window when arrays are not read
 MEGA = 1_000_000

@@ -20,13 +20,9 @@ from oscar_common.files import TEMPORARY, rename, temporary, unfinished
 from oscar_common.sample import Regions, Sample
 from oscar_shards import manifest
 from oscar_shards.index import index_path, index_tar, size_said, write_unfinished_index
-from oscar_shards.manifest import Layout
+from oscar_shards.manifest import LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE, Layout
 from oscar_shards.quantise import FLOAT16_LIMIT, are_finite, quantise
 from oscar_shards.seal import write_sealed
-
-PLAN_FILE = "_plan.parquet"  # what oscar-extract is to do; readers of Parquet folders pass over names with _
-LEFT_OUT_FILE = "_left-out.parquet"  # what it could not even begin with: missing images, texts without an image, ...
-MISSING_FILE = "_missing.parquet"  # the same of a job that was refused because too much of it was missing
 
 
 @dataclass(frozen=True, kw_only=True)

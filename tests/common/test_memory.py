@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import error_line, run_here
 
-from oscar_common import memory
+from oscar_common import cli, memory
 from oscar_common.memory import free_memory, lacks_memory
 
 GB = 10**9
@@ -85,17 +85,15 @@ def test_a_command_says_so_in_one_line():
     assert error_line(done).endswith("); give a smaller --batch-size")
 
 
-def test_only_commands_that_continue_say_so_after_ctrl_c():
-    from oscar_common.cli import continuable
-
+@pytest.mark.parametrize(("continues", "what"), [(False, "starts anew"), (True, "continues")])
+def test_only_commands_that_continue_say_so_after_ctrl_c(
+    capsys: pytest.CaptureFixture[str], continues: bool, what: str
+):
     @click.command()
-    @click.option("--continues", is_flag=True)
-    def interrupted(continues: bool) -> None:
-        if not continues:
-            raise KeyboardInterrupt
-        with continuable():
-            raise KeyboardInterrupt
+    def interrupted() -> None:
+        raise KeyboardInterrupt
 
-    assert error_line(run_here(interrupted)) == "error: interrupted; the same command again starts anew"
-    assert error_line(run_here(interrupted, "--continues")) == "error: interrupted; the same command again continues"
-    assert run_here(interrupted).returncode == 130
+    with pytest.raises(SystemExit) as left:
+        cli.run(interrupted, [], continues=continues)
+    assert left.value.code == 130
+    assert capsys.readouterr().err.strip() == f"error: interrupted; the same command again {what}"

@@ -25,8 +25,8 @@ from oscar_extract.request import make_request
 from oscar_extract.sources.corpus import find_files
 from oscar_extract.sources.duplicates import locate
 from oscar_extract.sources.remote import Cache
+from oscar_shards.manifest import PLAN_FILE
 from oscar_shards.tar import Window, members
-from oscar_shards.write import PLAN_FILE
 
 
 def put(folder: Path, *names: str) -> Path:

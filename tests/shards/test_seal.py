@@ -14,10 +14,10 @@ from support import run_here
 
 from oscar_shards import seal
 from oscar_shards.__main__ import command
-from oscar_shards.manifest import FILE, Layout, read_manifest
+from oscar_shards.manifest import FILE, LEFT_OUT_FILE, PLAN_FILE, Layout, read_manifest
 from oscar_shards.seal import write_sealed
 from oscar_shards.verify import check, check_folder
-from oscar_shards.write import LEFT_OUT_FILE, PLAN_FILE, Reject, rejects_path, shard_path, write_shard
+from oscar_shards.write import Reject, rejects_path, shard_path, write_shard
 
 TABLE = pa.table({"image": ["a", "b"], "reason": ["missing", "missing"]})
 
