@@ -154,14 +154,14 @@ def survey(job: Job, trial: Trial) -> Survey:
 
 
 def pace(marks: list[tuple[float, int]], threads: int) -> float:
-    """Return the images a second of work that is done by threads.
+    """Return images per second, without the warm-up if the sample is long enough.
 
-    The first parts, one for each thread, warm up. They are left out if so many come after them that those which the
-    threads had begun by then do not count for much.
+    The first part of each thread is the warm-up. When it ends, the threads have already begun the next parts, which
+    would inflate the rate of a short sample; so a sample of fewer than five parts per thread is counted whole.
 
     Args:
-        marks: when the work began, and when each part was done (seconds); how many images were done by then.
-        threads: how many parts are worked on at once.
+        marks: (seconds, images done so far) at the start and after each part.
+        threads: the number of parts in work at once.
     """
     (began, before), (ended, images) = marks[threads if len(marks) > 4 * threads else 0], marks[-1]
     return (images - before) / max(ended - began, 1e-9)

@@ -1,8 +1,10 @@
-"""A seal of every byte of a file that we write: an XXH3-128 of all its bytes but the seal's own.
+"""A checksum that covers every byte of a file: the XXH3-128 of all its bytes except the seal's own.
 
-In a Parquet file it is an entry of the footer's metadata, which readers of Parquet pass over. In manifest.json it is
-the last key, and the file has to be what `json.dumps` makes of its content. A folder whose manifest has a seal has one
-in all its files; those of older versions have none, and `verify` says what is not covered there.
+In a Parquet file, the seal is an entry in the footer's metadata, which other readers ignore. In manifest.json, it is
+the last key, and the file must be exactly what `json.dumps` makes of its content.
+
+If a folder's manifest has a seal, all its files do. Older versions wrote none; `verify` says which files that leaves
+uncovered.
 """
 
 import json

@@ -102,7 +102,7 @@ def _check_out(out: Path, path: Path, overwrite: bool) -> None:
 
 
 def _is_foreign(out: Path) -> str:
-    """Say what of a folder no export wrote, or nothing."""
+    """Return why a folder is not an export, for a message; an empty string if it is one."""
     try:
         format, data = sidecar.read_files(out / sidecar.FILE)
     except (OSError, ValueError, LookupError, pa.ArrowException):

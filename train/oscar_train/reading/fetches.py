@@ -40,8 +40,8 @@ class Fetch:
 class Fetches:
     """What is being fetched, by number.
 
-    Who reads ahead in threads of its own does so in `reading`, and calls `stop` before it waits for them to end: they
-    wait for nothing any more. Whoever asks outside of it is never stopped.
+    A reader with threads of its own works inside `reading`, and calls `stop` before it joins them, so that none of them
+    keeps waiting for a server. A call outside `reading` is never stopped.
     """
 
     def __init__(self) -> None:
@@ -64,13 +64,13 @@ class Fetches:
                 self._stopped = self._stopped and self._readers > 0
 
     def stop(self) -> None:
-        """Have all who wait get Stopped, until the reader's block ends; nobody does if there is another reader."""
+        """Raise Stopped in all waiting threads until the reader's block ends, unless another reader is active."""
         with self._changed:
             self._stopped = self._readers <= 1
             self._changed.notify_all()
 
     def check(self, number: int) -> None:
-        """Raise Stopped if nobody wants what is fetched any more."""
+        """Raise Stopped if nobody needs the tar any more."""
         fetch = self._under_way.get(number)
         if self._stopped or not (self._readers or (fetch and fetch.waiting)):
             raise Stopped("nobody waits for it any more")
