@@ -32,6 +32,8 @@ from oscar_train.weights import build, open_init
 KINDS = ("ours", "release", "visualbert")
 TWISTS = {
     "compile": "torch.compile",
+    "graphs": "steps recorded and replayed (CUDA graphs)",
+    "compiledgraphs": "both",
     "padded": "rows filled up to 35 + 50, as if padding were tokens",
     "everywhere": "the head over the vocabulary at all text tokens",
     "unfused": "the release's AdamW, one operation after the other",
@@ -40,6 +42,8 @@ TWISTS = {
 }
 SWITCHES: dict[str, dict[str, Any]] = {
     "compile": {"compile": True},
+    "graphs": {"cuda_graphs": True},
+    "compiledgraphs": {"compile": True, "cuda_graphs": True},
     "accumulate": {"accumulate": 4},
     "recompute": {"activation_checkpointing": True},
 }

@@ -74,6 +74,7 @@ GOAL = 1.3  # times the release's samples/s, in the same precision
 BATCH = {"cpu": {"base": 16, "large": 8}, "cuda": {"base": 256, "large": 128}}
 ROUNDS = {"cpu": 3, "cuda": 7}
 TURN = {"cpu": (0, 1), "cuda": (5, 20)}  # steps before the clock starts, and with it
+FASTER = ("compile", "graphs", "compiledgraphs")  # ways of their own
 ROOM = 1.5  # times the largest process' memory that must be free for one more
 
 
@@ -138,7 +139,7 @@ def main(
         lead, turn = TURN[device]
         plan = Plan(job=job, ways=names, ablation=[], rounds=rounds, lead=lead, steps=steps or turn, at_once=at_once)
         plain = "ours-fp32" if device == "cpu" else "ours-bf16"
-        others = [f"{plain}-{twist}" for twist in TWISTS if twist != "compile"] if plain in names else []
+        others = [f"{plain}-{twist}" for twist in TWISTS if twist not in FASTER] if plain in names else []
         report["sizes"] = {}
         for number, (size, batch_size) in enumerate(batches.items()):
             extra = others if ablation and not number else []
@@ -157,6 +158,8 @@ def chosen_ways(ways: str | None, device: str) -> list[str]:
     for precision in ("fp32", "tf32", "bf16") if device == "cuda" else ("fp32", "bf16"):
         kinds = KINDS if precision != "tf32" else KINDS[:1]
         allowed += [*(f"{kind}-{precision}" for kind in kinds), f"ours-{precision}-compile"]
+        if device == "cuda":
+            allowed += [f"ours-{precision}-graphs", f"ours-{precision}-compiledgraphs"]
     names = [name.strip() for name in ways.split(",")] if ways else allowed
     if unknown := [name for name in names if name not in allowed]:
         raise UsageError(f"--ways {unknown[0]}: allowed are {', '.join(allowed)}")

@@ -539,6 +539,12 @@ class Train:
         decides=False,
         group="Machine",
     )
+    cuda_graphs: bool = setting(
+        False,
+        "Record steps on the GPU and replay them, where the host is what limits it; for one GPU and --accumulate 1.",
+        decides=False,
+        group="Machine",
+    )
     activation_checkpointing: bool = setting(
         False,
         "Compute activations again in the backward pass: a third more time, a fraction of the memory.",

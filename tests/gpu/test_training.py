@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from small_shards import P, make_samples, write_folder
 
 from oscar_common.settings import Train
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
-from oscar_train.packing import Packed, pack
+from oscar_train.packing import pack
 from oscar_train.ranks import Ranks
 from oscar_train.step import Workshop, gradient, open_workshop, share, shares, take
 from oscar_train.stream import Stream, open_stream
@@ -76,6 +75,9 @@ def test_the_gpu_has_the_losses_of_the_cpu(stream: Stream, plain: list[float]):
         ({"precision": "bf16"}, 5e-3),
         ({"precision": "bf16", "compile": True}, 5e-3),
         ({"accumulate": 2}, 1e-4),
+        ({"cuda_graphs": True}, 1e-4),
+        ({"cuda_graphs": True, "activation_checkpointing": True}, 1e-4),
+        ({"precision": "bf16", "compile": True, "cuda_graphs": True}, 5e-3),
     ],
 )
 def test_other_ways_follow(stream: Stream, plain: list[float], settings: dict[str, object], allowed: float):
@@ -99,10 +101,24 @@ def test_recomputed_activations_give_the_same_gradients(stream: Stream):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"accumulate": 2}])
+def test_a_replayed_step_computes_the_bits_of_the_first_one(stream: Stream):
+    losses = []
+    for _ in range(2):
+        shop, room = workshop("cuda", cuda_graphs=True, precision="bf16"), stream.room()
+        assert shop.recorder is not None
+        losses.append([take(shop, share(shop, stream.batch(0, room)), 0.0).read().loss for _ in range(6)])
+        assert len(shop.recorder) == 1
+    assert len({*losses[0], *losses[1]}) == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"precision": "bf16"}, {"accumulate": 2}, {"precision": "bf16", "cuda_graphs": True}]
+)
 def test_no_step_waits_for_the_gpu(stream: Stream, settings: dict[str, object]):
     shop = workshop("cuda", **settings)
     work = [share(shop, stream.batch(number, stream.room())) for number in range(4)]
+    for one in work:  # steps are recorded, if they are
+        take(shop, one, 1e-3).read()
     take(shop, work[0], 1e-3).read()  # the optimizer makes its moments, the kernels are compiled
     torch.cuda.synchronize()
 
@@ -120,8 +136,8 @@ def test_batches_copied_ahead_are_the_batches(stream: Stream):
     for number, work in enumerate(ahead):
         expected = pack(stream.batch(number, stream.room()), torch.device("cpu"))
         (part,) = work.parts
-        for field in fields(Packed):
-            assert torch.equal(getattr(part, field.name).cpu(), getattr(expected, field.name)), (number, field.name)
+        for name, tensor in expected.tensors().items():
+            assert torch.equal(getattr(part, name).cpu(), tensor), (number, name)
     assert number == 5
 
 
@@ -146,6 +162,19 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(shards: Path, undisturb
     finish(launch("--resume", out))
     assert rows(out) == rows(undisturbed)
     assert final_weights(out) == final_weights(undisturbed)
+
+
+def test_a_run_with_graphs_that_was_stopped_ends_with_the_same_bytes(shards: Path, tmp_path: Path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    finish(launch("--shards", shards, "--out", whole, *COMMAND, "--cuda-graphs"))
+    process = launch("--shards", shards, "--out", out, *COMMAND, "--cuda-graphs")
+    wait(process, lambda: has_row(out, 60))
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)
+
+    finish(launch("--resume", out))
+    assert rows(out) == rows(whole)
+    assert final_weights(out) == final_weights(whole)
 
 
 def test_a_rank_of_nccl_does_the_same(shards: Path, undisturbed: Path, tmp_path: Path):

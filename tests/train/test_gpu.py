@@ -31,7 +31,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def part(stream: Stream, device: torch.device) -> Iterator[Packed]:
     """A batch as it comes to the device, of tensors without values; and everything after it is fake."""
-    real = vars(pack(stream.batch(0, stream.room()), CPU))
+    real = pack(stream.batch(0, stream.room()), CPU).tensors()
     with FakeTensorMode():
         yield Packed(**{name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in real.items()})
 
@@ -128,7 +128,7 @@ def test_batches_are_copied_one_ahead_and_their_memory_is_left_alone_until_then(
 ):
     cuda, batch = Cuda(), stream.batch(0, stream.room())
     monkeypatch.setattr(step.torch, "cuda", cuda)
-    monkeypatch.setattr(step, "pack", lambda part, device: pack(part, CPU))
+    monkeypatch.setattr(step, "pack", lambda part, device, grid: pack(part, CPU))
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, on: None)
 
     def batches() -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from oscar_common.errors import OperationError
 from oscar_common.settings import Train
 from oscar_train.guard import FEW, NAMES, Guard
 from oscar_train.ranks import Ranks
-from oscar_train.step import Workshop, make_optimizer, update
+from oscar_train.step import Workshop, make_optimizer, set_rate, update
 
 
 def judge(guard: Guard, loss: float, norm: float = 1.0) -> str:
@@ -87,10 +87,11 @@ def test_a_fault_leaves_weights_moments_and_counts_as_they_are():
 
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    update(shop, 1e-2)
+    set_rate(shop, 1e-2)
+    update(shop)
     before = state()
-    update(shop, 1e-2, fault=torch.tensor(True))
+    update(shop, fault=torch.tensor(True))
     assert all(torch.equal(one, other) for one, other in zip(before, state(), strict=True))
 
-    update(shop, 1e-2, fault=torch.tensor(False))
+    update(shop, fault=torch.tensor(False))
     assert not any(torch.equal(one, other) for one, other in zip(before, state(), strict=True))

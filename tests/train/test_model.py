@@ -190,7 +190,7 @@ def test_padding_and_empty_regions_are_no_tokens(stream: Stream):
     before = pack(batch, CPU)
     batch.input_ids[~batch.attention_mask] = 77
     batch.features[~batch.region_mask] = math.nan
-    assert all(torch.equal(now, getattr(before, name)) for name, now in vars(pack(batch, CPU)).items())
+    assert all(torch.equal(now, getattr(before, name)) for name, now in pack(batch, CPU).tensors().items())
     tokens = int(batch.attention_mask.sum() + batch.region_mask.sum())
     assert before.counts.tolist() == [(batch.mlm_labels != IGNORED).sum(), 16, tokens]
     assert len(before.input_ids) + len(before.features) == len(before.slots) == tokens

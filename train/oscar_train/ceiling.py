@@ -29,12 +29,20 @@ class Work:
 
 
 def count(parts: Iterable[Packed]) -> Work:
-    """Count what is to be done for the parts of a batch: by their shapes, so that no device is waited for."""
-    works = (
-        Work(tokens=len(p.slots), regions=len(p.features), masked=len(p.masked), triples=len(p.match_labels))
-        for p in parts
-    )
-    return sum(works, start=Work())
+    """Count what is to be done for the parts of a batch: by their shapes, so that no device is waited for.
+
+    Filler does not count.
+    """
+    whole = Work()
+    for part in parts:
+        texts, regions, masked = part.filler
+        whole += Work(
+            tokens=len(part.slots) - texts - regions,
+            regions=len(part.features) - regions,
+            masked=len(part.masked) - masked,
+            triples=len(part.match_labels),
+        )
+    return whole
 
 
 def flops(config: Any, work: Work) -> float:

@@ -140,7 +140,12 @@ def load(checkpoint: Checkpoint, model: OscarForPreTraining, optimizer: Optimize
     if ranks == checkpoint.ranks:
         torch.set_num_threads(checkpoint.threads)
     model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
-    optimizer.load_state_dict(torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    state = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
+
+    # How the rate is kept is this run's own (--cuda-graphs keeps it in a tensor); each step sets its value
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        saved.update(lr=group["lr"], capturable=group["capturable"])
+    optimizer.load_state_dict(state)
 
 
 def newest(out: Path) -> tuple[Checkpoint | None, list[str]]:

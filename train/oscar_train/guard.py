@@ -35,7 +35,8 @@ class Guard:
         fault = ~(loss.isfinite() & norm.isfinite())
         if self.spike:
             fault = fault | (loss > self.spike * usual)
-        self._losses = torch.where(fault, self._losses, torch.cat([self._losses[1:], loss[None]]))
+        # In place, as a recorded step (graphs.py) goes on from where the losses were when it was recorded
+        self._losses.copy_(torch.where(fault, self._losses, torch.cat([self._losses[1:], loss[None]])))
         return fault, usual
 
     def _usual(self) -> Tensor:

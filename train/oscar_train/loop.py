@@ -33,7 +33,7 @@ from oscar_train.run import Reports, Run
 from oscar_train.signals import Stop
 from oscar_train.sources import Source, manifest_sha256, warn
 from oscar_train.starts import record_start
-from oscar_train.step import open_workshop, rate, rehearse, shares, take
+from oscar_train.step import check_graphs, open_workshop, rate, rehearse, shares, take
 from oscar_train.stream import Stream, open_stream
 from oscar_train.texts.tags import TagRule, tag_rule
 from oscar_train.texts.tokens import Tokenizer
@@ -50,6 +50,7 @@ def train(settings: Train, sources: list[Source], out: Path, stop: Stop, eval_so
     """
     tags = tag_rule(settings)
     with joined(settings.device) as ranks, locked(out, "--out") if ranks.first else nullcontext():
+        check_graphs(settings, ranks)
         last = _newest(out, settings.overwrite, ranks)
         if settings.batch_size == AUTO and last is not None:
             settings = replace(settings, batch_size=last.run["batch_size"])

@@ -28,6 +28,9 @@ class Packed:
     seen: bool [B, L], where there is a token. slots: int64 [N], where each token is in the rows, flat.
 
     counts: float32 [3], the masked tokens M, the triples that are not skipped, and N.
+
+    filler: how many of T, R and M are filler (see `Grid`), which `counts` leaves out. Filler tokens stand in rows of
+    their own after the B rows of triples, so that `seen` and `dropout_seeds` are longer than B by these rows.
     """
 
     input_ids: Tensor
@@ -43,17 +46,45 @@ class Packed:
     seen: Tensor
     slots: Tensor
     counts: Tensor
+    filler: tuple[int, int, int] = (0, 0, 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields that are tensors, by their names."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
-def pack(batch: Batch, device: torch.device) -> Packed:
-    """Return a batch without padding, on a device; copies from pinned memory may still be under way."""
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The multiples that T and R (tokens), and M (masked) are filled up to, so that batches have few shapes.
+
+    A shape that came before can be replayed (`graphs.py`).
+    """
+
+    tokens: int
+    masked: int
+
+
+def grid_for(triples: int) -> Grid:
+    """Return the grid for a batch: wide enough for a dozen of shapes, with some 2 % of filler."""
+    return Grid(tokens=64 * max(1, round(triples / 48)), masked=64 * max(1, round(triples / 128)))
+
+
+def pack(batch: Batch, device: torch.device, grid: Grid | None = None) -> Packed:
+    """Return a batch without padding, on a device; copies from pinned memory may still be under way.
+
+    Args:
+        batch: with padding.
+        device: where the result is.
+        grid: what it is filled up to; None adds no filler.
+    """
     text, regions = batch.attention_mask, batch.region_mask
     # Chosen by number: torch takes 6 ms for each choice by a mask, which a GPU would be waiting for
     of_text, of_regions = _numbers(text), _numbers(regions)
     seen = torch.cat([text, regions], 1)
     lengths, place = seen.sum(1), seen.cumsum(1) - 1
 
-    rows = torch.arange(int(lengths.max())) < lengths[:, None]
+    longest = seen.shape[1] if grid else int(lengths.max())
+    rows = torch.arange(longest) < lengths[:, None]
     slots = place + torch.arange(len(rows))[:, None] * rows.shape[1]
     width = text.shape[1]
     slots_of_text = _chosen(slots[:, :width], of_text)
@@ -77,10 +108,49 @@ def pack(batch: Batch, device: torch.device) -> Packed:
         "counts": torch.tensor([len(masked), int(right), int(lengths.sum())], dtype=torch.float32),
     }
 
+    filler = (0, 0, 0)
+    if grid:
+        filler = (-len(of_text) % grid.tokens, -len(of_regions) % grid.tokens, -len(masked) % grid.masked)
+        small |= _with_filler(small, filler, grid, slots_of_text, slots_of_regions)
+        of_regions = _filled(of_regions, filler[1])
+
     # A gather of features is better done there: here it would copy them once more
     features = _copied(batch.features, device).flatten(0, 1)
     features = features.index_select(0, _copied(of_regions, device))
-    return Packed(features=features, **copied_together(small, device))
+    return Packed(features=features, filler=filler, **copied_together(small, device))
+
+
+def _with_filler(
+    small: dict[str, Tensor], filler: tuple[int, int, int], grid: Grid, slots_of_text: Tensor, slots_of_regions: Tensor
+) -> dict[str, Tensor]:
+    """Return those of the tensors that filler makes longer.
+
+    No loss reaches a filler token, and no token of a triple sees one, so its gradient is 0.
+    """
+    texts, regions, masked = filler
+    triples, length = small["seen"].shape
+
+    # Always as many rows, for the shapes' sake
+    rows = -(-2 * grid.tokens // length)
+    places = torch.arange(rows * length).view(rows, length)
+    slots = triples * length + places.flatten()[: texts + regions]
+
+    return {
+        "input_ids": _filled(small["input_ids"], texts),
+        "token_type_ids": _filled(small["token_type_ids"], texts),
+        "position_ids": _filled(small["position_ids"], texts),
+        "z": _filled(small["z"], regions),
+        "masked": _filled(small["masked"], masked),
+        "masked_ids": _filled(small["masked_ids"], masked, IGNORED),
+        "dropout_seeds": _filled(small["dropout_seeds"], rows),
+        "seen": torch.cat([small["seen"], places < texts + regions]),
+        "slots": torch.cat([slots_of_text, slots[:texts], slots_of_regions, slots[texts:]]),
+    }
+
+
+def _filled(tensor: Tensor, count: int, value: int = 0) -> Tensor:
+    """Return a tensor with `count` rows more, all of one value."""
+    return torch.cat([tensor, tensor.new_full((count, *tensor.shape[1:]), value)])
 
 
 def _numbers(mask: Tensor) -> Tensor:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
+from oscar_common.errors import UsageError
 from oscar_common.settings import Train
+from oscar_train.graphs import Recorder
 from oscar_train.guard import Guard
 from oscar_train.losses import outcome, sums
 from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import choose_objective
-from oscar_train.packing import Packed, pack
+from oscar_train.packing import Packed, grid_for, pack
 from oscar_train.ranks import Ranks
 from oscar_train.sampling.triples import IGNORED, MASK_RATE, MAX_TOKENS
 from oscar_train.stream import Batch
@@ -28,7 +30,7 @@ from oscar_train.stream import Batch
 
 @dataclass(frozen=True)
 class Workshop:
-    """A model and what trains it. network: the model, or what spreads it over the ranks."""
+    """A model and what trains it. network: the model, or what spreads it over the ranks. recorder: of CUDA graphs."""
 
     model: OscarForPreTraining
     network: nn.Module
@@ -36,6 +38,7 @@ class Workshop:
     guard: Guard
     settings: Train
     ranks: Ranks
+    recorder: Recorder | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,26 @@ def open_workshop(model: OscarForPreTraining, settings: Train, ranks: Ranks) -> 
             model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     guard = Guard(settings.spike, settings.max_skipped, ranks.device)
-    return Workshop(model, network, make_optimizer(model, settings), guard, settings, ranks)
+    shop = Workshop(model, network, make_optimizer(model, settings), guard, settings, ranks)
+    if settings.cuda_graphs:
+        shop = replace(shop, recorder=Recorder(lambda part, stopping: _enqueue(shop, [part], stopping)))
+    return shop
+
+
+def check_graphs(settings: Train, ranks: Ranks) -> None:
+    """Refuse `--cuda-graphs` where no step can be recorded.
+
+    Raises:
+        UsageError: in one line.
+    """
+    if not settings.cuda_graphs:
+        return
+    if ranks.device.type != "cuda":
+        raise UsageError(f"--cuda-graphs: --device is {ranks.device.type}; they need cuda")
+    if ranks.size > 1 or settings.accumulate > 1:
+        raise UsageError(
+            f"--cuda-graphs: {ranks.size} ranks and --accumulate {settings.accumulate}; they need one rank and one part"
+        )
 
 
 def make_optimizer(model: nn.Module, settings: Train) -> AdamW:
@@ -115,14 +137,20 @@ def make_optimizer(model: nn.Module, settings: Train) -> AdamW:
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    if settings.cuda_graphs:
+        for group in optimizer.param_groups:  # a recorded step reads its rate from a tensor
+            group["capturable"] = True
+            group["lr"] = torch.tensor(settings.lr, device=parameters[0].device)
+    return optimizer
 
 
 def share(shop: Workshop, batch: Batch, waited: float = 0.0) -> Share:
     """Return a rank's share of a step, on its device; copies from pinned memory may still be under way."""
     size = len(batch.triples) // shop.settings.accumulate
     parts = [batch.part(begin, begin + size) for begin in range(0, size * shop.settings.accumulate, size)]
-    return Share(parts=[pack(part, shop.ranks.device) for part in parts], waited=waited)
+    grid = grid_for(size) if shop.recorder else None
+    return Share(parts=[pack(part, shop.ranks.device, grid) for part in parts], waited=waited)
 
 
 def shares(shop: Workshop, batches: Iterator[Batch]) -> Iterator[Share]:
@@ -156,7 +184,7 @@ def _handed_over(made: Share, copied: torch.cuda.Event) -> Share:
     here = torch.cuda.current_stream()
     here.wait_event(copied)
     for part in made.parts:
-        for tensor in vars(part).values():
+        for tensor in part.tensors().values():
             tensor.record_stream(here)
     return made
 
@@ -168,13 +196,21 @@ def take(shop: Workshop, work: Share, rate: float, stopping: bool = False) -> Re
 
 def enqueue(shop: Workshop, work: Share, rate: float, stopping: bool = False) -> tuple[Tensor, Tensor]:
     """Do what `take` does; return the numbers of `Result`, float32, and `Report.finite`."""
-    means, numbers, finite = gradient(shop, work, stopping)
+    set_rate(shop, rate)
+    if shop.recorder is not None:
+        return shop.recorder.take(work.parts[0], stopping)
+    return _enqueue(shop, work.parts, torch.full((1,), float(stopping), device=shop.ranks.device))
+
+
+def _enqueue(shop: Workshop, parts: list[Packed], stopping: Tensor) -> tuple[Tensor, Tensor]:
+    """Take a step with the rate that is set. stopping: float32 [1], 1 if this rank was told to stop."""
+    means, numbers, finite = _gradient(shop, parts, stopping)
     fault, usual = shop.guard.judge(means[0], means[-1])
-    update(shop, rate, fault)
+    update(shop, fault)
     return torch.cat([means, torch.stack([usual, fault.float()]), numbers]), finite
 
 
-def gradient(shop: Workshop, work: Share, stopping: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def gradient(shop: Workshop, work: Share) -> tuple[Tensor, Tensor, Tensor]:
     """Leave in the model the clipped gradient of the global batch, of which `work` is this rank's share.
 
     The losses are means over the masked tokens and triples of the global batch (not of means, as in the release), so
@@ -183,13 +219,17 @@ def gradient(shop: Workshop, work: Share, stopping: bool = False) -> tuple[Tenso
     Returns:
         float32 [6] and [4], the numbers of `Result` before and after the guard's; and `Report.finite`.
     """
+    return _gradient(shop, work.parts, torch.zeros(1, device=shop.ranks.device))
+
+
+def _gradient(shop: Workshop, parts: list[Packed], stopping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shop.network.train()
     shop.optimizer.zero_grad()
-    counts = torch.stack([part.counts for part in work.parts]).sum(0)
-    numbers = shop.ranks.total(torch.cat([counts, counts.new_full((1,), float(stopping))]))
+    counts = torch.stack([part.counts for part in parts]).sum(0)
+    numbers = shop.ranks.total(torch.cat([counts, stopping]))
     totals, finite = numbers.new_zeros(4), []
-    for part in work.parts:
-        last = part is work.parts[-1]
+    for part in parts:
+        last = part is parts[-1]
         with nullcontext() if last or shop.ranks.size == 1 else shop.network.no_sync():  # type: ignore[operator]
             found, pairs = _backward(shop, part, numbers)
         totals += found
@@ -210,10 +250,17 @@ def _backward(shop: Workshop, part: Packed, numbers: Tensor) -> tuple[Tensor, Te
     return found.detach(), pairs.detach()
 
 
-def update(shop: Workshop, rate: float, fault: Tensor | None = None) -> None:
-    """Let AdamW take a step along the gradient that is there, unless `fault`, a bool scalar on the device."""
+def set_rate(shop: Workshop, rate: float) -> None:
+    """Set the learning rate of the next update."""
     for group in shop.optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def update(shop: Workshop, fault: Tensor | None = None) -> None:
+    """Let AdamW take a step along the gradient that is there, unless `fault`, a bool scalar on the device."""
     # Where torch's own GradScaler says that a step is to be left out, and its moments and count with it
     shop.optimizer.found_inf = None if fault is None else fault.float()  # type: ignore[attr-defined]
     shop.optimizer.step()
