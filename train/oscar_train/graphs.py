@@ -38,7 +38,8 @@ class Recorder:
         self._features: Tensor | None = None
         self._stopping = torch.zeros(1, device="cuda")
 
-    def __len__(self) -> int:
+    @property
+    def shapes(self) -> int:
         """How many shapes are recorded."""
         return len(self._recorded)
 

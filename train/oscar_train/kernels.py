@@ -79,8 +79,9 @@ def _forward(
 def _backward(
     gradient, query, key, value, to_query, to_key, to_value, places, bits, site, scaling, scale, least, length,
     HEADS: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program has all of a row and head: it goes over the queries, and adds up what keys and values get."""
+    """One program has all of a row and head: it adds up what keys and values get, over BLOCKS blocks of queries."""
     row, head = tl.program_id(0), tl.program_id(1)
     columns = tl.arange(0, KEYS)
     at_keys = tl.load(places + row * length + columns, mask=columns < length, other=-1)
@@ -90,8 +91,8 @@ def _backward(
 
     of_key = tl.zeros([KEYS, SIZE], dtype=tl.float32)
     of_value = tl.zeros([KEYS, SIZE], dtype=tl.float32)
-    for start in range(0, KEYS, QUERIES):
-        lines = start + tl.arange(0, QUERIES)
+    for block in range(BLOCKS):
+        lines = block * QUERIES + tl.arange(0, QUERIES)
         at_queries = tl.load(places + row * length + lines, mask=lines < length, other=-1)
         tokens = tl.load(bits + row * length + lines, mask=lines < length, other=0) + head * _HEAD
         queries, some = _addresses(at_queries, head, HEADS, SIZE), (at_queries >= 0)[:, None]
@@ -153,8 +154,10 @@ def attention_backward(
     gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     rows, length = places.shape
     numbers = (scaling, 1 / (1 - p), threshold(p), length)
+    blocks = _blocks(query, length)
+    blocks["BLOCKS"] = triton.cdiv(length, blocks["QUERIES"])
     _backward[rows, query.shape[1]](
-        gradient, query, key, value, *gradients, places, bits, site, *numbers, **_blocks(query, length), num_warps=8
+        gradient, query, key, value, *gradients, places, bits, site, *numbers, **blocks, num_warps=8
     )
     return gradients
 

@@ -149,7 +149,7 @@ def share(shop: Workshop, batch: Batch, waited: float = 0.0) -> Share:
     """Return a rank's share of a step, on its device; copies from pinned memory may still be under way."""
     size = len(batch.triples) // shop.settings.accumulate
     parts = [batch.part(begin, begin + size) for begin in range(0, size * shop.settings.accumulate, size)]
-    grid = grid_for(size) if shop.recorder else None
+    grid = grid_for(size) if shop.recorder is not None else None
     return Share(parts=[pack(part, shop.ranks.device, grid) for part in parts], waited=waited)
 
 
