@@ -186,7 +186,7 @@ def _make_norms_narrow(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.LayerNorm:
-                setattr(module, name, NarrowLayerNorm(child.normalized_shape, eps=child.eps))
+                setattr(module, name, NarrowLayerNorm(list(child.normalized_shape), eps=child.eps))
 
 
 class MaskedTokenHead(nn.Module):
