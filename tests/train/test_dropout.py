@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from oscar_train.dropout import Tokens, TripleDropout, by_head, keep, token_bits
+from oscar_train.dropout import Tokens, TripleDropout, by_head, keep, set_tokens, token_bits
 
 SHAPE = torch.Size((64, 85, 32))
 P = 0.1
@@ -82,17 +82,16 @@ def test_heads_and_tokens_have_masks_of_their_own(seeds: torch.Tensor):
 
 @pytest.mark.parametrize("in_rows", [False, True])
 def test_what_stays_is_larger_and_eval_changes_nothing(seeds: torch.Tensor, in_rows: bool):
-    shared = Tokens()
-    shared.in_rows = token_bits(seeds, SHAPE[1])
-    shared.packed = shared.in_rows.flatten()
+    shared, bits = Tokens(), token_bits(seeds, SHAPE[1])
     shape = (SHAPE[0], 2, SHAPE[1], SHAPE[1]) if in_rows else (1, SHAPE[0] * SHAPE[1], SHAPE[2])
-    dropout, ones = TripleDropout(P, shared, 0), torch.ones(shape, requires_grad=True)
+    dropout, ones = TripleDropout(P, shared, 0, shape[-1]), torch.ones(shape, requires_grad=True)
+    set_tokens(shared, [dropout], bits, bits.flatten())
     hidden = dropout(ones)
     assert hidden.unique().tolist() == pytest.approx([0, 1 / (1 - P)])
     hidden.sum().backward()
     assert torch.equal(ones.grad, hidden)
     assert dropout.eval()(ones) is ones
-    assert TripleDropout(0.0, shared, 0)(ones) is ones
+    assert TripleDropout(0.0, shared, 0, shape[-1])(ones) is ones
 
 
 def test_a_model_has_no_dropout_but_this_and_each_has_a_site_of_its_own():

@@ -49,7 +49,7 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, places: Tensor, bits:
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
 def test_attention_and_its_gradients_are_those_written_out(kernels: ModuleType, rows: tuple[Tensor, Tensor], p: float):
     places, bits = rows
-    site = TripleDropout(p, Tokens(), SITE).to(DEVICE).offset
+    site = TripleDropout(p, Tokens(), SITE, 24).to(DEVICE).offset
     tokens = int(places.max()) + 1
     query, key, value, gradient = (torch.randn(tokens, HEADS, SIZE, device=DEVICE) for _ in range(4))
 
@@ -67,7 +67,7 @@ def test_attention_and_its_gradients_are_those_written_out(kernels: ModuleType, 
 
 def test_dropout_has_the_masks_of_the_plain_one(kernels: ModuleType, rows: tuple[Tensor, Tensor]):
     bits = rows[1].flatten()
-    dropout = TripleDropout(0.1, Tokens(), SITE).to(DEVICE)
+    dropout = TripleDropout(0.1, Tokens(), SITE, 24).to(DEVICE)
     hidden = torch.randn(len(bits), 24, device=DEVICE)
     expected = torch.where(keep(bits, SITE, 24, 0.1), hidden * (1 / 0.9), 0.0)
     assert torch.equal(kernels.dropout(hidden, bits, dropout.offset, 0.1), expected)

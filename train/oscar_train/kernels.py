@@ -155,9 +155,11 @@ def attention_backward(
     rows, length = places.shape
     numbers = (scaling, 1 / (1 - p), threshold(p), length)
     blocks = _blocks(query, length)
+    if blocks["PRECISION"] != "ieee":
+        blocks["QUERIES"] = blocks["KEYS"]  # all at once: 0.22 ms for [21760, 12, 64] on an H200; 0.48 ms by 64
     blocks["BLOCKS"] = triton.cdiv(length, blocks["QUERIES"])
     _backward[rows, query.shape[1]](
-        gradient, query, key, value, *gradients, places, bits, site, *numbers, **blocks, num_warps=8
+        gradient, query, key, value, *gradients, places, bits, site, *numbers, **blocks, num_warps=8, num_stages=1
     )
     return gradients
 

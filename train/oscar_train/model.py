@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, BertConfig
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertPooler, BertPredictionHeadTransform
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertEncoder,
+    BertPooler,
+    BertPredictionHeadTransform,
+    BertSelfAttention,
+)
 
 from oscar_train import fused
 from oscar_train.arguments import SIZES
-from oscar_train.dropout import Tokens, TripleDropout, token_bits
+from oscar_train.dropout import Tokens, TripleDropout, set_tokens, token_bits
 from oscar_train.packing import Packed
 from oscar_train.reading.regions import BOX
 
@@ -79,7 +85,7 @@ def attend(
         places: int32 [B, L], which token stands where, for the kernel.
     """
     if places is not None:
-        packed = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
+        packed = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
         dropout = module.dropout
         p = dropout.p if module.training else 0.0
         return fused.attention(*packed, places, dropout.tokens.in_rows, dropout.offset, p, scaling)[None], None
@@ -118,7 +124,7 @@ class OscarModel(nn.Module):
         self.recompute = False
         self._tokens = Tokens()
         self.embeddings.dropout = nn.Identity()  # type: ignore[assignment]  # ours is that of text and regions together
-        _make_dropouts_stateless(self, self._tokens)
+        self._of_tokens = _make_dropouts_stateless(self, self._tokens)
         _make_norms_narrow(self)
 
     def forward(self, batch: Packed) -> Tensor:
@@ -128,8 +134,8 @@ class OscarModel(nn.Module):
         has neither position nor token type. Of z it is the first 4 numbers or all 6, as the weights are wide. Every
         token of a row sees every other.
         """
-        self._tokens.in_rows = token_bits(batch.dropout_seeds, batch.seen.shape[1])
-        self._tokens.packed = self._tokens.in_rows.flatten().index_select(0, batch.slots)
+        in_rows = token_bits(batch.dropout_seeds, batch.seen.shape[1])
+        set_tokens(self._tokens, self._of_tokens, in_rows, in_rows.flatten().index_select(0, batch.slots))
         text = self.embeddings(*(each[None] for each in (batch.input_ids, batch.token_type_ids, batch.position_ids)))
         z = batch.z[:, : self.img_embedding.in_features - batch.features.shape[1]]
         regions = self.img_embedding(torch.cat([batch.features.to(text.dtype), z.to(text.dtype)], -1))
@@ -145,7 +151,7 @@ class OscarModel(nn.Module):
                 hidden = checkpoint(again, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = layer(hidden, unseen, slots=batch.slots, places=places)
-        tokens: Tensor = hidden[0]
+        tokens: Tensor = hidden.flatten(0, 1)
         return tokens
 
     def _fused(self, batch: Packed) -> bool:
@@ -160,13 +166,18 @@ def _places(batch: Packed) -> Tensor:
     return nothing.flatten().index_copy(0, batch.slots, tokens).view(batch.seen.shape)
 
 
-def _make_dropouts_stateless(model: nn.Module, tokens: Tokens) -> None:
-    """Replace every dropout by one whose masks belong to the triples."""
-    site = count()
+def _make_dropouts_stateless(model: OscarModel, tokens: Tokens) -> tuple[TripleDropout, ...]:
+    """Replace every dropout by one whose masks belong to the triples; return those of packed tokens."""
+    site, of_tokens = count(), []
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Dropout):
-                setattr(module, name, TripleDropout(child.p, tokens, next(site)))
+            if not isinstance(child, nn.Dropout):
+                continue
+            dropout = TripleDropout(child.p, tokens, next(site), model.encoder.config.hidden_size)
+            setattr(module, name, dropout)
+            if not isinstance(module, BertSelfAttention):
+                of_tokens.append(dropout)
+    return tuple(of_tokens)
 
 
 class NarrowLayerNorm(nn.LayerNorm):
