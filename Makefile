@@ -10,7 +10,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal # a process for each co
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium demo test test-slow test-gpu fuzz bench bench-store bench-scale bench-corpus bench-stream bench-train bench-leaks check format clean
+.PHONY: help setup chromium demo test test-slow test-gpu fuzz bench bench-store bench-scale bench-corpus bench-stream bench-train bench-gpu bench-leaks check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -84,6 +84,10 @@ bench-stream: setup ## measure batches from shards beside webdataset, Oscar's TS
 # Real shards are better: make bench-train SHARDS=shards
 bench-train: setup ## measure training steps beside the released ones and VisualBERT's; half an hour on two cores
 	$(BIN)/python bench/train.py $(if $(SHARDS),--shards $(SHARDS))
+
+bench-gpu: setup ## measure training and extraction on a GPU; six minutes; writes bench/results/gpu-CARD.json
+	$(BIN)/python bench/gpu.py
+	$(BIN)/python bench/page.py
 
 bench-leaks: setup ## count what the texts that replace others give away; a minute
 	$(BIN)/python bench/leaks.py
