@@ -154,7 +154,7 @@ def run(device: str, kind: str, arguments: tuple[str, ...]) -> None:
 
 def measure_training(device: str, size: str, batch_size: str, *ways: str) -> Iterator[dict[str, Any]]:
     """Yield samples/s of ways of training, one after the other."""
-    from oscar_train.ceiling import matrix_ceiling
+    from oscar_train.model.flops import matrix_ceiling
 
     ceiling = matrix_ceiling(torch.device(device), "bf16")
     yield {"matrix_ceiling_tflops": round(ceiling / 1e12, 2)}
@@ -217,10 +217,10 @@ def measure_extraction(device: str, detector: str, batch_size: str, *rest: str) 
 @contextmanager
 def opened(device: str, way: str, size: str, batch_size: int) -> Iterator[tuple["Trainer", float]]:
     """Open a way of training on made shards; yield it with the useful GFLOP of a sample."""
-    from oscar_train.ceiling import Work, count, flops
-    from oscar_train.model import oscar_config, random_config
-    from oscar_train.packing import pack
-    from oscar_train.stream import open_stream
+    from oscar_train.data.stream import open_stream
+    from oscar_train.model.flops import Work, count, flops
+    from oscar_train.model.oscar import oscar_config, random_config
+    from oscar_train.model.packing import pack
     from steps import OPENERS, Job, forget_peak
     from train import make_shards
 
