@@ -345,6 +345,14 @@ class Train:
     tag_budget: int | None = setting(
         None, "Most tags of an image. [default: as many as 35 tokens hold]", low=1, decides=False, group="Objective"
     )
+    min_tag_score: float | None = setting(
+        None,
+        "Leave out tags that the detector scored lower; tags without a score stay. [default: all tags]",
+        low=0,
+        high=1,
+        decides=False,
+        group="Objective",
+    )
     tag_dedupe: bool = setting(False, "Each tag of an image once.", decides=False, group="Objective")
     tag_order: str = setting(
         "detector",
