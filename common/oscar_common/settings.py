@@ -290,8 +290,8 @@ class Train:
     )
     texts: list[str] = setting(
         [],
-        "Overlay that adds texts to the images of --shards or replaces theirs, a .parquet file made by oscar-shards "
-        "texts. May be given again; they are laid over the shards in that order.",
+        "Overlay that adds texts or ground-truth tags to the images of --shards or replaces theirs, a .parquet file "
+        "made by oscar-shards texts or tags. May be given again; they are laid over the shards in that order.",
         decides=False,
         path=True,
         group="Data",
