@@ -142,22 +142,25 @@ def _paint(thing: Thing) -> tuple[Mask, Floats]:
 
 def _wave(texture: int, u: Floats, v: Floats) -> Floats:
     """Return a texture over an object's own axes: bright where it is above 0."""
+    wave: Floats
     match texture:
         case 0:
-            return np.ones_like(u)
+            wave = np.ones_like(u)
         case 1:
-            return np.sin(9 * u)
+            wave = np.sin(9 * u)
         case 2:
-            return np.sin(9 * v)
+            wave = np.sin(9 * v)
         case 3:
-            return np.sin(7 * (u + v))
+            wave = np.sin(7 * (u + v))
         case 4:
-            return np.sin(7 * (u - v))
+            wave = np.sin(7 * (u - v))
         case 5:
-            return np.sin(9 * u) * np.sin(9 * v)
+            wave = np.sin(9 * u) * np.sin(9 * v)
         case 6:
-            return np.sin(12 * np.hypot(u, v))
-    return np.sin(5 * np.arctan2(v, u))
+            wave = np.sin(12 * np.hypot(u, v))
+        case _:
+            wave = np.sin(5 * np.arctan2(v, u))
+    return wave
 
 
 def describe(things: list[Thing], areas: list[int], rng: np.random.Generator) -> str:
