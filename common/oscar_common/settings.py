@@ -290,8 +290,8 @@ class Train:
     )
     texts: list[str] = setting(
         [],
-        "Overlay that adds texts to the images of --shards or replaces theirs, a .parquet file made by oscar-shards "
-        "texts. May be given again; they are laid over the shards in that order.",
+        "Overlay that adds texts or ground-truth tags to the images of --shards or replaces theirs, a .parquet file "
+        "made by oscar-shards texts or tags. May be given again; they are laid over the shards in that order.",
         decides=False,
         path=True,
         group="Data",
@@ -344,6 +344,14 @@ class Train:
     )
     tag_budget: int | None = setting(
         None, "Most tags of an image. [default: as many as 35 tokens hold]", low=1, decides=False, group="Objective"
+    )
+    min_tag_score: float | None = setting(
+        None,
+        "Leave out tags that the detector scored lower; tags without a score stay. [default: all tags]",
+        low=0,
+        high=1,
+        decides=False,
+        group="Objective",
     )
     tag_dedupe: bool = setting(False, "Each tag of an image once.", decides=False, group="Objective")
     tag_order: str = setting(

@@ -42,6 +42,7 @@ workers = click.option("--workers", type=click.IntRange(1), help="Processes. [de
         "import oscar vinvl/coco_flickr30k_gqa.yaml --out shards",
         "export lxmert shards --out exported",
         "texts shards --captions more.tsv --out more.parquet",
+        "tags shards --ground-truth instances.json --out truth.parquet",
     ),
 )
 @click.version_option(__version__)
@@ -201,6 +202,30 @@ def texts(path: Path, files: tuple[Path, ...], source: str | None, replace: str,
 
     write_overlay(path, files, source, replace, out, overwrite)
     say_next(*TRAIN, path if path.is_dir() else path.parent, "--texts", out)
+
+
+@command.command(epilog=_examples("tags shards --ground-truth instances_val2017.json --out truth.parquet"))
+@one_path
+@click.option(
+    "--ground-truth",
+    "files",
+    type=PATH,
+    multiple=True,
+    required=True,
+    help="A file in the format of COCO's instances_*.json. May be given again.",
+)
+@click.option("--out", type=PATH, required=True, help="The overlay to write, a .parquet file.")
+@overwrite
+def tags(path: Path, files: tuple[Path, ...], out: Path, overwrite: bool) -> None:
+    """Add ground-truth tags without touching the shards: write an overlay, for oscar-train --texts.
+
+    The tags of an image are the category names of its annotations, in the order of the file, repeated ones included.
+    """
+    from oscar_shards.ground_truth import write_overlay
+
+    write_overlay(path, files, out, overwrite)
+    folder = path if path.is_dir() else path.parent
+    say_next(*TRAIN, folder, "--texts", out, "--tags", "ground-truth")
 
 
 def main() -> None:

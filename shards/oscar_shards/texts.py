@@ -45,8 +45,8 @@ def write_overlay(
         UsageError: no shards, a file that cannot be read or names none of their images, or an `out` of another form.
     """
     began = time.monotonic()
-    _check_out(out, overwrite)
-    images = pa.concat_tables([_names(tar) for tar in tars_at(path)])
+    check_overlay_file(out, overwrite)
+    images = pa.concat_tables([image_names(tar) for tar in tars_at(path)])
     made = pa.concat_tables([_texts(file, source, images, path) for file in files])
     schema = OVERLAY.with_metadata({FORMAT: VERSION, REPLACE: replace})
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,15 +56,20 @@ def write_overlay(
     print(f"{out}: {plural(len(made), 'text')} for {reached:,} of {plural(len(images), 'image')}, {seconds:.1f} s")
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def check_overlay_file(out: Path, overwrite: bool, mark: bytes = FORMAT) -> None:
+    """Check that an overlay may be written to `out`.
+
+    Raises:
+        UsageError: it does not end in .parquet, is a file of shards, or is another's and `overwrite` is not set.
+    """
     if out.suffix != ".parquet" or out.is_dir():
         raise UsageError(f"--out {out}: an overlay is a file that ends in .parquet")
     if out.with_suffix(".tar").exists() or out.name.startswith("_"):
         raise UsageError(f"--out {out}: that is the name of a file of the shards; give another")
-    check_output_file(out, "--out", mark=FORMAT, overwrite=overwrite, makes_folder=True)
+    check_output_file(out, "--out", mark=mark, overwrite=overwrite, makes_folder=True)
 
 
-def _names(tar: Path) -> pa.Table:
+def image_names(tar: Path) -> pa.Table:
     """Return the columns NAMES of a tar's index, and no others if it has one."""
     if is_whole(tar) and set(NAMES) <= set(pq.read_schema(index_path(tar)).names):
         with reading(index_path(tar), "PATH"):
@@ -81,7 +86,7 @@ def _texts(file: Path, source: str | None, images: pa.Table, path: Path) -> pa.T
     else:
         raise UsageError(f"{FLAG} {file}: no such file")
     names = array(texts["image"]).dictionary_encode()  # an image is named once for each of its texts
-    rows = _match(names.dictionary, images)[names.indices.to_numpy()]
+    rows = match_images(names.dictionary, images)[names.indices.to_numpy()]
     known = rows >= 0
     if not known.any():
         like = ", ".join(repr(images[name][0].as_py()) for name in ("path", "id") if len(images))
@@ -91,12 +96,12 @@ def _texts(file: Path, source: str | None, images: pa.Table, path: Path) -> pa.T
         )
     if not known.all():
         first = texts["image"][int(np.flatnonzero(~known)[0])].as_py()
-        _warn(f"{(~known).sum():,} of {len(texts):,} texts name no image, the first: {first!r}", f"{FLAG} {file}")
+        warn_of(f"{(~known).sum():,} of {len(texts):,} texts name no image, the first: {first!r}", f"{FLAG} {file}")
     keys = images["key"].take(pa.array(rows[known]))
     return texts.filter(pa.array(known)).set_column(0, "key", array(keys)).cast(OVERLAY)
 
 
-def _match(wanted: pa.Array, images: pa.Table) -> Ints:
+def match_images(wanted: pa.Array, images: pa.Table) -> Ints:
     """Return the image that each name means, or -1: by key, path, source/id, id; see `oscar_common.captions.match`.
 
     COCO's file names mean the image of that number, whichever year's name the shards have for it.
@@ -161,7 +166,9 @@ def _joined(keys: pa.Array, file: Path, flag: str) -> Overlay:
         )
     if len(strays := np.flatnonzero(rows < 0)):
         first = overlay["key"][int(strays[0])].as_py()
-        _warn(f"{len(strays):,} of {len(overlay):,} texts have no image's key, the first: {first!r}", f"{flag} {file}")
+        warn_of(
+            f"{len(strays):,} of {len(overlay):,} texts have no image's key, the first: {first!r}", f"{flag} {file}"
+        )
     order = np.argsort(rows, kind="stable")[len(strays) :]  # stable: an image's texts stay in their order
     new = overlay.select(TEXT.names).take(pa.array(order))
     texts = pa.StructArray.from_arrays([array(new[name]) for name in TEXT.names], fields=list(TEXT))
@@ -242,5 +249,6 @@ def _merged(chunk: pa.ListArray, new: pa.StructArray, rows: Ints, mode: str) -> 
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=pa.list_(TEXT))
 
 
-def _warn(line: str, where: str) -> None:
+def warn_of(line: str, where: str) -> None:
+    """Print a warning about the file that `where` names."""
     print(f"warning: {where}: {line}", file=sys.stderr, flush=True)

@@ -94,6 +94,8 @@ def reference(image: Sample, rule: TagRule, tokenizer: Tokenizer) -> list[tuple[
     if rule.vocabulary is not None:
         known = [tuple(tokenizer.backend.tokenize(name)) for name in rule.vocabulary]
         tags = [(place, tokens) for place, tokens in tags if tokens in known]
+    if rule.min_score is not None and not truth and image.regions.scores:
+        tags = [(place, tokens) for place, tokens in tags if scores[place] >= rule.min_score]
     if rule.order == "score":
         tags.sort(key=lambda tag: -scores[tag[0]])
     if rule.order == "random":
@@ -147,6 +149,21 @@ def test_budgets_are_of_what_is_left_and_not_of_tokens(
     for budget in (1, 3, 11):
         rule = TagRule(budget=budget, dedupe=True, vocabulary=tuple(CLASSES[:7]))
         check(open_tagged(folder, tokenizer, tmp_path, **vars(rule)), samples, rule)
+
+
+@pytest.mark.parametrize("which", TAGS[:2])
+def test_tags_below_the_least_score_are_left_out_and_those_without_a_score_stay(
+    odd: tuple[Path, list[Sample]], tokenizer: Tokenizer, tmp_path: Path, which: str
+):
+    """Scores are quarters: 0.5 itself stays, 0.51 leaves 0.75 alone, and a budget counts what is left."""
+    folder, samples = odd
+    fingerprints = set()
+    for min_score, budget in ((None, None), (0.25, None), (0.5, None), (0.51, None), (0.5, 2)):
+        rule = TagRule(which=which, min_score=min_score, budget=budget)
+        corpus = open_tagged(folder, tokenizer, tmp_path, **vars(rule))
+        check(corpus, samples, rule)
+        fingerprints.add(corpus.fingerprint)
+    assert len(fingerprints) == 5
 
 
 def test_the_random_order_is_the_same_on_every_machine(corpus: Corpus, shards: Path, tokenizer: Tokenizer, tmp_path):
@@ -224,10 +241,12 @@ def test_the_users_own_ground_truth_is_seen_once_the_tar_is_indexed(tokenizer: T
 def test_the_settings_become_a_rule(tmp_path: Path):
     file = tmp_path / "names.txt"
     file.write_bytes("\ufeffcat\r\n\r\n  traffic light \nGröße\n".encode())
-    settings = Train(tags="none", tag_budget=7, tag_dedupe=True, tag_order="score", tag_vocabulary=str(file))
+    settings = Train(
+        tags="none", tag_budget=7, tag_dedupe=True, tag_order="score", tag_vocabulary=str(file), min_tag_score=0.3
+    )
     rule = tag_rule(settings)
     assert rule == TagRule(
-        which="none", budget=7, dedupe=True, order="score", vocabulary=("cat", "traffic light", "Größe")
+        which="none", budget=7, dedupe=True, order="score", vocabulary=("cat", "traffic light", "Größe"), min_score=0.3
     )
     assert tag_rule(Train()) == TagRule()
     assert tag_rule(Train(variant="release")).which == "ground-truth"

@@ -14,6 +14,7 @@ import xxhash
 from oscar_common.errors import UsageError
 from oscar_common.progress import meter
 from oscar_common.settings import DTYPES
+from oscar_shards import ground_truth
 from oscar_shards.texts import read_overlays
 from oscar_train.data.sources import FLAG, Source
 from oscar_train.data.texts.arrays import GrowingArray
@@ -55,7 +56,10 @@ def collect(
             raise UsageError(f"{FLAG}: {line}; or go on without it: --skip-corrupt")
         left_out.append(line)
 
-    overlays = read_overlays(_keys(sources, refuse), texts) if texts else []
+    keys = _keys(sources, refuse) if texts else pa.array([], pa.string())
+    tag_files = [file for file in texts if ground_truth.is_tag_overlay(file)]
+    tag_overlays = ground_truth.read_overlays(keys, tag_files)
+    overlays = read_overlays(keys, [file for file in texts if file not in tag_files])
     left_out.clear()  # what the keys lack will be met again
     phrasing = Phrasing(tokenizer, tags)
     total = sum(source.manifest.plan.num_images for source in sources)
@@ -75,6 +79,9 @@ def collect(
                     texts_of = rows.column("texts")
                     for overlay in overlays:
                         texts_of = overlay.laid_over(texts_of, writer.images)
+                    for tag_overlay in tag_overlays:
+                        gt_tags = tag_overlay.laid_over(rows.column("gt_tags"), writer.images)
+                        rows = rows.set_column(rows.schema.get_field_index("gt_tags"), "gt_tags", gt_tags)
                     phrases = phrasing(rows, texts_of)
                     writer.add(rows.column("key"), places(rows, source, number, tar_bytes, skip_corrupt), phrases)
                     shown.show(writer.images, len(left_out))

@@ -28,6 +28,7 @@ class TagRule:
 
     which: the detected ones; or those of the ground truth where an image has any; or none, of any image.
     vocabulary: tags not in it are left out.
+    min_score: tags that the detector scored lower are left out; tags without a score stay, as the ground truth's do.
     order: of `oscar_common.settings.TAG_ORDERS`. By score (highest first), tags without scores, as the ground truth's
         are, stay as they are; random is the same order in every epoch, run and machine.
     dedupe: of tags that are equal, the first stays.
@@ -41,6 +42,7 @@ class TagRule:
     dedupe: bool = False
     order: str = "detector"
     vocabulary: tuple[str, ...] | None = None
+    min_score: float | None = None
 
 
 DETECTED = TagRule()
@@ -58,6 +60,7 @@ def tag_rule(settings: Train) -> TagRule:
         dedupe=settings.tag_dedupe,
         order=settings.tag_order,
         vocabulary=None if settings.tag_vocabulary is None else _read_vocabulary(Path(settings.tag_vocabulary)),
+        min_score=settings.min_tag_score,
     )
 
 
@@ -107,8 +110,12 @@ class Tagging:
         from_truth = self._from_truth(rows)
         self.ground_truth += int(from_truth.sum())
         tags = self._known(self._placed(self._chosen(rows, from_truth)))
+        if self.rule.min_score is not None:
+            # a missing score is NaN, which is not below anything
+            is_weak = _scores(rows, from_truth, tags) < self.rule.min_score
+            tags = tags.take(~is_weak)
         if self.rule.order != "detector":
-            by = _random(rows, tags) if self.rule.order == "random" else _scores(rows, from_truth, tags)
+            by = _random(rows, tags) if self.rule.order == "random" else -_scores(rows, from_truth, tags)
             tags = tags.take(np.lexsort((by, tags.image)))  # stable
         if self.rule.dedupe:
             tags = tags.take(np.sort(np.unique(tags.image << 32 | tags.code, return_index=True)[1]))
@@ -190,13 +197,14 @@ def _random(rows: pa.RecordBatch, tags: _Places) -> Words:
 
 
 def _scores(rows: pa.RecordBatch, from_truth: Bools, tags: _Places) -> npt.NDArray[np.float32]:
-    """Return for each tag its score with the sign turned; 0 for all tags of an image that has no scores for them."""
+    """Return the score of each tag, float32 [T]: NaN where it has none, and for all tags of an image without scores."""
     scores = rows.column("scores")
     lengths = _lengths(scores)
     scored = (lengths == _lengths(rows.column("tags"))) & ~from_truth
     begin = np.cumsum(lengths) - lengths
-    found = np.zeros(len(tags.image), np.float32)
-    mine = scored[tags.image]
-    flat = scores.flatten().to_numpy(zero_copy_only=False).astype(np.float32)  # null becomes NaN, which is last
-    found[mine] = -flat[(begin[tags.image] + tags.place)[mine]]
-    return found
+    values = scores.flatten().to_numpy(zero_copy_only=False).astype(np.float32)  # null becomes NaN
+
+    score = np.full(len(tags.image), np.nan, np.float32)
+    has_score = scored[tags.image]
+    score[has_score] = values[(begin[tags.image] + tags.place)[has_score]]
+    return score
