@@ -66,6 +66,7 @@ def attend(
     scaling: float,
     slots: Tensor,
     places: Tensor | None,
+    groups: Tensor,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' BERT asks for it: packed [1, heads, N, D] to [1, N, heads, D].
@@ -74,15 +75,17 @@ def attend(
     dropout.
 
     Args:
-        mask: [B, 1, 1, L], what is added to the scores of the rows.
+        mask: [B, 1, 1, L] or [B, 1, L, L], what is added to the scores of the rows.
         slots: int64 [N], where the tokens are in the rows.
         places: int32 [B, L], which token stands where, for the kernel.
+        groups: `Packed.groups`, for the kernel.
     """
     if places is not None:
         packed = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
         dropout = module.dropout
         p = dropout.p if module.training else 0.0
-        return fused.attention(*packed, places, dropout.tokens.in_rows, dropout.offset, p, scaling)[None], None
+        bits, site = dropout.tokens.in_rows, dropout.offset
+        return fused.attention(*packed, places, bits, site, groups, p, scaling)[None], None
     query, key, value = (_in_rows(each, mask, slots) for each in (query, key, value))
     if module.training and module.dropout.p:
         weights = (query * scaling @ key.transpose(2, 3) + mask).softmax(-1)
@@ -124,8 +127,8 @@ class OscarModel(nn.Module):
         """Return the last hidden states of the N tokens, [N, H].
 
         A region is Linear([v'; z]), with a LayerNorm if the configuration has it (Oscar section 3; VinVL's code), and
-        has neither position nor token type. Of z it is the first 4 numbers or all 6, as the weights are wide. Every
-        token of a row sees every other.
+        has neither position nor token type. Of z it is the first 4 numbers or all 6, as the weights are wide. Which
+        tokens of a row see each other is said by `Packed.groups`.
         """
         self._tokens.in_rows = token_bits(batch.dropout_seeds, batch.seen.shape[1])
         self._tokens.packed = self._tokens.in_rows.flatten().index_select(0, batch.slots)
@@ -135,21 +138,33 @@ class OscarModel(nn.Module):
         if self.use_img_layernorm:
             regions = self.LayerNorm(regions)
         hidden = self.dropout(torch.cat([text, regions[None]], 1))
-        unseen = torch.zeros(batch.seen.shape, dtype=hidden.dtype, device=hidden.device)
-        unseen = unseen.masked_fill(~batch.seen, torch.finfo(hidden.dtype).min)[:, None, None, :]
+        unseen = _unseen(batch, hidden.dtype)
         places = _places(batch) if self._fused(batch) else None
         for layer in self.encoder.layer:
+            attending = partial(layer, slots=batch.slots, places=places, groups=batch.groups)
             if self.recompute and self.training:
-                again = partial(layer, slots=batch.slots, places=places)
-                hidden = checkpoint(again, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
+                hidden = checkpoint(attending, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden = layer(hidden, unseen, slots=batch.slots, places=places)
+                hidden = attending(hidden, unseen)
         tokens: Tensor = hidden[0]
         return tokens
 
     def _fused(self, batch: Packed) -> bool:
         config = self.encoder.config
         return fused.fits(batch.slots.device, batch.seen.shape[1], config.hidden_size // config.num_attention_heads)
+
+
+def _unseen(batch: Packed, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores in rows: 0, or the least number where one token does not see the other.
+
+    [B, 1, 1, L], or [B, 1, L, L] where not all tokens of a row see the same ones.
+    """
+    sees = batch.seen[:, None, None, :]
+    if batch.groups.shape[2]:
+        query, key = batch.groups[0, :, None, :, None], batch.groups[1, :, None, None, :]
+        itself = torch.eye(key.shape[-1], dtype=torch.bool, device=key.device)
+        sees = sees & ((query & key != 0) | itself)
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
 
 
 def _places(batch: Packed) -> Tensor:
