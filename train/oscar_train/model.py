@@ -124,20 +124,8 @@ class OscarModel(nn.Module):
         _make_dropouts_stateless(self, self._tokens)
 
     def forward(self, batch: Packed) -> Tensor:
-        """Return the last hidden states of the N tokens, [N, H].
-
-        A region is Linear([v'; z]), with a LayerNorm if the configuration has it (Oscar section 3; VinVL's code), and
-        has neither position nor token type. Of z it is the first 4 numbers or all 6, as the weights are wide. Which
-        tokens of a row see each other is said by `Packed.groups`.
-        """
-        self._tokens.in_rows = token_bits(batch.dropout_seeds, batch.seen.shape[1])
-        self._tokens.packed = self._tokens.in_rows.flatten().index_select(0, batch.slots)
-        text = self.embeddings(*(each[None] for each in (batch.input_ids, batch.token_type_ids, batch.position_ids)))
-        z = batch.z[:, : self.img_embedding.in_features - batch.features.shape[1]]
-        regions = self.img_embedding(torch.cat([batch.features.to(text.dtype), z.to(text.dtype)], -1))
-        if self.use_img_layernorm:
-            regions = self.LayerNorm(regions)
-        hidden = self.dropout(torch.cat([text, regions[None]], 1))
+        """Return the last hidden states of the N tokens, [N, H]. `Packed.groups` says which see each other."""
+        hidden = self.embed(batch)
         unseen = _unseen(batch, hidden.dtype)
         places = _places(batch) if self._fused(batch) else None
         for layer in self.encoder.layer:
@@ -148,6 +136,22 @@ class OscarModel(nn.Module):
                 hidden = attending(hidden, unseen)
         tokens: Tensor = hidden[0]
         return tokens
+
+    def embed(self, batch: Packed) -> Tensor:
+        """Return what the first layer gets, [1, N, H].
+
+        A region is Linear([v'; z]), with a LayerNorm if the configuration has it (Oscar section 3; VinVL's code), and
+        has neither position nor token type. Of z it is the first 4 numbers or all 6, as the weights are wide.
+        """
+        self._tokens.in_rows = token_bits(batch.dropout_seeds, batch.seen.shape[1])
+        self._tokens.packed = self._tokens.in_rows.flatten().index_select(0, batch.slots)
+        text = self.embeddings(*(each[None] for each in (batch.input_ids, batch.token_type_ids, batch.position_ids)))
+        z = batch.z[:, : self.img_embedding.in_features - batch.features.shape[1]]
+        regions = self.img_embedding(torch.cat([batch.features.to(text.dtype), z.to(text.dtype)], -1))
+        if self.use_img_layernorm:
+            regions = self.LayerNorm(regions)
+        hidden: Tensor = self.dropout(torch.cat([text, regions[None]], 1))
+        return hidden
 
     def _fused(self, batch: Packed) -> bool:
         config = self.encoder.config
