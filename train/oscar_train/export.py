@@ -74,14 +74,14 @@ class Model:
         return f"{REGIONS}.weight" in self.tensors
 
 
-def find(path: Path) -> Model:
-    """Read a model folder, or the newest whole checkpoint of a run folder.
+def find(path: Path, place: str = "") -> Model:
+    """Read a model folder, or the newest whole checkpoint of a run folder. place: what messages begin with.
 
     Raises:
         UsageError: neither is there, or it is no BERT.
         OperationError: it is a checkpoint that is not whole.
     """
-    made, place = _checkpoint(path), f"FOLDER {path}"
+    made, place = _checkpoint(path), place or f"FOLDER {path}"
     folder = path if made is None else made.folder
     start = open_folder(str(path), folder, place)
     config, weights = read(start)

@@ -23,9 +23,14 @@ Choose = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Caption:
-    """Token ids without [CLS] and [SEP]. score: see the module. satisfied: how many constraints it satisfies."""
+    """Token ids without [CLS] and [SEP].
+
+    last: the token after them, [SEP] or the one before which it was cut. score: see the module. satisfied: how many
+    constraints it satisfies.
+    """
 
     tokens: list[int]
+    last: int
     score: float
     satisfied: int = 0
 
@@ -113,7 +118,7 @@ class _Search:
         satisfied, score = self.machine.satisfied[state], ended.total / length**self.length_penalty
         level = min(satisfied, self.machine.required)
         if level not in self.best or score > self.best[level].score:
-            self.best[level] = Caption(tokens, score, satisfied)
+            self.best[level] = Caption(tokens, ended.tokens[-1], score, satisfied)
 
     def _is_done(self) -> bool:
         """Whether no open beginning can become better than the best caption."""
@@ -157,7 +162,7 @@ def step_by_step(
 def _until_end(tokens: list[int], scores: list[float], end: int) -> Caption:
     """Return the caption that ends at the first [SEP], or before the last token."""
     length = tokens.index(end) if end in tokens else len(tokens) - 1
-    return Caption(tokens[:length], sum(scores[: length + 1]) / (length + 1))
+    return Caption(tokens[:length], tokens[length], sum(scores[: length + 1]) / (length + 1))
 
 
 def beam_search(

@@ -1,0 +1,91 @@
+"""Photos as captions are written for them: their tags in the places of training, and their regions."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from oscar_common.errors import OperationError
+from oscar_shards.read import ShardFolder, read_boxes, read_features
+from oscar_train.captioning.layout import laid_out
+from oscar_train.reading.regions import BOX, MAX_REGIONS
+from oscar_train.sampling.triples import IGNORED
+from oscar_train.stream import Batch
+from oscar_train.texts.phrases import MAX_TEXT
+from oscar_train.texts.tags import Tagging, TagRule
+from oscar_train.texts.tokens import Tokenizer
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Some images of shards: their rows of the index as dicts, the tars they are in, and the batch that they make."""
+
+    rows: list[dict[str, Any]]
+    tars: list[Path]
+    batch: Batch
+
+
+def read_photos(folder: ShardFolder, rule: TagRule, tokenizer: Tokenizer, size: int) -> Iterator[Photos]:
+    """Yield all images of a folder in the order of its shards, `size` at a time. rule: which tags are taken.
+
+    Raises:
+        OperationError: a shard is gone or cut.
+    """
+    tagging = Tagging(tokenizer, rule, MAX_TEXT)
+    for rows in folder.table.to_batches(size):
+        listed = rows.to_pylist()
+        tars = [folder.tars[row["shard"]] for row in listed]
+        yield Photos(listed, tars, _batch(rows, listed, tars, tagging, tokenizer, folder.manifest.detector.feature_dim))
+
+
+def _batch(
+    table: pa.RecordBatch,
+    rows: Sequence[dict[str, Any]],
+    tars: Sequence[Path],
+    tagging: Tagging,
+    tokenizer: Tokenizer,
+    feature_dim: int,
+) -> Batch:
+    count = len(rows)
+    tags, _ = tagging(table)
+    nothing, lengths = np.zeros((count, 0), np.int32), np.zeros(count, np.int64)
+    ids, types, present = laid_out(tokenizer, nothing, lengths, *tags.padded(np.arange(count), MAX_TEXT))
+
+    features = torch.zeros(count, MAX_REGIONS, feature_dim, dtype=torch.float16)
+    z = torch.zeros(count, MAX_REGIONS, BOX)
+    regions = torch.zeros(count, MAX_REGIONS, dtype=torch.bool)
+    for number, (row, tar) in enumerate(zip(rows, tars, strict=True)):
+        first = min(row["num_boxes"], MAX_REGIONS)
+        features[number, :first], z[number, :first] = _regions(tar, row, first)
+        regions[number, :first] = True
+
+    zeros = torch.zeros(count, dtype=torch.int64)
+    return Batch(
+        input_ids=torch.from_numpy(ids.astype(np.int64)),
+        token_type_ids=torch.from_numpy(types),
+        attention_mask=torch.from_numpy(present & (types == 1)),
+        mlm_labels=torch.full(ids.shape, IGNORED),
+        features=features,
+        z=z,
+        region_mask=regions,
+        match_labels=torch.full((count,), IGNORED),
+        dropout_seeds=zeros,
+        triples=zeros,
+    )
+
+
+def _regions(tar: Path, row: dict[str, Any], first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the features [K, P] and positions [K, 6] of an image's first regions (Oscar section 3)."""
+    try:
+        features, boxes = read_features(tar, row), read_boxes(tar, row)
+    except (OSError, ValueError):
+        raise OperationError(f"{tar}: image {row['key']} cannot be read; see: oscar-shards verify {tar}") from None
+
+    sides = np.maximum([row["width"], row["height"]], 1).astype(np.float32)
+    corners = boxes[:first] / np.tile(sides, 2)
+    z = np.concatenate([corners, corners[:, 2:] - corners[:, :2]], 1)
+    return torch.from_numpy(features[:first].astype(np.float16)), torch.from_numpy(z)

@@ -1,0 +1,148 @@
+"""A model that writes captions, from its folder to the text."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oscar_common.device import choose_device
+from oscar_common.errors import UsageError
+from oscar_shards.read import ShardFolder
+from oscar_train.captioning.constraints import FREE, MOST, Machine, Phrase, build_machine
+from oscar_train.captioning.decoder import Decoder
+from oscar_train.captioning.layout import TEXT
+from oscar_train.captioning.photos import read_photos
+from oscar_train.captioning.search import BEAMS, Caption, beam_search, greedy
+from oscar_train.captioning.self_critical import without_captions
+from oscar_train.captioning.spelling import spell
+from oscar_train.evaluation.evaluate import tags_of
+from oscar_train.export import Model, find
+from oscar_train.model import OscarForPreTraining
+from oscar_train.packing import pack
+from oscar_train.reading.regions import POSITIONS
+from oscar_train.state import HEAD, REGIONS, modules
+from oscar_train.stream import Batch
+from oscar_train.texts.tags import TagRule
+from oscar_train.texts.tokens import Tokenizer
+from oscar_train.weights import position_of
+
+UNUSED = (HEAD, "bert.pooler")  # which microsoft/Oscar's captioning models lack
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model in eval mode, what its tokens are, which tags of a photo it takes, and its arithmetic."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    tags: TagRule
+    precision: str
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A photo with its caption.
+
+    row: of the index of its shard. tar: its shard. score: the mean log-probability of the caption's tokens. satisfied:
+    how many of the asked words it mentions.
+    """
+
+    row: dict[str, Any]
+    tar: Path
+    caption: str
+    score: float
+    satisfied: int = 0
+
+    @property
+    def name(self) -> str:
+        """What people call the photo."""
+        return str(self.row.get("path") or self.row["key"])
+
+    @property
+    def references(self) -> list[str]:
+        """The captions that its shard has."""
+        return [text["text"] for text in self.row.get("texts") or [] if text["kind"] == "caption" and text["text"]]
+
+
+def open_writer(path: Path, feature_dim: int, device: str = "auto", precision: str = "fp32") -> Writer:
+    """Open a run, a checkpoint or an Oscar's folder.
+
+    Raises:
+        UsageError: there is no whole Oscar, or it is for other features or shorter texts.
+        OperationError: it is damaged.
+    """
+    model = find(path, f"--model {path}")
+    lost = [name for name in model.lost if not name.startswith(UNUSED)]
+    if not model.has_regions or lost:
+        raise UsageError(f"--model {path}: no whole Oscar; it lacks {', '.join(modules(lost or [REGIONS]))}")
+    if model.config.max_position_embeddings < TEXT:
+        raise UsageError(
+            f"--model {path}: has {model.config.max_position_embeddings} positions; captions with tags need {TEXT}"
+        )
+    network = _network(path, model, feature_dim).to(choose_device(device))
+    return Writer(Decoder(network, model.tokenizer), model.tokenizer, _tags(model), precision)
+
+
+def _network(path: Path, model: Model, feature_dim: int) -> OscarForPreTraining:
+    network = OscarForPreTraining(model.config)
+    width = network.bert.img_embedding.in_features
+    if width - feature_dim not in POSITIONS:
+        raise UsageError(
+            f"--model {path}: is for regions of {width - position_of(model.config)} features, these photos' have "
+            f"{feature_dim}; extract them with the detector that the model was trained with"
+        )
+    network.load_state_dict(model.tensors, strict=False)
+    return network.eval()
+
+
+def _tags(model: Model) -> TagRule:
+    return tags_of({} if model.made is None else model.made.about)
+
+
+@torch.no_grad()
+def write(writer: Writer, batch: Batch, machines: Sequence[Machine] = (), beams: int = BEAMS) -> list[Caption]:
+    """Write a caption for each image of a batch; one beam is the likeliest token each time."""
+    device = writer.decoder.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=writer.precision == "bf16"):
+        context = writer.decoder.read(pack(without_captions(batch), device))
+        if beams == 1 and not machines:
+            return greedy(writer.decoder, context)
+        return beam_search(writer.decoder, context, machines, beams=beams)
+
+
+def caption_folder(
+    writer: Writer, folder: ShardFolder, *, words: Sequence[str] = (), beams: int = BEAMS, batch_size: int = 32
+) -> Iterator[Captioned]:
+    """Write a caption for each image of a folder of shards, in its order.
+
+    Args:
+        words: that a caption should mention, each with its forms between `|`, like "dog|dogs".
+    """
+    machine = build_machine([_phrases(writer.tokenizer, word) for word in words], len(words)) if words else FREE
+    for photos in read_photos(folder, writer.tags, writer.tokenizer, batch_size):
+        machines = [machine] * len(photos.rows) if words else []
+        captions = write(writer, photos.batch, machines, beams)
+        for row, tar, caption in zip(photos.rows, photos.tars, captions, strict=True):
+            text = spell(writer.tokenizer, caption.tokens)
+            yield Captioned(row, tar, text, caption.score, caption.satisfied)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse words that no caption can be made to mention.
+
+    Raises:
+        UsageError: there are too many, or one is empty.
+    """
+    if len(words) > MOST:
+        raise UsageError(f"--mention: given {len(words)} times; at most {MOST} can be asked for")
+    for word in words:
+        if not all(form.strip() for form in word.split("|")):
+            raise UsageError(f"--mention {word!r}: an empty word; give a word, or its forms like 'dog|dogs'")
+
+
+def _phrases(tokenizer: Tokenizer, word: str) -> list[Phrase]:
+    """Return the token ids of each form of a word."""
+    forms = tokenizer([form.strip() for form in word.split("|")], TEXT)
+    return [tuple(forms[number].tolist()) for number in range(len(forms))]
