@@ -197,15 +197,9 @@ def test_probes_predict_what_mask_predicts_after_the_same_beginning(
     torch.testing.assert_close(scores.log_softmax(-1), expected, rtol=0, atol=2e-5)
 
 
-class Letters:
-    """A tokenizer's special tokens, all that decoding asks of one."""
-
-    cls, sep, mask = CLS, SEP, MASK
-
-
 @pytest.fixture(scope="module")
 def decoder(ours: OscarForPreTraining) -> Decoder:
-    return Decoder(ours, Letters())
+    return Decoder(ours, CLS, MASK, SEP)
 
 
 @torch.no_grad()

@@ -30,12 +30,6 @@ CONSTRAINTS = [
 Captions = dict[tuple[int, ...], float]
 
 
-class Letters:
-    """A tokenizer's special tokens, all that decoding asks of one."""
-
-    cls, sep, mask = CLS, SEP, MASK
-
-
 @pytest.fixture(scope="module", params=[(0.4, 9), (0.6, 6)], ids=["long captions", "short captions"])
 def theirs(request: pytest.FixtureRequest) -> BertForImageCaptioning:
     sizes = Sizes(**SHAPE, intermediate_size=32, img_feature_dim=FEATURES + POSITION, max_position_embeddings=80)
@@ -62,7 +56,7 @@ def decoder(theirs: BertForImageCaptioning) -> Decoder:
     bert = BertConfig(**SHAPE, intermediate_size=32, max_position_embeddings=80)
     model = OscarForPreTraining(oscar_config(bert, FEATURES, POSITION)).eval()
     model.load_state_dict(theirs.state_dict(), strict=False)
-    return Decoder(model, Letters())
+    return Decoder(model, CLS, MASK, SEP)
 
 
 @pytest.fixture(scope="module")

@@ -51,11 +51,17 @@ class Beginnings:
         return self.layers[0].keys.shape[3]
 
 
+@dataclass(frozen=True)
 class Decoder:
-    """Asks a model, which is in eval mode, for captions token by token. tokenizer: whose [CLS], [MASK] and [SEP]."""
+    """Asks a model, which is in eval mode, for captions token by token.
 
-    def __init__(self, model: OscarForPreTraining, tokenizer: Tokenizer) -> None:
-        self.model, self.first, self.mask, self.end = model, tokenizer.cls, tokenizer.mask, tokenizer.sep
+    first, mask, end: the ids of [CLS], [MASK] and [SEP].
+    """
+
+    model: OscarForPreTraining
+    first: int
+    mask: int
+    end: int
 
     @property
     def device(self) -> torch.device:
@@ -171,3 +177,8 @@ def _chosen(layer: Keys, parents: Tensor) -> Keys:
     """Return the keys and values [B, G, heads, n, D] of some beginnings of each image."""
     rows = torch.arange(len(parents), device=parents.device)[:, None]
     return Keys(layer.keys[rows, parents], layer.values[rows, parents])
+
+
+def decoder_of(model: OscarForPreTraining, tokenizer: Tokenizer) -> Decoder:
+    """Return what decodes with a model and its tokenizer."""
+    return Decoder(model, tokenizer.cls, tokenizer.mask, tokenizer.sep)

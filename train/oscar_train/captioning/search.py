@@ -82,12 +82,14 @@ class _Search:
 
     def _choices(self, log_probabilities: Tensor) -> Iterator[_Beginning]:
         """Yield the beginnings with another token: any that is awaited, and the likeliest others."""
-        awaited = torch.tensor(self.awaited, dtype=torch.int64, device=log_probabilities.device)
-        others = log_probabilities.index_fill(-1, awaited, -torch.inf)
-        count = min(2 * self.beams, others.shape[1] - len(self.awaited))
-        values, numbers = others.topk(count)
-        values = torch.cat([values, log_probabilities.index_select(-1, awaited)], -1)
-        numbers = torch.cat([numbers, awaited.expand(len(numbers), -1)], -1)
+        count = min(2 * self.beams, log_probabilities.shape[1] - len(self.awaited))
+        if not self.awaited:
+            values, numbers = log_probabilities.topk(count)
+        else:
+            awaited = torch.tensor(self.awaited, device=log_probabilities.device)
+            values, numbers = log_probabilities.index_fill(-1, awaited, -torch.inf).topk(count)
+            values = torch.cat([values, log_probabilities.index_select(-1, awaited)], -1)
+            numbers = torch.cat([numbers, awaited.expand(len(numbers), -1)], -1)
 
         rows = zip(self.open, values.tolist(), numbers.tolist(), strict=True)
         for parent, (beginning, likely, tokens) in enumerate(rows):

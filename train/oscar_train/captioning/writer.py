@@ -11,7 +11,7 @@ from oscar_common.device import choose_device
 from oscar_common.errors import UsageError
 from oscar_shards.read import ShardFolder
 from oscar_train.captioning.constraints import FREE, MOST, Machine, Phrase, build_machine
-from oscar_train.captioning.decoder import Decoder
+from oscar_train.captioning.decoder import Decoder, decoder_of
 from oscar_train.captioning.layout import TEXT
 from oscar_train.captioning.photos import read_photos
 from oscar_train.captioning.search import BEAMS, Caption, beam_search, greedy
@@ -82,7 +82,7 @@ def open_writer(path: Path, feature_dim: int, device: str = "auto", precision: s
             f"--model {path}: has {model.config.max_position_embeddings} positions; captions with tags need {TEXT}"
         )
     network = _network(path, model, feature_dim).to(choose_device(device))
-    return Writer(Decoder(network, model.tokenizer), model.tokenizer, _tags(model), precision)
+    return Writer(decoder_of(network, model.tokenizer), model.tokenizer, _tags(model), precision)
 
 
 def _network(path: Path, model: Model, feature_dim: int) -> OscarForPreTraining:
