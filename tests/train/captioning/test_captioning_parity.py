@@ -1,6 +1,8 @@
 """Captioning of microsoft/Oscar, re-created (tests/peers/captioning.py), and ours on its weights are one model."""
 
 from dataclasses import fields
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from transformers import BertConfig
 from oscar_train.captioning.attention import as_caption
 from oscar_train.captioning.constraints import FREE
 from oscar_train.captioning.decoder import Decoder
+from oscar_train.captioning.network import OscarForCaptioning, criterion
 from oscar_train.captioning.search import beam_search, greedy
+from oscar_train.dropout import TripleDropout
 from oscar_train.model import OscarForPreTraining, oscar_config
 from oscar_train.packing import Packed, pack
 from oscar_train.sampling.triples import IGNORED
 from oscar_train.stream import Batch
+from oscar_train.texts.tokens import Tokenizer
 
 PAD, CLS, SEP, MASK = range(4)
 WORDS = 60
@@ -222,3 +227,46 @@ def test_captions_of_beam_search_are_the_releases(
         tokens, score = peer.beam_search(theirs, example, CLS, SEP, MASK, beams, most=8)
         assert caption.tokens == tokens
         assert caption.score == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_losses_are_the_releases(ours: OscarForPreTraining, examples: list[Example], label_smoothing: float):
+    """Summed, where the release has a mean; and a row whose scores are no numbers is named."""
+    examples, labels = masked(examples)
+    batch = as_caption(packed(examples, labels))
+    with torch.no_grad():
+        words, _ = ours(batch)
+    sums, finite = criterion(words, batch, label_smoothing)
+    expected = peer.loss(words, batch.masked_ids, label_smoothing) * len(words)
+    torch.testing.assert_close(sums[0], expected, rtol=1e-5, atol=1e-4)
+    assert sums[1:].tolist() == [0, int((words.argmax(1) == batch.masked_ids).sum()), 0]
+    assert finite.all()
+
+    words[-1, 3] = torch.nan
+    assert criterion(words, batch)[1].tolist() == [True, True, True, True, False]
+
+
+def test_the_network_trains_on_masks_and_writes_captions(
+    ours: OscarForPreTraining, decoder: Decoder, examples: list[Example]
+):
+    """In training its scores are those of the model with captioning's attention; else it returns greedy captions."""
+    network = OscarForCaptioning(ours.config, cast(Tokenizer, decoder_ids(decoder)))
+    network.load_state_dict(ours.state_dict())
+    network.train()
+    for module in network.modules():
+        if isinstance(module, TripleDropout):
+            module.p = 0.0
+    changed, labels = masked(examples)
+    batch = packed(changed, labels)
+    torch.testing.assert_close(network(batch), ours(as_caption(batch))[0])
+    assert not any(p.requires_grad for p in network.bert.pooler.parameters())
+
+    network.eval()
+    written = network(packed(examples, caption=False))
+    best = greedy(decoder, decoder.read(packed(examples, caption=False)))
+    assert [[token for token in row if token >= 0] for row in written.tolist()] == [caption.tokens for caption in best]
+
+
+def decoder_ids(decoder: Decoder) -> SimpleNamespace:
+    """The special tokens of a vocabulary without a tokenizer."""
+    return SimpleNamespace(cls=decoder.first, mask=decoder.mask, sep=decoder.end)

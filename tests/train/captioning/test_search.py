@@ -119,8 +119,7 @@ def test_a_beam_of_all_beginnings_finds_the_best_caption(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("constraints", CONSTRAINTS)
-@pytest.mark.parametrize("required", [1, 2])
+@pytest.mark.parametrize(("constraints", "required"), [*((some, 2) for some in CONSTRAINTS), (CONSTRAINTS[2], 1)])
 def test_constrained_beams_find_the_best_caption_that_satisfies_the_constraints(
     decoder: Decoder, context: Context, every_caption: list[Captions], constraints: list[list[Phrase]], required: int
 ):

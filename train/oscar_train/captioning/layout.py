@@ -8,7 +8,7 @@ import numpy as np
 
 from oscar_train.corpus import Corpus
 from oscar_train.sampling.draws import SAMPLE, below, uniform, words
-from oscar_train.sampling.sides import Bools, Tokens, texts
+from oscar_train.sampling.sides import Bools, Tokens
 from oscar_train.sampling.triples import IGNORED, MASK_RATE, TextBatch
 from oscar_train.texts.ragged import Ints
 from oscar_train.texts.tokens import Tokenizer
@@ -29,11 +29,11 @@ _WIDTH = _DROPOUT + 4
 def caption_batch(corpus: Corpus, triples: Ints, seed: int, epoch: int, place: int) -> TextBatch:
     """Build the text of triples, which stand at `place`, `place + 1`, ... of an epoch's order; [B, 70].
 
-    Of each caption's tokens, [SEP] among them, some are to be predicted. No triple is in the contrastive loss.
+    Of each caption's tokens, [SEP] among them, some are to be predicted. The label says only that a triple is there.
     """
     drawn = words(seed, SAMPLE, epoch, place, len(triples), _WIDTH)
-    whole = np.ones(len(triples), bool)
-    ids, types, inside = laid_out(corpus.tokenizer, *texts(corpus, triples, whole), *texts(corpus, triples, ~whole))
+    captions = corpus.first.padded(triples, CAPTION - 2)
+    ids, types, inside = laid_out(corpus.tokenizer, *captions, *tags_of(corpus, triples))
     chosen = masked_places((inside & (types == 0)).sum(1), uniform(drawn[:, _MASK]))
 
     random = below(drawn[:, _TOKEN], corpus.tokenizer.size)
@@ -49,9 +49,14 @@ def caption_batch(corpus: Corpus, triples: Ints, seed: int, epoch: int, place: i
         token_type_ids=types,
         attention_mask=inside,
         mlm_labels=labels,
-        match_labels=np.full(len(triples), IGNORED, np.int64),
+        match_labels=np.zeros(len(triples), np.int64),
         dropout_seeds=(drawn[:, _DROPOUT] >> np.uint64(32)).astype(np.int64),
     )
+
+
+def tags_of(corpus: Corpus, triples: Ints) -> tuple[Tokens, Ints]:
+    """Return the tags of the images of captions, int32 [n, 29] filled up with 0, and their lengths."""
+    return corpus.second.padded(corpus.second_row[triples], MOST_TAGS)
 
 
 def laid_out(
