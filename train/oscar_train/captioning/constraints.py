@@ -7,6 +7,8 @@ machine; NoCaps (Agrawal et al. 2019, arXiv 1812.08658) has captions mention obj
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from oscar_common.errors import UsageError
+
 Phrase = tuple[int, ...]  # token ids, at least one
 MOST = 3  # constraints, as in NoCaps: each doubles the states
 REQUIRED = 2  # of them that a caption must satisfy, or all if there are fewer
@@ -86,3 +88,16 @@ def _ends_with(written: Phrase, phrase: Phrase) -> bool:
 
 def _begins(phrase: Phrase, suffix: Phrase) -> bool:
     return len(suffix) < len(phrase) and phrase[: len(suffix)] == suffix
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse words that no caption can be made to mention.
+
+    Raises:
+        UsageError: there are too many, or one is empty.
+    """
+    if len(words) > MOST:
+        raise UsageError(f"--mention: given {len(words)} times; at most {MOST} can be asked for")
+    for word in words:
+        if not all(form.strip() for form in word.split("|")):
+            raise UsageError(f"--mention {word!r}: an empty word; give a word, or its forms like 'dog|dogs'")

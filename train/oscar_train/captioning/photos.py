@@ -60,6 +60,8 @@ def _batch(
     regions = torch.zeros(count, MAX_REGIONS, dtype=torch.bool)
     for number, (row, tar) in enumerate(zip(rows, tars, strict=True)):
         first = min(row["num_boxes"], MAX_REGIONS)
+        if not first:
+            continue
         features[number, :first], z[number, :first] = _regions(tar, row, first)
         regions[number, :first] = True
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oscar_train.captioning.attention import as_caption
 from oscar_train.captioning.decoder import Context, Decoder
-from oscar_train.captioning.layout import CAPTION
+from oscar_train.captioning.layout import CAPTION, TEXT
 from oscar_train.captioning.metrics import DocumentFrequencies, cider_d, document_frequencies
 from oscar_train.captioning.search import MOST_TOKENS, Caption, step_by_step
 from oscar_train.captioning.words import split_words
@@ -106,6 +106,35 @@ def probing(batch: Batch, tokens: Sequence[Sequence[int]], decoder: Decoder, dev
     is_probe = (place >= PROBES) & (place < CAPTION)
     positions = torch.where(is_probe, place - PROBES + 1, place)
     return as_caption(replace(packed, position_ids=positions), is_probe)
+
+
+def unpacked(packed: Packed) -> Batch:
+    """Return a packed batch of captioning as rows again, on the CPU: 70 places of text, then the regions."""
+    rows, length = packed.seen.shape
+    row, place = (packed.slots // length).cpu(), (packed.slots % length).cpu()
+    text = len(packed.input_ids)
+    words, regions = row[:text].bincount(minlength=rows), row[text:].bincount(minlength=rows)
+    in_text = row[:text], packed.position_ids.cpu()
+    in_regions = row[text:], place[text:] - words[row[text:]]
+
+    def filled(where: tuple[Tensor, Tensor], width: int, values: Tensor) -> Tensor:
+        empty = torch.zeros(rows, width, *values.shape[1:], dtype=values.dtype)
+        return empty.index_put(where, values.cpu())
+
+    most = int(regions.max())
+    ids = filled(in_text, TEXT, packed.input_ids)
+    return Batch(
+        input_ids=ids,
+        token_type_ids=filled(in_text, TEXT, packed.token_type_ids),
+        attention_mask=filled(in_text, TEXT, torch.ones(text, dtype=torch.bool)),
+        mlm_labels=torch.full_like(ids, IGNORED),
+        features=filled(in_regions, most, packed.features),
+        z=filled(in_regions, most, packed.z),
+        region_mask=torch.arange(most) < regions[:, None],
+        match_labels=packed.match_labels.cpu(),
+        dropout_seeds=packed.dropout_seeds.cpu(),
+        triples=packed.match_labels.cpu(),
+    )
 
 
 def without_captions(batch: Batch) -> Batch:

@@ -10,7 +10,7 @@ import torch
 from oscar_common.device import choose_device
 from oscar_common.errors import UsageError
 from oscar_shards.read import ShardFolder
-from oscar_train.captioning.constraints import FREE, MOST, Machine, Phrase, build_machine
+from oscar_train.captioning.constraints import FREE, Machine, Phrase, build_machine
 from oscar_train.captioning.decoder import Decoder, decoder_of
 from oscar_train.captioning.layout import TEXT
 from oscar_train.captioning.photos import read_photos
@@ -127,19 +127,6 @@ def caption_folder(
         for row, tar, caption in zip(photos.rows, photos.tars, captions, strict=True):
             text = spell(writer.tokenizer, caption.tokens)
             yield Captioned(row, tar, text, caption.score, caption.satisfied)
-
-
-def check_words(words: Sequence[str]) -> None:
-    """Refuse words that no caption can be made to mention.
-
-    Raises:
-        UsageError: there are too many, or one is empty.
-    """
-    if len(words) > MOST:
-        raise UsageError(f"--mention: given {len(words)} times; at most {MOST} can be asked for")
-    for word in words:
-        if not all(form.strip() for form in word.split("|")):
-            raise UsageError(f"--mention {word!r}: an empty word; give a word, or its forms like 'dog|dogs'")
 
 
 def _phrases(tokenizer: Tokenizer, word: str) -> list[Phrase]:

@@ -5,7 +5,7 @@ import click
 from oscar_common import __version__
 from oscar_common.cli import Group, examples, run
 from oscar_train.arguments import FEW_SHAPES
-from oscar_train.predict.caption import caption
+from oscar_train.predict.caption_command import caption
 
 HELP = """Use a model on your own photos, in shards or in a folder.
 

@@ -14,7 +14,7 @@ from oscar_train.captioning.writer import Captioned
 MODEL = "model"  # the source of its captions on a page
 
 
-def write_captions(path: Path, captions: Sequence[Captioned], images: Path | None, title: str) -> None:
+def write_page(path: Path, captions: Sequence[Captioned], images: Path | None, title: str) -> None:
     """Write a page of photos with their captions, before the captions that the shards have.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,12 @@ from oscar_common.files import check_output_file, replacing
 from oscar_common.progress import plural, say_next
 from oscar_common.settings import DEVICES, PRECISIONS
 from oscar_train.arguments import check_model
+from oscar_train.captioning.constraints import check_words
+from oscar_train.predict import BUILTIN
+from oscar_train.predict import caption as write_captions
+
+if TYPE_CHECKING:
+    from oscar_train.captioning.writer import Captioned
 
 MARK = b'{\n "captions": '  # how the JSON begins
 HELP = """Write a caption for each photo, one line a photo.
@@ -69,7 +75,7 @@ class Asked:
 @click.option("--html", "html_file", type=PATH, metavar="FILE", help="Write a page with the photos, too.")
 @click.option("--overwrite", is_flag=True, help="Replace files of --json and --html that this command did not write.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Photos at once.")
-@click.option("--detector", default="builtin", show_default=True, help="For --images: as of oscar-extract.")
+@click.option("--detector", default=BUILTIN, show_default=True, help="For --images: as of oscar-extract.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where to compute.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Arithmetic.")
 @click.option("--cache", type=PATH, help="Folder for shards of --images. [default: ~/.cache/oscar-pretrain]")
@@ -77,19 +83,26 @@ def caption(**flags: Any) -> None:
     """Check the arguments, and only then import torch."""
     asked = Asked(**flags)
     _check(asked)
-    shards = asked.shards
-    if shards is None:
-        from oscar_train.predict.extracted import extracted
+    captions = _written(asked)
+    scores = _scores(captions) if asked.score else {}
+    if asked.json_file is not None:
+        _write_json(asked.json_file, captions, scores)
+    if asked.html_file is not None:
+        from oscar_train.predict.pages import write_page
 
-        assert asked.images is not None
-        shards = extracted(asked.images, asked.cache, asked.detector)
-    _caption(asked, shards)
+        write_page(asked.html_file, captions, asked.images, f"Captions by {asked.model.name}")
+        click.echo(f"{asked.html_file}: {plural(len(captions), 'photo')}", err=True)
+    else:
+        shards = ["--shards", asked.shards] if asked.shards else []
+        images = ["--images", asked.images or "PHOTOS"]
+        say_next("oscar-predict", "caption", "--model", asked.model, *shards, *images, "--html", "captions.html")
 
 
 def _check(asked: Asked) -> None:
     """Refuse what cannot be, before anything is loaded."""
     if asked.shards is None and asked.images is None:
         raise UsageError("no photos: give a folder of them, --images DIR, or what oscar-extract wrote, --shards DIR")
+    check_words(asked.mention)
     if asked.score and asked.shards is None:
         raise UsageError("--score: compares with the captions in --shards; give these")
     check_model(asked.model, "--model")
@@ -101,32 +114,24 @@ def _check(asked: Asked) -> None:
         check_output_file(asked.html_file, "--html", mark=PAGE, overwrite=asked.overwrite)
 
 
-def _caption(asked: Asked, shards: Path) -> None:
-    """Write the captions of a folder of shards, as they come."""
-    from oscar_shards.read import open_folder
-    from oscar_train.captioning.writer import Captioned, caption_folder, check_words, open_writer
-
-    check_words(asked.mention)
-    folder = open_folder(shards)
-    writer = open_writer(asked.model, folder.manifest.detector.feature_dim, asked.device, asked.precision)
-    captions: list[Captioned] = []
-    for captioned in caption_folder(
-        writer, folder, words=asked.mention, beams=asked.beams, batch_size=asked.batch_size
+def _written(asked: Asked) -> "list[Captioned]":
+    """Write the captions, and print them as they come."""
+    captions = []
+    for captioned in write_captions(
+        asked.model,
+        shards=asked.shards,
+        images=asked.images,
+        mention=asked.mention,
+        beams=asked.beams,
+        batch_size=asked.batch_size,
+        detector=asked.detector,
+        device=asked.device,
+        precision=asked.precision,
+        cache=asked.cache,
     ):
         click.echo(f"{captioned.name}: {captioned.caption}{_lack(captioned.satisfied, asked.mention)}")
         captions.append(captioned)
-
-    scores = _scores(captions) if asked.score else {}
-    if asked.json_file is not None:
-        _write_json(asked.json_file, captions, scores)
-    if asked.html_file is not None:
-        from oscar_train.predict.pages import write_captions
-
-        write_captions(asked.html_file, captions, asked.images, f"Captions by {asked.model.name}")
-        click.echo(f"{asked.html_file}: {plural(len(captions), 'photo')}", err=True)
-    else:
-        photos = ["--images", asked.images] if asked.images else ["--shards", shards]
-        say_next("oscar-predict", "caption", "--model", asked.model, *photos, "--html", "captions.html")
+    return captions
 
 
 def _lack(satisfied: int, words: Sequence[str]) -> str:
@@ -134,7 +139,7 @@ def _lack(satisfied: int, words: Sequence[str]) -> str:
     return f"  (without {lacking} of the {len(words)} words)" if lacking else ""
 
 
-def _scores(captions: Sequence[Any]) -> dict[str, float]:
+def _scores(captions: "Sequence[Captioned]") -> dict[str, float]:
     """Print and return how close captions are to those of their shards."""
     from oscar_train.captioning.coco import java_scores
     from oscar_train.captioning.metrics import caption_scores
@@ -157,7 +162,7 @@ def _named(scores: dict[str, float]) -> Iterator[str]:
         yield f"{name} {100 * value:.1f}"
 
 
-def _write_json(path: Path, captions: Sequence[Any], scores: dict[str, float]) -> None:
+def _write_json(path: Path, captions: "Sequence[Captioned]", scores: dict[str, float]) -> None:
     rows = [
         {
             "key": captioned.row["key"],
