@@ -3,6 +3,7 @@
 Parameter names are those of the released checkpoints (microsoft/Oscar), so weights go both ways.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -74,7 +75,7 @@ def attend(
     dropout.
 
     Args:
-        mask: [B, 1, 1, L], what is added to the scores of the rows.
+        mask: [B, 1, 1, L] or [B, 1, L, L], what is added to the scores of the rows.
         slots: int64 [N], where the tokens are in the rows.
         places: int32 [B, L], which token stands where, for the kernel.
     """
@@ -102,8 +103,24 @@ def _in_rows(packed: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
 AttentionInterface.register(ATTENTION, attend)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Which tokens of a row see which, where not every token sees every other.
+
+    A row has three blocks: the first text with [CLS] and its [SEP] (token type 0), the second text (token type 1), and
+    the regions. sees: whether a token of block i sees those of block j, for sees[i][j]. causal: whether those of the
+    first block see of it only themselves and those before.
+    """
+
+    sees: tuple[tuple[bool, bool, bool], ...] = ((True,) * 3,) * 3
+    causal: bool = False
+
+
 class OscarModel(nn.Module):
-    """The encoder of text and regions. recompute: whether the backward pass computes activations again."""
+    """The encoder of text and regions.
+
+    recompute: whether the backward pass computes activations again. attention: None where every token sees every other.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -116,6 +133,7 @@ class OscarModel(nn.Module):
         if self.use_img_layernorm:
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.img_layer_norm_eps)
         self.recompute = False
+        self.attention: Attention | None = None
         self._tokens = Tokens()
         self.embeddings.dropout = nn.Identity()  # type: ignore[assignment]  # ours is that of text and regions together
         _make_dropouts_stateless(self, self._tokens)
@@ -125,7 +143,7 @@ class OscarModel(nn.Module):
 
         A region is Linear([v'; z]), with a LayerNorm if the configuration has it (Oscar section 3; VinVL's code), and
         has neither position nor token type. Of z it is the first 4 numbers or all 6, as the weights are wide. Every
-        token of a row sees every other.
+        token of a row sees every other, unless `attention` says something else.
         """
         self._tokens.in_rows = token_bits(batch.dropout_seeds, batch.seen.shape[1])
         self._tokens.packed = self._tokens.in_rows.flatten().index_select(0, batch.slots)
@@ -135,8 +153,9 @@ class OscarModel(nn.Module):
         if self.use_img_layernorm:
             regions = self.LayerNorm(regions)
         hidden = self.dropout(torch.cat([text, regions[None]], 1))
-        unseen = torch.zeros(batch.seen.shape, dtype=hidden.dtype, device=hidden.device)
-        unseen = unseen.masked_fill(~batch.seen, torch.finfo(hidden.dtype).min)[:, None, None, :]
+        seen = batch.seen[:, None, :] if self.attention is None else visible(self.attention, batch)
+        unseen = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
+        unseen = unseen.masked_fill(~seen, torch.finfo(hidden.dtype).min)[:, None]
         places = _places(batch) if self._fused(batch) else None
         for layer in self.encoder.layer:
             if self.recompute and self.training:
@@ -148,8 +167,28 @@ class OscarModel(nn.Module):
         return tokens
 
     def _fused(self, batch: Packed) -> bool:
+        if self.attention is not None:  # the kernel has no such masks
+            return False
         config = self.encoder.config
         return fused.fits(batch.slots.device, batch.seen.shape[1], config.hidden_size // config.num_attention_heads)
+
+
+def visible(attention: Attention, batch: Packed) -> Tensor:
+    """Return which tokens of the rows are seen by which, bool [B, L (who sees), L (who is seen)].
+
+    Where there is no token, nobody cares what it sees; it sees all, as a row of nothing would be no number.
+    """
+    regions = torch.full_like(batch.token_type_ids[:1], 2).expand(len(batch.features))
+    block = torch.zeros(batch.seen.shape, dtype=torch.int64, device=batch.seen.device)
+    block = block.flatten().index_copy(0, batch.slots, torch.cat([batch.token_type_ids, regions]))
+    block = block.view(batch.seen.shape)
+    sees = torch.tensor(attention.sees, device=block.device)[block[:, :, None], block[:, None, :]]
+    if attention.causal:
+        place = torch.arange(block.shape[1], device=block.device)
+        later = place[None, :] > place[:, None]
+        in_first = block == 0
+        sees = sees & ~(later & in_first[:, :, None] & in_first[:, None, :])
+    return (sees & batch.seen[:, None, :]) | ~batch.seen[:, :, None]
 
 
 def _places(batch: Packed) -> Tensor:
