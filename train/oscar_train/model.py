@@ -3,6 +3,7 @@
 Parameter names are those of the released checkpoints (microsoft/Oscar), so weights go both ways.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -105,8 +106,24 @@ def _in_rows(packed: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
 AttentionInterface.register(ATTENTION, attend)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Which tokens of a row see which, where not every token sees every other.
+
+    A row has three blocks: the first text with [CLS] and its [SEP] (token type 0), the second text (token type 1), and
+    the regions. sees: whether a token of block i sees those of block j, for sees[i][j]. causal: whether those of the
+    first block see of it only themselves and those before.
+    """
+
+    sees: tuple[tuple[bool, bool, bool], ...] = ((True,) * 3,) * 3
+    causal: bool = False
+
+
 class OscarModel(nn.Module):
-    """The encoder of text and regions. recompute: whether the backward pass computes activations again."""
+    """The encoder of text and regions.
+
+    recompute: whether the backward pass computes activations again. attention: None where every token sees every other.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -119,12 +136,18 @@ class OscarModel(nn.Module):
         if self.use_img_layernorm:
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.img_layer_norm_eps)
         self.recompute = False
+        self.attention: Attention | None = None
         self._tokens = Tokens()
         self.embeddings.dropout = nn.Identity()  # type: ignore[assignment]  # ours is that of text and regions together
         _make_dropouts_stateless(self, self._tokens)
 
     def forward(self, batch: Packed) -> Tensor:
-        """Return the last hidden states of the N tokens, [N, H]. `Packed.groups` says which see each other."""
+        """Return the last hidden states of the N tokens, [N, H].
+
+        `Packed.groups` says which see each other, or `attention`, where there is one.
+        """
+        if self.attention is not None:
+            batch = replace(batch, groups=grouped(self.attention, batch))
         hidden = self.embed(batch)
         unseen = _unseen(batch, hidden.dtype)
         places = _places(batch) if self._fused(batch) else None
@@ -156,6 +179,24 @@ class OscarModel(nn.Module):
     def _fused(self, batch: Packed) -> bool:
         config = self.encoder.config
         return fused.fits(batch.slots.device, batch.seen.shape[1], config.hidden_size // config.num_attention_heads)
+
+
+def grouped(attention: Attention, batch: Packed) -> Tensor:
+    """Return `Packed.groups` of the tokens of a batch: a bit for each block, or for each place of a causal one."""
+    regions = torch.full_like(batch.token_type_ids[:1], 2).expand(len(batch.features))
+    block = torch.cat([batch.token_type_ids, regions])
+    seen = [sum(1 << other for other, sees in enumerate(row) if sees) for row in attention.sees]
+    query, key = torch.tensor(seen, device=block.device)[block], 1 << block
+    if attention.causal:
+        place = batch.slots % batch.seen.shape[1]
+        own = (8 << place).where(block == 0, 0)  # above the bits of the three blocks
+        key = own.where(block == 0, key)
+        sees_first = torch.tensor([row[0] for row in attention.sees], device=block.device)[block]
+        every = torch.full_like(query, -8).where(sees_first, 0)
+        query = query & 6 | torch.where(block == 0, (2 * own - 8).where(sees_first, 0), every)
+
+    groups = query.new_zeros(2, batch.seen.numel()).index_copy(1, batch.slots, torch.stack([query, key]))
+    return groups.view(2, *batch.seen.shape)
 
 
 def _unseen(batch: Packed, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig
 
 from oscar_common.errors import UsageError, reason
@@ -77,8 +77,9 @@ def build(
     image_layernorm: bool = False,
     position: int | None = None,
     attention_dropout: float | None = None,
-    begin: Callable[[OscarForPreTraining], str] | None = None,
-) -> tuple[OscarForPreTraining, str]:
+    begin: Callable[[Any], str] | None = None,
+    network: Callable[[BertConfig], Any] = OscarForPreTraining,
+) -> tuple[Any, str]:
     """Make the model, and say in one line what was filled from where, what is random and what was not used.
 
     Args:
@@ -91,6 +92,7 @@ def build(
         position: how many numbers of z the model takes, 4 or 6; None is what the folder's does, else 6.
         attention_dropout: share of attention weights that are set to 0 in training; None is the folder's.
         begin: sets the embedding of regions, where the folder has none for these, and says to what.
+        network: makes the model of a configuration, with random weights.
 
     Raises:
         UsageError: the weights cannot be read, have other shapes than the configuration says, or take another number
@@ -104,7 +106,7 @@ def build(
     if attention_dropout is not None:
         config.attention_probs_dropout_prob = attention_dropout
     torch.manual_seed(seed)
-    model = OscarForPreTraining(oscar_config(config, feature_dim, position))
+    model = network(oscar_config(config, feature_dim, position))
     total = f"{start.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
     if start.folder is None:
         filled, line = set(), f"{total}, all random"
@@ -156,7 +158,7 @@ def read(start: Start) -> tuple[BertConfig, dict[str, Tensor]]:
     return config, weights
 
 
-def fill(model: OscarForPreTraining, weights: dict[str, Tensor], place: str) -> set[str]:
+def fill(model: nn.Module, weights: dict[str, Tensor], place: str) -> set[str]:
     """Copy weights into a model by name; return the names that were filled. See `fitting`."""
     own = _tensors(model)
     taken = fitting(weights, {name: tensor.shape for name, tensor in own.items()}, place)
@@ -165,7 +167,7 @@ def fill(model: OscarForPreTraining, weights: dict[str, Tensor], place: str) -> 
     return {*taken, TIED}
 
 
-def differences(model: OscarForPreTraining, weights: dict[str, Tensor], filled: set[str]) -> list[str]:
+def differences(model: nn.Module, weights: dict[str, Tensor], filled: set[str]) -> list[str]:
     """Say what was not in the file, what has another shape there, and what else it has; every tensor is told."""
     own = _tensors(model)
     lost = own.keys() - filled
@@ -207,7 +209,7 @@ def _order_classes(config: Any, weights: dict[str, Tensor], classes: tuple[str, 
     config.num_contrast_classes, config.contrast_classes = len(classes), list(classes)
 
 
-def _tensors(model: OscarForPreTraining) -> dict[str, Tensor]:
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return model.state_dict(keep_vars=True)
 
 

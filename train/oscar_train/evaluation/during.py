@@ -10,11 +10,10 @@ import numpy.typing as npt
 
 from oscar_common.settings import Train
 from oscar_train.corpus import Corpus
-from oscar_train.evaluation.exam import Exam, make_exam
 from oscar_train.evaluation.held_out import apart, asked, split
-from oscar_train.objectives import choose_objective
 from oscar_train.sources import Source
 from oscar_train.stream import Stream, open_stream
+from oscar_train.tasks.task import Evaluation, Task
 from oscar_train.texts.tags import TagRule
 from oscar_train.texts.tokens import Tokenizer
 
@@ -24,6 +23,7 @@ class HeldOut:
     """What a run holds out. beside: the stream of --eval-shards, None where there are none."""
 
     settings: Train
+    task: Task
     beside: Stream | None
 
     def trained(self, corpus: Corpus) -> npt.NDArray[np.integer[Any]] | None:
@@ -32,30 +32,26 @@ class HeldOut:
             return apart(corpus, self.beside.corpus.images)
         return split(corpus, self.settings.eval_fraction).trained if self.settings.eval_fraction else None
 
-    def exam(self, stream: Stream) -> Exam | None:
+    def evaluation(self, stream: Stream) -> Evaluation | None:
         """Return what is asked, None if nothing is held out. stream: that of training."""
         if self.beside is None and not self.settings.eval_fraction:
             return None
         source = stream if self.beside is None else self.beside
         partly = [self.beside is None] * len(source.corpus.sources)
-        return make_exam(
-            source.corpus,
-            source.reader,
-            choose_objective(self.settings),
-            asked(source.corpus, partly, self.settings.eval_fraction),
-            triples=self.settings.eval_triples,
-            images=self.settings.eval_images,
-        )
+        only = asked(source.corpus, partly, self.settings.eval_fraction)
+        return self.task.evaluation(source.corpus, source.reader, only)
 
 
 @contextmanager
-def holding_out(settings: Train, sources: Sequence[Source], tags: TagRule, tokenizer: Tokenizer) -> Iterator[HeldOut]:
+def holding_out(
+    settings: Train, sources: Sequence[Source], tags: TagRule, tokenizer: Tokenizer, task: Task
+) -> Iterator[HeldOut]:
     """Open what is held out beside --shards. sources: those of --eval-shards."""
     opened = (
         open_asked(
             sources,
             tokenizer=tokenizer,
-            objective=choose_objective(settings),
+            shape=task.shape,
             tags=tags,
             cache=settings.cache,
             cache_size=settings.cache_size,
@@ -65,7 +61,7 @@ def holding_out(settings: Train, sources: Sequence[Source], tags: TagRule, token
         else nullcontext()
     )
     with opened as beside:
-        yield HeldOut(settings, beside)
+        yield HeldOut(settings, task, beside)
 
 
 @contextmanager

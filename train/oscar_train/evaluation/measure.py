@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from oscar_train.evaluation.exam import Exam
-from oscar_train.model import OscarForPreTraining
 from oscar_train.objectives import MATCHED, WRONG_Q, WRONG_W
 from oscar_train.packing import pack
 from oscar_train.ranks import Ranks
@@ -22,7 +21,7 @@ from oscar_train.texts.ragged import Ints
 SIDES = ("words", "tags", "answers")  # what a masked token belongs to
 RANKS = (1, 5, 10)
 
-Forward = Callable[[Batch], tuple[Tensor, Tensor]]
+Forward = Callable[[Batch], Any]
 
 
 class Interrupted(Exception):
@@ -33,7 +32,8 @@ class Interrupted(Exception):
 class Answering:
     """Who answers.
 
-    forward: scores of a batch's masked tokens [M, vocabulary] and pairs [B, classes], on the ranks' device.
+    forward: scores of a batch, on the ranks' device; in pre-training those of masked tokens [M, vocabulary] and of
+    pairs [B, classes].
     size: rows of a batch. stopped: asked after each batch whether to go on.
     """
 
@@ -57,13 +57,12 @@ class Answering:
                 yield begin, min(begin + self.size, count)
 
 
-def answer(model: OscarForPreTraining, precision: str, batch: Batch) -> tuple[Tensor, Tensor]:
+def answer(model: nn.Module, precision: str, batch: Batch) -> Any:
     """Return a model's scores of a batch, for `Answering.forward`."""
     model.eval()
-    device = model.cls.predictions.bias.device
+    device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        words, pairs = model(pack(batch, device))
-    return words, pairs
+        return model(pack(batch, device))
 
 
 def names(exam: Exam) -> list[str]:

@@ -17,7 +17,7 @@ from oscar_common.settings import DTYPES
 from oscar_shards.texts import read_overlays
 from oscar_train.sources import FLAG, Source
 from oscar_train.texts.arrays import GrowingArray
-from oscar_train.texts.phrases import CAPTION, QA, Phrases, Phrasing
+from oscar_train.texts.phrases import CAPTION, MAX_TEXT, QA, Phrases, Phrasing
 from oscar_train.texts.ragged import Ragged
 from oscar_train.texts.tags import TagRule
 from oscar_train.texts.tokens import Tokenizer
@@ -37,7 +37,13 @@ Array = npt.NDArray[Any]
 
 
 def collect(
-    folder: Path, sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], skip_corrupt: bool, tags: TagRule
+    folder: Path,
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    texts: Sequence[Path],
+    skip_corrupt: bool,
+    tags: TagRule,
+    width: int = MAX_TEXT,
 ) -> dict[str, Any]:
     """Write the arrays of `oscar_train.corpus.Corpus` into a folder.
 
@@ -57,7 +63,7 @@ def collect(
 
     overlays = read_overlays(_keys(sources, refuse), texts) if texts else []
     left_out.clear()  # what the keys lack will be met again
-    phrasing = Phrasing(tokenizer, tags)
+    phrasing = Phrasing(tokenizer, tags, width)
     total = sum(source.manifest.plan.num_images for source in sources)
     with (
         closing(Writer(folder, np.min_scalar_type(tokenizer.size))) as writer,
