@@ -12,12 +12,13 @@ from oscar_train.captioning.metrics import cider_d, document_frequencies
 from oscar_train.captioning.search import greedy
 from oscar_train.captioning.self_critical import (
     END,
-    advantages,
     draw_captions,
     ended_words,
     probing,
     reference_frequencies,
     repeated,
+    rewards,
+    unpacked,
     without_captions,
 )
 from oscar_train.model import OscarForPreTraining, oscar_config
@@ -117,7 +118,7 @@ def test_a_step_makes_better_captions_likelier_than_worse_ones(model: OscarForPr
     assert float((change * worth).mean()) > 0
 
 
-def test_a_caption_is_worth_its_cider_above_that_of_the_greedy_one():
+def test_a_caption_is_worth_its_cider_with_its_end_as_a_word():
     references = [["a dog runs", "a brown dog"], ["two cats", "cats on a mat"], ["a red bus"]]
     frequencies = reference_frequencies(references)
     words = [[[*text.split(), END] for text in texts] for texts in references]
@@ -125,13 +126,21 @@ def test_a_caption_is_worth_its_cider_above_that_of_the_greedy_one():
 
     drawn = [[ended_words("A dog runs."), ended_words("a cat", has_ended=False)]] * 3
     baseline = [ended_words("a dog"), ended_words("cats"), ended_words("a bus")]
-    got = advantages(drawn, baseline, references, frequencies)
+    of_drawn, of_greedy = rewards(drawn, baseline, references, frequencies)
     for image in range(3):
         scores = [
             cider_d([caption] * 3, words, frequencies)[image]
             for caption in (["a", "dog", "runs", END], ["a", "cat"], baseline[image])
         ]
-        assert got[image] == pytest.approx([scores[0] - scores[2], scores[1] - scores[2]])
+        assert [*of_drawn[image], of_greedy[image]] == pytest.approx(scores)
+
+
+def test_a_packed_batch_becomes_rows_again(batch: Batch):
+    again = unpacked(pack(batch, CPU))
+    for name in ("input_ids", "token_type_ids", "attention_mask", "region_mask", "dropout_seeds"):
+        assert torch.equal(getattr(again, name), getattr(batch, name)), name
+    assert torch.equal(again.features, batch.features * batch.region_mask[..., None])
+    assert torch.equal(again.z, batch.z * batch.region_mask[..., None])
 
 
 @torch.no_grad()

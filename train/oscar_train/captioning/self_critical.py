@@ -60,24 +60,26 @@ def reference_frequencies(references: Sequence[Sequence[str]]) -> DocumentFreque
     return document_frequencies([[ended_words(text) for text in texts] for texts in references])
 
 
-def advantages(
+def rewards(
     drawn: Sequence[Sequence[list[str]]],
     greedy: Sequence[list[str]],
     references: Sequence[Sequence[str]],
     frequencies: DocumentFrequencies,
-) -> list[list[float]]:
-    """Return by how much the CIDEr-D of each drawn caption is above that of the greedy one of its image.
+) -> tuple[list[list[float]], list[float]]:
+    """Return the CIDEr-D of each drawn caption, and of the greedy caption, of each image.
 
     Args:
         drawn, greedy: the `ended_words` of captions.
         references: the captions of each image, as they are written.
     """
-    found = []
+    of_drawn: list[list[float]] = []
+    of_greedy: list[float] = []
     for captions, baseline, texts in zip(drawn, greedy, references, strict=True):
         words = [ended_words(text) for text in texts]
-        scores = cider_d([*captions, baseline], [words] * (len(captions) + 1), frequencies)
-        found.append([score - scores[-1] for score in scores[:-1]])
-    return found
+        *scores, last = cider_d([*captions, baseline], [words] * (len(captions) + 1), frequencies)
+        of_drawn.append(scores)
+        of_greedy.append(last)
+    return of_drawn, of_greedy
 
 
 def probing(batch: Batch, tokens: Sequence[Sequence[int]], decoder: Decoder, device: torch.device) -> Packed:

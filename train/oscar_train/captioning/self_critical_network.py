@@ -13,11 +13,11 @@ from oscar_train.captioning.network import OscarForCaptioning
 from oscar_train.captioning.search import Caption, greedy
 from oscar_train.captioning.self_critical import (
     DRAWN,
-    advantages,
     draw_captions,
     ended_words,
     probing,
     repeated,
+    rewards,
     unpacked,
     without_captions,
 )
@@ -39,14 +39,15 @@ class Truth:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What B images came to. means: mean log-probabilities [B, 5], with a gradient. worth, reward: float32 [B, 5].
+    """What five captions of each of B images came to.
 
-    worth: the CIDEr-D above that of the greedy caption; reward: the CIDEr-D itself. present: bool [B].
+    means: float32 [B, 5], mean log-probabilities, through which gradients flow. worth: [B, 5], the CIDEr-D above that
+    of the greedy caption. reward: [B], the mean CIDEr-D.
     """
 
     means: Tensor
     worth: Tensor
-    present: Tensor
+    reward: Tensor
 
 
 class SelfCriticalOscar(OscarForCaptioning):
@@ -64,7 +65,7 @@ class SelfCriticalOscar(OscarForCaptioning):
         if not self.training:
             return self._written(batch)
         images = unpacked(batch)
-        captions, worth = self._compared(images, batch.seen.device)
+        captions, worth, reward = self._compared(images, batch.seen.device)
 
         predicted = [[*caption.tokens, caption.last] for own in captions for caption in own]
         asked = probing(repeated(images, DRAWN), predicted, self.decoder, batch.seen.device)
@@ -72,10 +73,10 @@ class SelfCriticalOscar(OscarForCaptioning):
         scores = self.cls.predictions(hidden.index_select(0, asked.masked)).float()
         tokens = scores.log_softmax(-1).gather(1, asked.masked_ids[:, None])[:, 0]
         means = torch.stack([part.mean() for part in tokens.split([len(tokens) for tokens in predicted])])
-        return Drawn(means.view(-1, DRAWN), worth.to(means.device), batch.match_labels != IGNORED)
+        return Drawn(means.view(-1, DRAWN), worth, reward)
 
     @torch.no_grad()
-    def _compared(self, images: Batch, device: torch.device) -> tuple[list[list[Caption]], Tensor]:
+    def _compared(self, images: Batch, device: torch.device) -> tuple[list[list[Caption]], Tensor, Tensor]:
         """Draw captions, without dropout, and see what they are worth."""
         self.eval()
         context = self.decoder.read(pack(without_captions(images), device))
@@ -85,11 +86,26 @@ class SelfCriticalOscar(OscarForCaptioning):
 
         truth = self._truth()
         references = truth.references(np.maximum(images.triples.numpy(), 0))
-        drawn = [self._words(own) for own in captions]
-        return captions, torch.tensor(advantages(drawn, baseline, references, truth.frequencies))
+        scores = rewards([self._words(own) for own in captions], baseline, references, truth.frequencies)
+        of_drawn, of_greedy = (torch.tensor(part, device=device) for part in scores)
+        return captions, of_drawn - of_greedy[:, None], of_drawn.mean(1)
 
     def _words(self, captions: Sequence[Caption]) -> list[list[str]]:
         return [
             ended_words(spell(self._tokenizer, caption.tokens), caption.last == self.decoder.end)
             for caption in captions
         ]
+
+
+def self_critical_criterion(drawn: Drawn, batch: Packed) -> tuple[Tensor, Tensor]:
+    """Return the policy gradient's loss, as a task's criterion.
+
+    Returns:
+        float32 [4]: 0, the loss of all images that are there, 0, their CIDEr-D; and bool [B], which of them have
+        log-probabilities that are all numbers.
+    """
+    is_there = batch.match_labels != IGNORED
+    losses = -(drawn.means * drawn.worth).mean(1)
+    nothing = torch.zeros((), device=losses.device)
+    sums = [nothing, losses.where(is_there, 0).sum(), nothing, drawn.reward.where(is_there, 0).sum()]
+    return torch.stack(sums), drawn.means.detach().isfinite().all(1)

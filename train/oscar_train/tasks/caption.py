@@ -1,6 +1,7 @@
 """Captioning: masked tokens of captions, with microsoft/Oscar's attention for it, and captions of held-out images."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 from oscar_common.errors import UsageError
 from oscar_common.progress import plural
 from oscar_common.settings import Train
-from oscar_train.captioning.exam import NAMES, make_caption_exam, measure_captions
+from oscar_train.captioning.exam import NAMES, make_caption_exam, measure_captions, references
 from oscar_train.captioning.layout import MOST_MASKED, TEXT, caption_batch
 from oscar_train.captioning.network import OscarForCaptioning, criterion
+from oscar_train.captioning.self_critical import reference_frequencies
+from oscar_train.captioning.self_critical_network import SelfCriticalOscar, Truth, self_critical_criterion
 from oscar_train.corpus import Corpus
 from oscar_train.reading.regions import RegionReader
 from oscar_train.sampling.shape import Shape
@@ -26,6 +29,7 @@ from oscar_train.weights import Start, build
 
 SHAPE = Shape(tokens=TEXT)
 SHOWN = {"mlm_loss": "mlm_loss", "mlm_accuracy": "mlm_accuracy"}
+SELF_CRITICAL_SHOWN = {"match_accuracy": "cider_d"}
 
 
 def make_task(
@@ -33,15 +37,34 @@ def make_task(
     sources: Sequence[Source] = (),
     tokenizer: Tokenizer | None = None,
     label_smoothing: float = 0.0,
+    self_critical: bool = False,
 ) -> Task:
-    """Return the training on masked tokens. label_smoothing: the share of a label that other tokens get."""
-    words = tokenizer or load_tokenizer(None)
+    """Return the training on masked tokens, or self-critical training, which begins with a model trained on these.
+
+    Args:
+        label_smoothing: the share of a masked token's label that is spread over the other tokens.
+    """
+    words, truths = tokenizer or load_tokenizer(None), list[Truth]()
+
+    def truth() -> Truth:
+        if not truths:
+            raise UsageError("--batch-size auto: cannot be found for --self-critical; give a number")
+        return truths[0]
+
+    def make_composer(corpus: Corpus, weights: Any, only: Only) -> Composer:
+        if not self_critical:
+            return composer(corpus)
+        truths.append(make_truth(corpus, only))
+        return self_critical_composer(corpus)
 
     def make_network(start: Start, feature_dim: int, begin: Any) -> tuple[OscarForCaptioning, str]:
         if start.config.max_position_embeddings < TEXT:
             raise UsageError(
                 f"{start.place}: has {start.config.max_position_embeddings} positions; captions with tags need {TEXT}"
             )
+        network: Any = partial(OscarForCaptioning, tokenizer=words)
+        if self_critical:
+            network = partial(SelfCriticalOscar, tokenizer=words, truth=truth)
         return build(
             start,
             feature_dim,
@@ -50,7 +73,7 @@ def make_task(
             position=settings.region_position,
             attention_dropout=settings.attention_dropout,
             begin=begin,
-            network=partial(OscarForCaptioning, tokenizer=words),
+            network=network,
         )
 
     def evaluation(corpus: Corpus, reader: RegionReader, only: Only) -> Evaluation:
@@ -65,12 +88,12 @@ def make_task(
     return Task(
         name="caption",
         shape=SHAPE,
-        composer=lambda corpus, weights, only: composer(corpus),
+        composer=make_composer,
         build=make_network,
-        criterion=partial(criterion, label_smoothing=label_smoothing),
-        shown=SHOWN,
+        criterion=self_critical_criterion if self_critical else partial(criterion, label_smoothing=label_smoothing),
+        shown=SELF_CRITICAL_SHOWN if self_critical else SHOWN,
         evaluation=evaluation,
-        most_masked=lambda rows: MOST_MASKED,
+        most_masked=lambda rows: 0 if self_critical else MOST_MASKED,
         about={"task": "caption"},
         identity={"task": "caption"},
     )
@@ -86,6 +109,28 @@ def composer(corpus: Corpus) -> Composer:
         return text, corpus.image[triples].astype(np.int64)
 
     return compose
+
+
+def self_critical_composer(corpus: Corpus) -> Composer:
+    """Return what makes rows of which nothing is masked, and whose labels are the numbers of the triples."""
+    compose_captions = composer(corpus)
+
+    def compose(triples: Ints, seed: int, epoch: int, place: int) -> tuple[TextBatch, Ints]:
+        text, images = compose_captions(triples, seed, epoch, place)
+        text.mlm_labels[:] = IGNORED
+        labels = np.where(text.match_labels == IGNORED, IGNORED, triples)
+        return replace(text, match_labels=labels), images
+
+    return compose
+
+
+def make_truth(corpus: Corpus, only: Only) -> Truth:
+    """Return what drawn captions are compared with: those of the triples that are trained on."""
+    some = np.arange(len(corpus)) if only is None else only.astype(np.int64)
+    captions = some[corpus.kind[some] == CAPTION]
+    _, first = np.unique(corpus.image[captions], return_index=True)
+    frequencies = reference_frequencies(references(corpus, captions, captions[first]))
+    return Truth(partial(references, corpus, captions), frequencies)
 
 
 def line(values: Mapping[str, float]) -> str:
