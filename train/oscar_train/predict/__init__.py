@@ -1,0 +1,1 @@
+"""Fine-tuned models at work on people's own photos: `open_model`, `open_photos`, `score`, `search`."""
