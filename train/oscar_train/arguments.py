@@ -107,7 +107,7 @@ def _check_init(init: str) -> None:
         return
     path = Path(init)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not checkpoints(path):
             raise UsageError(f"--init {init}: {path} has no config.json; give the folder of a BERT model")
         return
     if path.exists():

@@ -259,7 +259,7 @@ class OscarForPreTraining(nn.Module):
         self.config = config
         self.bert = OscarModel(config)
         self.cls = PreTrainingHeads(config)
-        self.apply(self._initialise)
+        self.apply(partial(initialise, deviation=config.initializer_range))
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
 
     def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
@@ -272,9 +272,10 @@ class OscarForPreTraining(nn.Module):
         pooled = self.bert.pooler(hidden.index_select(0, batch.first)[:, None])
         return words, self.cls.seq_relationship(pooled)
 
-    def _initialise(self, module: nn.Module) -> None:
-        """BERT's initial values: N(0, 0.02), biases 0, LayerNorms the identity."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+
+def initialise(module: nn.Module, deviation: float) -> None:
+    """Set BERT's initial values: N(0, 0.02), biases 0, LayerNorms the identity."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=deviation)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from oscar_common.errors import UsageError, reason
-from oscar_train.arguments import RANDOM
+from oscar_train.arguments import RANDOM, checkpoints
+from oscar_train.checkpoint import whole
 from oscar_train.hub import fetch
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
 from oscar_train.objectives import MATCHED, WRONG, WRONG_Q, WRONG_W
@@ -48,7 +49,25 @@ def open_init(init: str) -> Start:
         tokenizer = load_tokenizer(None)
         config = random_config(init[len(RANDOM) :], tokenizer.size)
         return Start(name=init, place=place, folder=None, config=config, tokenizer=tokenizer)
-    return open_folder(init, Path(init) if Path(init).is_dir() else fetch(init, (SAFETENSORS, PICKLED), FILES), place)
+    folder = Path(init) if Path(init).is_dir() else fetch(init, (SAFETENSORS, PICKLED), FILES)
+    return open_folder(init, newest_model(folder, place), place)
+
+
+def newest_model(folder: Path, place: str) -> Path:
+    """Return the folder of a model: the one given, or the newest whole checkpoint of a run.
+
+    Raises:
+        UsageError: it is a run without any whole checkpoint.
+    """
+    if (folder / "config.json").is_file() or not checkpoints(folder):
+        return folder
+    damages: list[str] = []
+    for checkpoint in checkpoints(folder):
+        try:
+            return whole(checkpoint).folder
+        except ValueError as error:
+            damages.append(f"{checkpoint} is damaged ({error})")
+    raise UsageError(f"{place}: {damages[0]} and no other checkpoint is whole")
 
 
 def open_folder(name: str, folder: Path, place: str) -> Start:

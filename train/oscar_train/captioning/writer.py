@@ -17,7 +17,7 @@ from oscar_train.captioning.photos import read_photos
 from oscar_train.captioning.search import BEAMS, Caption, beam_search, greedy
 from oscar_train.captioning.self_critical import without_captions
 from oscar_train.captioning.spelling import spell
-from oscar_train.evaluation.evaluate import tags_of
+from oscar_train.evaluation.evaluate import tag_rule_of
 from oscar_train.export import Model, find
 from oscar_train.model import OscarForPreTraining
 from oscar_train.packing import pack
@@ -98,7 +98,7 @@ def _network(path: Path, model: Model, feature_dim: int) -> OscarForPreTraining:
 
 
 def _tags(model: Model) -> TagRule:
-    return tags_of({} if model.made is None else model.made.about)
+    return tag_rule_of({} if model.made is None else model.made.about)
 
 
 @torch.no_grad()

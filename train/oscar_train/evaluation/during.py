@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from oscar_common.settings import Train
 from oscar_train.corpus import Corpus
-from oscar_train.evaluation.held_out import apart, asked, split
+from oscar_train.evaluation.held_out import apart, asked, of_kind, split
 from oscar_train.sources import Source
 from oscar_train.stream import Stream, open_stream
 from oscar_train.tasks.task import Evaluation, Task
@@ -29,8 +29,10 @@ class HeldOut:
     def trained(self, corpus: Corpus) -> npt.NDArray[np.integer[Any]] | None:
         """Return the triples of --shards that are trained on, rising; None: all."""
         if self.beside is not None:
-            return apart(corpus, self.beside.corpus.images)
-        return split(corpus, self.settings.eval_fraction).trained if self.settings.eval_fraction else None
+            trained = apart(corpus, self.beside.corpus.images)
+        else:
+            trained = split(corpus, self.settings.eval_fraction).trained if self.settings.eval_fraction else None
+        return of_kind(corpus, self.task.kind, trained, "--shards")
 
     def evaluation(self, stream: Stream) -> Evaluation | None:
         """Return what is asked, None if nothing is held out. stream: that of training."""
@@ -39,7 +41,8 @@ class HeldOut:
         source = stream if self.beside is None else self.beside
         partly = [self.beside is None] * len(source.corpus.sources)
         only = asked(source.corpus, partly, self.settings.eval_fraction)
-        return self.task.evaluation(source.corpus, source.reader, only)
+        flag = "--eval-fraction" if self.beside is None else "--eval-shards"
+        return self.task.evaluation(source.corpus, source.reader, of_kind(source.corpus, self.task.kind, only, flag))
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def opened(model: Model, sources: list[Source], objective: Objective, given: Ask
         sources,
         tokenizer=model.tokenizer,
         objective=objective,
-        tags=tags_of(about),
+        tags=tag_rule_of(about),
         cache=given.cache,
         skip_corrupt=given.skip_corrupt,
     ) as stream:
@@ -118,7 +118,7 @@ def opened(model: Model, sources: list[Source], objective: Objective, given: Ask
         yield make_exam(corpus, reader, objective, only, triples=given.triples, images=given.images, seed=given.seed)
 
 
-def tags_of(about: dict[str, Any]) -> TagRule:
+def tag_rule_of(about: dict[str, Any]) -> TagRule:
     """Return the rule for tags that a model was trained with."""
     said = dict(about.get("tags", {}))
     vocabulary = said.pop("vocabulary", None)

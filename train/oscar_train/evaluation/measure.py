@@ -42,19 +42,24 @@ class Answering:
     size: int
     stopped: Callable[[], bool] = lambda: False
 
-    def shares(self, count: int) -> Iterator[tuple[int, int]]:
+    def shares(self, count: int, size: int | None = None) -> Iterator[tuple[int, int]]:
         """Yield (begin, end) of this rank's batches of so many rows; all ranks end together.
+
+        Args:
+            count: rows of all ranks.
+            size: rows of a batch, if not `self.size`.
 
         Raises:
             Interrupted: a rank was told to stop.
         """
-        for number in range(0, -(-count // self.size), self.ranks.size):
+        size = size or self.size
+        for number in range(0, -(-count // size), self.ranks.size):
             stopping = torch.tensor(float(self.stopped()), device=self.ranks.device)
             if self.ranks.total(stopping):
                 raise Interrupted
-            begin = (number + self.ranks.rank) * self.size
+            begin = (number + self.ranks.rank) * size
             if begin < count:
-                yield begin, min(begin + self.size, count)
+                yield begin, min(begin + size, count)
 
 
 def answer(model: nn.Module, precision: str, batch: Batch) -> Any:

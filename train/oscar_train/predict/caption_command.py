@@ -16,8 +16,8 @@ from oscar_common.progress import plural, say_next
 from oscar_common.settings import DEVICES, PRECISIONS
 from oscar_train.arguments import check_model
 from oscar_train.captioning.constraints import check_words
-from oscar_train.predict import BUILTIN
-from oscar_train.predict import caption as write_captions
+from oscar_train.predict.captions import BUILTIN
+from oscar_train.predict.captions import caption as write_captions
 
 if TYPE_CHECKING:
     from oscar_train.captioning.writer import Captioned
@@ -88,7 +88,7 @@ def caption(**flags: Any) -> None:
     if asked.json_file is not None:
         _write_json(asked.json_file, captions, scores)
     if asked.html_file is not None:
-        from oscar_train.predict.pages import write_page
+        from oscar_train.predict.caption_page import write_page
 
         write_page(asked.html_file, captions, asked.images, f"Captions by {asked.model.name}")
         click.echo(f"{asked.html_file}: {plural(len(captions), 'photo')}", err=True)

@@ -10,7 +10,7 @@ from oscar_train.objectives import MATCHED, WRONG_Q, WRONG_W, Objective
 from oscar_train.sampling.draws import SAMPLE, below, uniform, words
 from oscar_train.sampling.negatives import TRIES, Pools, Words, replaced
 from oscar_train.sampling.sides import Bools, Sides, Tokens, texts, truncated
-from oscar_train.texts.phrases import MAX_TEXT, MAX_W
+from oscar_train.texts.phrases import MAX_TEXT
 from oscar_train.texts.ragged import Ints
 from oscar_train.texts.tokens import Tokenizer
 
@@ -88,17 +88,19 @@ def match_labels(objective: Objective, sides: Sides, triples: Ints) -> Ints:
     return np.where(sides.w != triples, wrong_w, np.where(sides.q != triples, wrong_q, matched))
 
 
-def joined(tokenizer: Tokenizer, w: Tokens, q: Tokens, len_w: Ints, len_q: Ints) -> tuple[Tokens, Ints, Bools, Bools]:
+def joined(
+    tokenizer: Tokenizer, w: Tokens, q: Tokens, len_w: Ints, len_q: Ints, size: int = MAX_TOKENS
+) -> tuple[Tokens, Ints, Bools, Bools]:
     """Return `[CLS] w [SEP] q [SEP]`, or `[CLS] w [SEP]` where q is empty, as the released code does.
 
     Returns:
-        ids, token types (1 after the first [SEP]), what is no padding, and which tokens are w or q; [B, 35].
+        ids, token types (1 after the first [SEP]), what is no padding, and which tokens are w or q; [B, size].
     """
-    place, column = np.arange(MAX_TOKENS)[None], np.arange(MAX_W)
+    place, column = np.arange(size)[None], np.arange(w.shape[1])
     first_sep = len_w[:, None] + 1
     last_sep = first_sep + np.where(len_q > 0, len_q + 1, 0)[:, None]
     in_w, in_q = (place > 0) & (place < first_sep), (place > first_sep) & (place < last_sep)
-    ids = np.full((len(w), MAX_TOKENS), tokenizer.pad, np.int32)
+    ids = np.full((len(w), size), tokenizer.pad, np.int32)
     ids[in_w] = w[column < len_w[:, None]]
     ids[in_q] = q[column < len_q[:, None]]
     ids[:, 0] = tokenizer.cls

@@ -61,7 +61,7 @@ class Evaluation:
 class Task:
     """What is trained.
 
-    name: of the task. shape: of a sample's rows.
+    name: of the task. shape: of a sample's rows. kind: of the texts that are samples, CAPTION or QA; None: all.
 
     composer: called once with (corpus, the weights of its sources, only); returns a function of (triples, seed, epoch,
     place) that makes the rows of those samples: pure, and safe in several threads. See `oscar_train.stream.Composer`.
@@ -92,6 +92,7 @@ class Task:
     criterion: Callable[[Any, Packed], tuple[Tensor, Tensor]]
     shown: Mapping[str, str]
     evaluation: Callable[[Corpus, RegionReader, Only], Evaluation]
+    kind: int | None = None
     most_masked: Callable[[int], int] = lambda rows: 0
     about: Mapping[str, object] = field(default_factory=dict)
     identity: Mapping[str, object] = field(default_factory=dict)

@@ -1,0 +1,108 @@
+"""oscar-finetune: from a pre-trained Oscar and shards to a model for a task."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+
+import click
+
+from oscar_common import __version__
+from oscar_common.cli import Group, run, settings_command
+from oscar_common.memory import lacks_memory
+from oscar_common.progress import say_next
+from oscar_common.settings import Catalog, Finetune
+from oscar_train.arguments import FEW_SHAPES, check
+from oscar_train.run_folder import resumed
+from oscar_train.signals import Stop, watched_signals
+
+HELP = """Fine-tune a pre-trained Oscar for a task, on shards made by oscar-extract.
+
+The same command again, or --resume OUT, continues from the newest checkpoint, to the same numbers as a run that was
+never stopped. docs/tasks.md has each task's recipe, and what the papers reached with it.
+"""
+NOT_OF_TASKS = ("objective", "variant", "negatives", "whole_word_masking")
+OF_ANSWERS = ("annotations", "min_answers")
+RETRIEVAL = """Train a model to tell whether a caption belongs to an image.
+
+Each caption makes two rows: with its own image, and with a wrong image and its tags, or a wrong caption beside its
+image. Held-out images are found by their captions, and captions by their images (R@1, 5, 10), while training with
+--eval-fraction or --eval-shards, later with oscar-evaluate. oscar-predict search uses the model.
+"""
+EXAMPLES = MappingProxyType(
+    {
+        "retrieval": """  oscar-finetune retrieval --init run --shards shards --out search --eval-fraction 0.1
+  oscar-finetune retrieval --recipe retrieval-base --init oscar-base --shards coco-shards --out search
+  oscar-finetune retrieval --resume search
+"""
+    }
+)
+
+
+@click.group(cls=Group, name="oscar-finetune", help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def command() -> None:
+    """Fine-tune a model."""
+
+
+def add_task(name: str, help: str, without: tuple[str, ...] = ()) -> None:
+    """Add the command of a task, whose module in `oscar_train.tasks` has `make_task`."""
+    decorate = settings_command(
+        "finetune",
+        Finetune,
+        help,
+        EXAMPLES[name],
+        partial(resumed, schema=Finetune),
+        fixed={"task": name},
+        without=(*NOT_OF_TASKS, *without),
+    )
+    made = decorate(partial(_finetune, name))
+    made.name = name
+    command.add_command(made)
+
+
+def _finetune(name: str, settings: Finetune, catalog: Catalog) -> None:
+    """Check the arguments, open the shards, and only then import torch."""
+    out = check(settings)
+    with watched_signals() as stop:
+        _train(name, settings, out, stop)
+
+
+def _train(name: str, settings: Finetune, out: Path, stop: Stop) -> None:
+    from oscar_train.sources import check_together, open_source
+
+    sources = [open_source(place, settings.skip_corrupt) for place in settings.shards]
+    beside = [open_source(place, settings.skip_corrupt, "--eval-shards") for place in settings.eval_shards]
+    check_together([*sources, *beside])
+    from oscar_train.batch_size import lacking
+    from oscar_train.loop import train
+
+    make_task: Callable[..., object] = import_module(f"oscar_train.tasks.{MODULES[name]}").make_task
+    try:
+        train(settings, sources, out, stop, beside, make_task)  # type: ignore[arg-type]  # a module is known by its name
+    except Exception as error:  # each library has its own for a lack of memory
+        if not lacks_memory(error):
+            raise
+        raise lacking(settings) from None
+    if os.environ.get("RANK", "0") == "0":
+        say_next(*NEXT[name](out, settings))
+
+
+def _search(out: Path, settings: Finetune) -> tuple[object, ...]:
+    return ("oscar-predict", "search", "--model", out, "--shards", settings.shards[0], "a dog on a beach")
+
+
+MODULES = {"retrieval": "retrieval"}
+NEXT: dict[str, Callable[[Path, Finetune], tuple[object, ...]]] = {"retrieval": _search}
+add_task("retrieval", RETRIEVAL, without=OF_ANSWERS)
+
+
+def main() -> None:
+    """Run the command."""
+    run(command, environment=FEW_SHAPES, continues=True)
+
+
+if __name__ == "__main__":
+    main()
