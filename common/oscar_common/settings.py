@@ -17,7 +17,7 @@ TAG_ORDERS = ("detector", "score", "random")
 REGION_INITS = ("tags", "random")
 REGION_POSITIONS = (4, 6)
 SCHEDULES = ("linear", "cosine", "constant")
-TASKS = ("retrieval", "vqa", "gqa", "nlvr2")
+TASKS = ("retrieval", "vqa", "gqa", "nlvr2", "caption")
 ATTENTIONS = ("full", "text-image", "text-tags", "tags-image")
 LAYOUTS = ("coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa")
 AUTO = 0  # the batch size that `auto` stands for, until it is known
@@ -594,6 +594,21 @@ class Finetune(Train):
     )
     min_answers: int = setting(
         9, "Answers that were given at least so often are classes.", low=1, decides=True, group="Task"
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "Share of the label of a masked token that is spread over all other tokens.",
+        low=0,
+        high=0.9,
+        decides=True,
+        group="Task",
+    )
+    self_critical: bool = setting(
+        False,
+        "Train on captions that the model draws itself, by how much better than its greedy ones they are in CIDEr-D; "
+        "--init is then a run that was trained without.",
+        decides=True,
+        group="Task",
     )
     batch_size: int = _again("batch_size", 64)
     lr: float = _again("lr", 2e-5)

@@ -1,13 +1,14 @@
 """Captioning by the trainer's own loop, on small shards: it learns, goes on where it stopped, and improves itself."""
 
 import csv
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from oscar_common.settings import Train
+from oscar_common.settings import Finetune
 from oscar_train.captioning.exam import make_caption_exam, measure_captions
 from oscar_train.captioning.network import OscarForCaptioning
 from oscar_train.corpus import Corpus
@@ -23,10 +24,11 @@ from oscar_train.tasks.caption import make_task
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def run(out: Path, shards: Path, task=make_task, **given) -> list[dict[str, str]]:
+def run(out: Path, shards: Path, **given) -> list[dict[str, str]]:
     """Train, and return the rows of metrics.csv."""
-    settings = Train(
+    settings = Finetune(
         **{
+            "task": "caption",
             "shards": [str(shards)],
             "out": str(out),
             "steps": 6,
@@ -39,7 +41,7 @@ def run(out: Path, shards: Path, task=make_task, **given) -> list[dict[str, str]
         }
     )
     with watched_signals() as stop:
-        train(settings, [open_source(str(shards), False)], out, stop, (), task)
+        train(settings, [open_source(str(shards), False)], out, stop, (), make_task)
     return rows(out / "metrics.csv")
 
 
@@ -59,8 +61,6 @@ def test_it_learns_and_goes_on_to_the_same_numbers(shards: Path, tmp_path: Path)
     assert losses[-1] < losses[0] - 1
     assert list(rows(tmp_path / "whole" / "evaluation.csv")[-1]) == ["step", "bleu_4", "cider_d", "rouge_l"]
 
-    import shutil
-
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoint-000006")
     assert numbers(run(tmp_path / "again", shards, checkpoint_every=3)) == numbers(whole)
@@ -68,9 +68,10 @@ def test_it_learns_and_goes_on_to_the_same_numbers(shards: Path, tmp_path: Path)
 
 def test_self_critical_training_begins_with_a_captioning_model(shards: Path, tmp_path: Path):
     run(tmp_path / "first", shards, steps=2, eval_fraction=0.0)
-    task = partial(make_task, self_critical=True)
     init = str(tmp_path / "first" / "checkpoint-000002")
-    table = run(tmp_path / "second", shards, task, init=init, steps=2, lr=1e-4, eval_fraction=0.0, batch_size=4)
+    table = run(
+        tmp_path / "second", shards, init=init, self_critical=True, steps=2, lr=1e-4, eval_fraction=0.0, batch_size=4
+    )
     assert [row["step"] for row in table] == ["1", "2"]
     assert "cider_d" in table[0]
     assert "mlm_loss" not in table[0]

@@ -22,16 +22,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("captions") / "shards", make_samples(7))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+def save_model(folder: Path, tokenizer: Tokenizer, feature_dim: int = P, **about: object) -> Path:
+    """A checkpoint of random weights."""
     torch.manual_seed(1)
     config = random_config("tiny", tokenizer.size)
     config.initializer_range = 0.2  # so that it has opinions
-    model = OscarForPreTraining(oscar_config(config, P))
-    folder = tmp_path_factory.mktemp("captions") / "run"
+    model = OscarForPreTraining(oscar_config(config, feature_dim))
     settings = {**checkpoint.identity(Train()), "corpus": "abc"}
-    checkpoint.save(folder, 3, settings, model, torch.optim.SGD(model.parameters()), tokenizer)
+    checkpoint.save(folder, 3, settings, model, torch.optim.SGD(model.parameters()), tokenizer, about=about)
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    return save_model(tmp_path_factory.mktemp("captions") / "run", tokenizer, task="caption")
 
 
 def predict(*arguments: object):
@@ -74,7 +78,7 @@ def test_captions_mention_what_they_are_asked_to(run: Path, shards: Path):
     [
         (["--model", "RUN"], "error: no photos: give a folder of them, --images DIR, or what oscar-extract wrote"),
         (["--model", "nope", "--shards", "SHARDS"], "error: --model nope: no such folder; give that of a model or"),
-        (["--model", "RUN", "--images", "nope"], "error: --images nope: no such folder; give the one that has"),
+        (["--model", "RUN", "--images", "nope"], "error: --images nope: no such folder; give a folder of photos"),
         (["--model", "RUN", "--shards", "nope"], "error: --shards nope: no such folder; give one made by"),
         (["--model", "RUN", "--images", "RUN", "--score"], "error: --score: compares with the captions in --shards"),
         (["--model", "RUN", "--shards", "SHARDS", "--mention", "a|"], "error: --mention 'a|': an empty word; give a"),
@@ -87,8 +91,13 @@ def test_bad_input_gets_one_line(run: Path, shards: Path, arguments: list[str], 
     assert error_line(done).startswith(line)
 
 
-def test_a_model_for_other_features_is_refused(run: Path, tmp_path: Path):
-    other = write_folder(tmp_path / "other", [], feature_dim=40)
-    done = predict("--model", run, "--shards", other)
+def test_a_model_that_was_not_trained_to_write_is_refused(shards: Path, tokenizer: Tokenizer, tmp_path: Path):
+    done = predict("--model", save_model(tmp_path / "run", tokenizer), "--shards", shards)
     assert done.returncode == 2
-    assert f"is for regions of {P} features, these photos' have 40" in error_line(done)
+    assert "pre-trained only; make one with: oscar-finetune caption --init" in error_line(done)
+
+
+def test_a_model_for_other_features_is_refused(shards: Path, tokenizer: Tokenizer, tmp_path: Path):
+    done = predict("--model", save_model(tmp_path / "run", tokenizer, 40, task="caption"), "--shards", shards)
+    assert done.returncode == 2
+    assert f"is for regions of 40 features, these photos' have {P}" in error_line(done)

@@ -14,8 +14,9 @@ from oscar_train.captioning.search import MOST_TOKENS
 from oscar_train.captioning.spelling import spell
 from oscar_train.corpus import Corpus
 from oscar_train.evaluation.measure import Answering
-from oscar_train.reading.regions import RegionReader
+from oscar_train.reading.regions import MAX_REGIONS, RegionReader
 from oscar_train.sampling.draws import EXAM, permutation
+from oscar_train.sampling.shape import Shape
 from oscar_train.sampling.triples import IGNORED
 from oscar_train.stream import Batch, Room, make_room, put_regions
 from oscar_train.texts.phrases import CAPTION
@@ -29,17 +30,22 @@ SEED = 0
 class CaptionExam:
     """N images that captions are asked for.
 
-    triples: int64 [N], the first caption of each. references: all captions of each, as text.
+    triples: int64 [N], the first caption of each. references: all captions of each, as text. regions: the most of each.
     """
 
     corpus: Corpus
     reader: RegionReader
     triples: Ints
     references: list[list[str]]
+    regions: int
 
 
 def make_caption_exam(
-    corpus: Corpus, reader: RegionReader, only: npt.NDArray[np.integer[Any]] | None, images: int
+    corpus: Corpus,
+    reader: RegionReader,
+    only: npt.NDArray[np.integer[Any]] | None,
+    images: int,
+    regions: int = MAX_REGIONS,
 ) -> CaptionExam:
     """Draw images that have captions, the same ones whatever the run. images: how many at most, 0: all.
 
@@ -50,7 +56,13 @@ def make_caption_exam(
     captions = some[corpus.kind[some] == CAPTION]
     first = captions[np.unique(corpus.image[captions], return_index=True)[1]]
     drawn = np.sort(first[permutation(SEED, EXAM, 0, len(first))[: images or len(first)]])
-    return CaptionExam(corpus=corpus, reader=reader, triples=drawn, references=references(corpus, captions, drawn))
+    return CaptionExam(
+        corpus=corpus,
+        reader=reader,
+        triples=drawn,
+        references=references(corpus, captions, drawn),
+        regions=regions,
+    )
 
 
 def references(corpus: Corpus, captions: Ints, triples: Ints) -> list[list[str]]:
@@ -82,7 +94,8 @@ def _written(exam: CaptionExam, answering: Answering) -> Tensor:
     """Return the tokens of all captions, int64 [N, 19], -1 after the end; each rank asks for its share."""
     count = len(exam.triples)
     tokens = torch.zeros(count, MOST_TOKENS, dtype=torch.int64, device=answering.ranks.device)
-    room = make_room(min(answering.size, count), exam.corpus.feature_dim)
+    shape = Shape(regions=exam.regions)
+    room = make_room(min(answering.size, count), exam.corpus.feature_dim, shape=shape)
     for begin, end in answering.shares(count):
         batch = images_with_tags(exam.corpus, exam.reader, exam.triples[begin:end], room.rows(0, end - begin))
         tokens[begin:end] = answering.forward(batch) + 1  # 0 where another rank writes

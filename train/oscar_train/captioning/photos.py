@@ -13,9 +13,11 @@ from oscar_common.errors import OperationError
 from oscar_shards.read import ShardFolder, read_boxes, read_features
 from oscar_train.captioning.layout import laid_out
 from oscar_train.reading.regions import BOX, MAX_REGIONS
+from oscar_train.sampling.sides import Bools, Tokens
 from oscar_train.sampling.triples import IGNORED
 from oscar_train.stream import Batch
 from oscar_train.texts.phrases import MAX_TEXT
+from oscar_train.texts.ragged import Ints
 from oscar_train.texts.tags import Tagging, TagRule
 from oscar_train.texts.tokens import Tokenizer
 
@@ -29,8 +31,14 @@ class Photos:
     batch: Batch
 
 
-def read_photos(folder: ShardFolder, rule: TagRule, tokenizer: Tokenizer, size: int) -> Iterator[Photos]:
-    """Yield all images of a folder in the order of its shards, `size` at a time. rule: which tags are taken.
+def read_photos(
+    folder: ShardFolder, rule: TagRule, tokenizer: Tokenizer, size: int, regions: int = MAX_REGIONS
+) -> Iterator[Photos]:
+    """Yield all images of a folder in the order of its shards, `size` at a time.
+
+    Args:
+        rule: which tags are taken.
+        regions: as many of an image are taken, the first.
 
     Raises:
         OperationError: a shard is gone or cut.
@@ -39,27 +47,31 @@ def read_photos(folder: ShardFolder, rule: TagRule, tokenizer: Tokenizer, size: 
     for rows in folder.table.to_batches(size):
         listed = rows.to_pylist()
         tars = [folder.tars[row["shard"]] for row in listed]
-        yield Photos(listed, tars, _batch(rows, listed, tars, tagging, tokenizer, folder.manifest.detector.feature_dim))
+        text = _text(rows, tagging, tokenizer)
+        yield Photos(listed, tars, _batch(listed, tars, text, folder.manifest.detector.feature_dim, regions))
+
+
+def _text(rows: pa.RecordBatch, tagging: Tagging, tokenizer: Tokenizer) -> tuple[Tokens, Ints, Bools]:
+    """Return the tags of images in their places, as `laid_out` does, without captions."""
+    count = len(rows)
+    tags, _ = tagging(rows)
+    nothing, lengths = np.zeros((count, 0), np.int32), np.zeros(count, np.int64)
+    return laid_out(tokenizer, nothing, lengths, *tags.padded(np.arange(count), MAX_TEXT))
 
 
 def _batch(
-    table: pa.RecordBatch,
     rows: Sequence[dict[str, Any]],
     tars: Sequence[Path],
-    tagging: Tagging,
-    tokenizer: Tokenizer,
+    text: tuple[Tokens, Ints, Bools],
     feature_dim: int,
+    most: int,
 ) -> Batch:
-    count = len(rows)
-    tags, _ = tagging(table)
-    nothing, lengths = np.zeros((count, 0), np.int32), np.zeros(count, np.int64)
-    ids, types, present = laid_out(tokenizer, nothing, lengths, *tags.padded(np.arange(count), MAX_TEXT))
-
-    features = torch.zeros(count, MAX_REGIONS, feature_dim, dtype=torch.float16)
-    z = torch.zeros(count, MAX_REGIONS, BOX)
-    regions = torch.zeros(count, MAX_REGIONS, dtype=torch.bool)
+    count, (ids, types, present) = len(rows), text
+    features = torch.zeros(count, most, feature_dim, dtype=torch.float16)
+    z = torch.zeros(count, most, BOX)
+    regions = torch.zeros(count, most, dtype=torch.bool)
     for number, (row, tar) in enumerate(zip(rows, tars, strict=True)):
-        first = min(row["num_boxes"], MAX_REGIONS)
+        first = min(row["num_boxes"], most)
         if not first:
             continue
         features[number, :first], z[number, :first] = _regions(tar, row, first)

@@ -21,23 +21,25 @@ from oscar_train.evaluation.evaluate import tag_rule_of
 from oscar_train.export import Model, find
 from oscar_train.model import OscarForPreTraining
 from oscar_train.packing import pack
-from oscar_train.reading.regions import POSITIONS
+from oscar_train.reading.regions import MAX_REGIONS, POSITIONS
 from oscar_train.state import HEAD, REGIONS, modules
 from oscar_train.stream import Batch
 from oscar_train.texts.tags import TagRule
 from oscar_train.texts.tokens import Tokenizer
 from oscar_train.weights import position_of
 
+TASK = "caption"
 UNUSED = (HEAD, "bert.pooler")  # which microsoft/Oscar's captioning models lack
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A model in eval mode, what its tokens are, which tags of a photo it takes, and its arithmetic."""
+    """A model in eval mode, its tokens, which tags and how many regions of a photo it takes, and its arithmetic."""
 
     decoder: Decoder
     tokenizer: Tokenizer
     tags: TagRule
+    regions: int
     precision: str
 
 
@@ -81,8 +83,17 @@ def open_writer(path: Path, feature_dim: int, device: str = "auto", precision: s
         raise UsageError(
             f"--model {path}: has {model.config.max_position_embeddings} positions; captions with tags need {TEXT}"
         )
-    network = _network(path, model, feature_dim).to(choose_device(device))
-    return Writer(decoder_of(network, model.tokenizer), model.tokenizer, _tags(model), precision)
+    about = {"task": TASK} if model.made is None else model.made.about
+    if about.get("task") != TASK:
+        kind = f"fine-tuned for {about['task']}" if "task" in about else "pre-trained only"
+        raise UsageError(f"--model {path}: a model that is {kind}; make one with: oscar-finetune {TASK} --init {path}")
+    return Writer(
+        decoder=decoder_of(_network(path, model, feature_dim).to(choose_device(device)), model.tokenizer),
+        tokenizer=model.tokenizer,
+        tags=tag_rule_of(about),
+        regions=int(about.get("regions", MAX_REGIONS)),
+        precision=precision,
+    )
 
 
 def _network(path: Path, model: Model, feature_dim: int) -> OscarForPreTraining:
@@ -95,10 +106,6 @@ def _network(path: Path, model: Model, feature_dim: int) -> OscarForPreTraining:
         )
     network.load_state_dict(model.tensors, strict=False)
     return network.eval()
-
-
-def _tags(model: Model) -> TagRule:
-    return tag_rule_of({} if model.made is None else model.made.about)
 
 
 @torch.no_grad()
@@ -121,7 +128,7 @@ def caption_folder(
         words: that a caption should mention, each with its forms between `|`, like "dog|dogs".
     """
     machine = build_machine([_phrases(writer.tokenizer, word) for word in words], len(words)) if words else FREE
-    for photos in read_photos(folder, writer.tags, writer.tokenizer, batch_size):
+    for photos in read_photos(folder, writer.tags, writer.tokenizer, batch_size, writer.regions):
         machines = [machine] * len(photos.rows) if words else []
         captions = write(writer, photos.batch, machines, beams)
         for row, tar, caption in zip(photos.rows, photos.tars, captions, strict=True):

@@ -1,8 +1,8 @@
 """Captions for one's own photos, from Python.
 
-    from oscar_train.predict.captions import caption
-    for photo in caption("run", images="photos"):
-        print(photo.name, photo.caption)
+from oscar_train.predict.captions import caption
+for photo in caption("run", images="photos"):
+    print(photo.name, photo.caption)
 """
 
 from collections.abc import Iterator, Sequence

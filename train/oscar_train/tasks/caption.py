@@ -9,7 +9,7 @@ import numpy as np
 
 from oscar_common.errors import UsageError
 from oscar_common.progress import plural
-from oscar_common.settings import Train
+from oscar_common.settings import Finetune
 from oscar_train.captioning.exam import NAMES, make_caption_exam, measure_captions, references
 from oscar_train.captioning.layout import MOST_MASKED, TEXT, caption_batch
 from oscar_train.captioning.network import OscarForCaptioning, criterion
@@ -27,24 +27,14 @@ from oscar_train.texts.ragged import Ints
 from oscar_train.texts.tokens import Tokenizer, load_tokenizer
 from oscar_train.weights import Start, build
 
-SHAPE = Shape(tokens=TEXT)
 SHOWN = {"mlm_loss": "mlm_loss", "mlm_accuracy": "mlm_accuracy"}
 SELF_CRITICAL_SHOWN = {"match_accuracy": "cider_d"}
 
 
-def make_task(
-    settings: Train,
-    sources: Sequence[Source] = (),
-    tokenizer: Tokenizer | None = None,
-    label_smoothing: float = 0.0,
-    self_critical: bool = False,
-) -> Task:
-    """Return the training on masked tokens, or self-critical training, which begins with a model trained on these.
-
-    Args:
-        label_smoothing: the share of a masked token's label that is spread over the other tokens.
-    """
+def make_task(settings: Finetune, sources: Sequence[Source] = (), tokenizer: Tokenizer | None = None) -> Task:
+    """Return the training on masked tokens, or self-critical training, which begins with a model trained on these."""
     words, truths = tokenizer or load_tokenizer(None), list[Truth]()
+    self_critical = settings.self_critical
 
     def truth() -> Truth:
         if not truths:
@@ -77,7 +67,7 @@ def make_task(
         )
 
     def evaluation(corpus: Corpus, reader: RegionReader, only: Only) -> Evaluation:
-        exam = make_caption_exam(corpus, reader, only, settings.eval_images)
+        exam = make_caption_exam(corpus, reader, only, settings.eval_images, settings.regions)
         return Evaluation(
             names=NAMES,
             description=f"captions of {plural(len(exam.triples), 'image')}",
@@ -87,26 +77,25 @@ def make_task(
 
     return Task(
         name="caption",
-        shape=SHAPE,
+        shape=Shape(tokens=TEXT, regions=settings.regions),
+        kind=CAPTION,
         composer=make_composer,
         build=make_network,
-        criterion=self_critical_criterion if self_critical else partial(criterion, label_smoothing=label_smoothing),
+        criterion=self_critical_criterion
+        if self_critical
+        else partial(criterion, label_smoothing=settings.label_smoothing),
         shown=SELF_CRITICAL_SHOWN if self_critical else SHOWN,
         evaluation=evaluation,
         most_masked=lambda rows: 0 if self_critical else MOST_MASKED,
-        about={"task": "caption"},
-        identity={"task": "caption"},
+        about={"task": "caption", "regions": settings.regions},
     )
 
 
 def composer(corpus: Corpus) -> Composer:
-    """Return what makes the rows of captions. A question of the corpus is in no loss."""
+    """Return what makes the rows of captions."""
 
     def compose(triples: Ints, seed: int, epoch: int, place: int) -> tuple[TextBatch, Ints]:
-        text = caption_batch(corpus, triples, seed, epoch, place)
-        questions = corpus.kind[triples] != CAPTION
-        text.mlm_labels[questions] = text.match_labels[questions] = IGNORED
-        return text, corpus.image[triples].astype(np.int64)
+        return caption_batch(corpus, triples, seed, epoch, place), corpus.image[triples].astype(np.int64)
 
     return compose
 
@@ -118,8 +107,7 @@ def self_critical_composer(corpus: Corpus) -> Composer:
     def compose(triples: Ints, seed: int, epoch: int, place: int) -> tuple[TextBatch, Ints]:
         text, images = compose_captions(triples, seed, epoch, place)
         text.mlm_labels[:] = IGNORED
-        labels = np.where(text.match_labels == IGNORED, IGNORED, triples)
-        return replace(text, match_labels=labels), images
+        return replace(text, match_labels=triples), images
 
     return compose
 

@@ -25,18 +25,31 @@ never stopped. docs/tasks.md has each task's recipe, and what the papers reached
 """
 NOT_OF_TASKS = ("objective", "variant", "negatives", "whole_word_masking")
 OF_ANSWERS = ("annotations", "min_answers")
+OF_CAPTIONS = ("label_smoothing", "self_critical")
+OF_ROWS = ("text_length", "attention")  # which captions have of their own
 RETRIEVAL = """Train a model to tell whether a caption belongs to an image.
 
 Each caption makes two rows: with its own image, and with a wrong image and its tags, or a wrong caption beside its
 image. Held-out images are found by their captions, and captions by their images (R@1, 5, 10), while training with
 --eval-fraction or --eval-shards, later with oscar-evaluate. oscar-predict search uses the model.
 """
+CAPTION = """Train a model to write captions.
+
+Up to three tokens of each caption are masked; what a token sees of the caption are the tokens before it, so that the
+model can write word by word. Captions of held-out images are written and scored (BLEU-4, CIDEr-D, ROUGE-L) while
+training with --eval-fraction or --eval-shards. Then --self-critical, with --init of that run, trains on CIDEr-D itself.
+oscar-predict caption uses the model.
+"""
 EXAMPLES = MappingProxyType(
     {
         "retrieval": """  oscar-finetune retrieval --init run --shards shards --out search --eval-fraction 0.1
   oscar-finetune retrieval --recipe retrieval-base --init oscar-base --shards coco-shards --out search
   oscar-finetune retrieval --resume search
-"""
+""",
+        "caption": """  oscar-finetune caption --init run --shards shards --out captions --eval-fraction 0.1
+  oscar-finetune caption --init captions --shards shards --out better --self-critical --lr 5e-6 --batch-size 16
+  oscar-finetune caption --resume captions
+""",
     }
 )
 
@@ -94,9 +107,14 @@ def _search(out: Path, settings: Finetune) -> tuple[object, ...]:
     return ("oscar-predict", "search", "--model", out, "--shards", settings.shards[0], "a dog on a beach")
 
 
-MODULES = {"retrieval": "retrieval"}
-NEXT: dict[str, Callable[[Path, Finetune], tuple[object, ...]]] = {"retrieval": _search}
-add_task("retrieval", RETRIEVAL, without=OF_ANSWERS)
+def _caption(out: Path, settings: Finetune) -> tuple[object, ...]:
+    return ("oscar-predict", "caption", "--model", out, "--shards", settings.shards[0])
+
+
+MODULES = {"retrieval": "retrieval", "caption": "caption"}
+NEXT: dict[str, Callable[[Path, Finetune], tuple[object, ...]]] = {"retrieval": _search, "caption": _caption}
+add_task("retrieval", RETRIEVAL, without=(*OF_ANSWERS, *OF_CAPTIONS))
+add_task("caption", CAPTION, without=(*OF_ANSWERS, *OF_ROWS))
 
 
 def main() -> None:
