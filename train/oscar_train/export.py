@@ -81,7 +81,7 @@ def find(path: Path) -> Model:
         UsageError: neither is there, or it is no BERT.
         OperationError: it is a checkpoint that is not whole.
     """
-    made, place = _checkpoint(path), f"FOLDER {path}"
+    made, place = checkpoint_at(path), f"FOLDER {path}"
     folder = path if made is None else made.folder
     start = open_folder(str(path), folder, place)
     config, weights = read(start)
@@ -158,7 +158,7 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
     return model
 
 
-def _checkpoint(path: Path) -> Checkpoint | None:
+def checkpoint_at(path: Path) -> Checkpoint | None:
     """Return the checkpoint that a folder is, or the newest whole one that it has; None if it is another model's."""
     check_model(path)
     if (path / CONFIG).is_file() or (path / RECORD).is_file():

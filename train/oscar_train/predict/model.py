@@ -46,8 +46,10 @@ class TaskModel:
         return scores.float().cpu()
 
 
-def open_model(path: str | Path, task: str, device: str = "auto", precision: str = "fp32") -> TaskModel:
-    """Open a model that was fine-tuned for a task.
+def open_model(
+    path: str | Path, task: str | tuple[str, ...], device: str = "auto", precision: str = "fp32"
+) -> TaskModel:
+    """Open a model that was fine-tuned for a task, or for one of several.
 
     Raises:
         UsageError: there is no model, or it is for something else.
@@ -58,9 +60,10 @@ def open_model(path: str | Path, task: str, device: str = "auto", precision: str
     start = open_folder(str(path), folder, place)
     config, weights = read(start)
     about = _about(folder)
-    if about.get("task", task) != task or not any(name.startswith("classifier.") for name in weights):
+    tasks = (task,) if isinstance(task, str) else task
+    if about.get("task", tasks[0]) not in tasks or not any(name.startswith("classifier.") for name in weights):
         kind = f"fine-tuned for {about['task']}" if about.get("task") else "pre-trained only"
-        raise UsageError(f"{place}: a model that is {kind}; make one with: oscar-finetune {task} --init {path}")
+        raise UsageError(f"{place}: a model that is {kind}; make one with: oscar-finetune {tasks[0]} --init {path}")
 
     position = position_of(config)
     features = int(getattr(config, "img_feature_dim", 0)) - position

@@ -31,12 +31,29 @@ Each caption makes two rows: with its own image, and with a wrong image and its 
 image. Held-out images are found by their captions, and captions by their images (R@1, 5, 10), while training with
 --eval-fraction or --eval-shards, later with oscar-evaluate. oscar-predict search uses the model.
 """
+VQA = """Train a model to answer questions about images.
+
+Questions are those of the shards (oscar-extract --dataset vqa, or oscar-shards texts). Classes are the answers that
+most people gave to at least --min-answers questions, compared as VQA's evaluation does. With --annotations the targets
+are what all ten people answered, else the shards' one answer. oscar-predict answer uses the model.
+"""
+GQA = """Train a model to answer GQA's questions: one answer each, all answers are classes.
+
+Questions are those of the shards (oscar-extract --dataset gqa, or oscar-shards texts). oscar-predict answer uses the
+model.
+"""
 EXAMPLES = MappingProxyType(
     {
+        "vqa": """  oscar-finetune vqa --init run --shards vqa-shards --out vqa --eval-fraction 0.1
+  oscar-finetune vqa --recipe vqa-base --init oscar-base --shards vqa-shards --annotations train.json --out vqa
+""",
+        "gqa": """  oscar-finetune gqa --init run --shards gqa-shards --out gqa --eval-fraction 0.1
+  oscar-finetune gqa --recipe gqa-base --init oscar-base --shards gqa-shards --out gqa
+""",
         "retrieval": """  oscar-finetune retrieval --init run --shards shards --out search --eval-fraction 0.1
   oscar-finetune retrieval --recipe retrieval-base --init oscar-base --shards coco-shards --out search
   oscar-finetune retrieval --resume search
-"""
+""",
     }
 )
 
@@ -94,9 +111,19 @@ def _search(out: Path, settings: Finetune) -> tuple[object, ...]:
     return ("oscar-predict", "search", "--model", out, "--shards", settings.shards[0], "a dog on a beach")
 
 
-MODULES = {"retrieval": "retrieval"}
-NEXT: dict[str, Callable[[Path, Finetune], tuple[object, ...]]] = {"retrieval": _search}
+def _answer(out: Path, settings: Finetune) -> tuple[object, ...]:
+    return ("oscar-predict", "answer", "--model", out, "--shards", settings.shards[0], "what is on the table?")
+
+
+MODULES = {"retrieval": "retrieval", "vqa": "vqa", "gqa": "vqa"}
+NEXT: dict[str, Callable[[Path, Finetune], tuple[object, ...]]] = {
+    "retrieval": _search,
+    "vqa": _answer,
+    "gqa": _answer,
+}
 add_task("retrieval", RETRIEVAL, without=OF_ANSWERS)
+add_task("vqa", VQA)
+add_task("gqa", GQA, without=OF_ANSWERS)
 
 
 def main() -> None:
