@@ -19,8 +19,8 @@ HELP = """Ask a model about images that it was not trained on.
 
 FOLDER is a run of oscar-train (its newest whole checkpoint counts), a checkpoint, an export, or the folder of an Oscar.
 Masked tokens (words, tags and answers), the contrastive head (each class) and retrieval (texts find images and images
-texts, by the head's "matched") are measured. A model of oscar-finetune is asked what its task asks. The numbers are a function of the checkpoint and the shards alone, so
-those of two models compare; a --seed draws other questions.
+texts, by the head's "matched") are measured. A model of oscar-finetune is asked what its task asks. The numbers are a
+function of the checkpoint and the shards alone, so those of two models compare; a --seed draws other questions.
 
 Of shards that the model was trained on, only the images that --eval-fraction held out are asked about.
 """
@@ -79,9 +79,8 @@ def command(
 
     if (task := task_of(path)) is not None:
         if shuffle or controls or flags["objective"]:
-            raise UsageError(
-                f"--shuffle, --controls, --objective: FOLDER {path} is fine-tuned for {task}; leave them out"
-            )
+            given = "--shuffle, --controls, --objective"
+            raise UsageError(f"{given}: FOLDER {path} is fine-tuned for {task}; leave them out")
         evaluate_task(path, task, places, flags.pop("annotations"), flags)
         return
     del flags["annotations"]

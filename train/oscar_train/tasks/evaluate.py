@@ -25,7 +25,7 @@ from oscar_train.tasks.finetune import MODULES
 
 
 def task_of(path: Path) -> str | None:
-    """Return the task that a run or a checkpoint was fine-tuned for; None if it is no fine-tuned one of this project."""
+    """Return the task that a run or a checkpoint was fine-tuned for; None if it is no fine-tuned one of ours."""
     made = checkpoint_at(path)
     return None if made is None else made.about.get("task")
 

@@ -64,6 +64,9 @@ def soft_score(count: int) -> float:
 
 
 def official_score(count: int, people: int) -> float:
-    """Return VQA's accuracy of an answer that `count` of `people` gave: min(n / 3, 1), the mean over leaving out one."""
+    """Return VQA's accuracy of an answer that `count` of `people` gave: min(n / 3, 1), the mean over leaving one out.
+
+    Each of the people is left out once, and the answers of the others are counted.
+    """
     of_others = min((count - 1) / 3, 1.0) * count
     return (of_others + min(count / 3, 1.0) * (people - count)) / people
