@@ -42,10 +42,17 @@ GQA = """Train a model to answer GQA's questions: one answer each, all answers a
 Questions are those of the shards (oscar-extract --dataset gqa, or oscar-shards texts). oscar-predict answer uses the
 model.
 """
+NLVR2 = """Train a model to tell whether a statement is true of two images.
+
+Statements are questions of the shards' left images, whose keys end in -img0, with the answer True or False; the right
+image is the one whose key ends in -img1.
+"""
 EXAMPLES = MappingProxyType(
     {
         "vqa": """  oscar-finetune vqa --init run --shards vqa-shards --out vqa --eval-fraction 0.1
   oscar-finetune vqa --recipe vqa-base --init oscar-base --shards vqa-shards --annotations train.json --out vqa
+""",
+        "nlvr2": """  oscar-finetune nlvr2 --recipe nlvr2-base --init oscar-base --shards nlvr2-shards --out nlvr2
 """,
         "gqa": """  oscar-finetune gqa --init run --shards gqa-shards --out gqa --eval-fraction 0.1
   oscar-finetune gqa --recipe gqa-base --init oscar-base --shards gqa-shards --out gqa
@@ -115,15 +122,28 @@ def _answer(out: Path, settings: Finetune) -> tuple[object, ...]:
     return ("oscar-predict", "answer", "--model", out, "--shards", settings.shards[0], "what is on the table?")
 
 
-MODULES = {"retrieval": "retrieval", "vqa": "vqa", "gqa": "vqa"}
+def _evaluate(out: Path, settings: Finetune) -> tuple[object, ...]:
+    held_out = settings.eval_shards or settings.eval_fraction
+    given = settings.eval_shards or settings.shards
+    return (
+        "oscar-evaluate",
+        out,
+        *(word for place in given for word in ("--shards", place)),
+        *([] if held_out else ["--all"]),
+    )
+
+
+MODULES = {"retrieval": "retrieval", "vqa": "vqa", "gqa": "vqa", "nlvr2": "nlvr2"}
 NEXT: dict[str, Callable[[Path, Finetune], tuple[object, ...]]] = {
     "retrieval": _search,
     "vqa": _answer,
     "gqa": _answer,
+    "nlvr2": _evaluate,
 }
 add_task("retrieval", RETRIEVAL, without=OF_ANSWERS)
 add_task("vqa", VQA)
 add_task("gqa", GQA, without=OF_ANSWERS)
+add_task("nlvr2", NLVR2, without=OF_ANSWERS)
 
 
 def main() -> None:
