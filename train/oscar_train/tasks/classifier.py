@@ -143,12 +143,9 @@ def head_shapes(config: Any, weights: Mapping[str, Tensor]) -> dict[str, torch.S
 
 def with_head(config: Any, weights: Mapping[str, Tensor]) -> Any:
     """Complete a configuration by what the weights of its head show: released folders say little of it."""
-    layers = sorted(
-        {name.removeprefix(CLASSIFIER).rpartition(".")[0] for name in weights if name.startswith(CLASSIFIER)}
-    )
-    first, last = (
-        weights[".".join(filter(None, ("classifier", layer, "weight")))] for layer in (layers[0], layers[-1])
-    )
+    names = [name.removeprefix(CLASSIFIER) for name in weights if name.startswith(CLASSIFIER)]
+    layers = sorted({name.rpartition(".")[0] for name in names})  # "" of a single layer
+    first, last = (weights[f"{CLASSIFIER}{layer}.weight".replace("..", ".")] for layer in (layers[0], layers[-1]))
     return classifier_config(
         config,
         len(last),
