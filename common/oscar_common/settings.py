@@ -586,8 +586,7 @@ class Finetune(Train):
     )
     annotations: list[str] = setting(
         [],
-        "File of VQA's questions or annotations, or of GQA's questions (.json), instead of the questions of the "
-        "shards. May be given again.",
+        "VQA's annotations (.json): what all people answered to the questions of the shards. May be given again.",
         decides=False,
         path=True,
         group="Task",

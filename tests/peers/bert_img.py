@@ -74,8 +74,7 @@ class SelfAttention(nn.Module):
         queries, keys, values = (part(hidden).chunk(self.heads, -1) for part in (self.query, self.key, self.value))
         contexts = []
         for query, key, value in zip(queries, keys, values, strict=True):
-            scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
-            scores = scores + (mask if mask.dim() == 3 else mask[:, None, :])
+            scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1]) + mask
             contexts.append(scores.softmax(-1) @ value)
         return torch.cat(contexts, -1)
 
@@ -146,8 +145,9 @@ class ImageBert(nn.Module):
         if hasattr(self, "LayerNorm"):
             regions = self.LayerNorm(regions)
         hidden = torch.cat([self.embeddings(input_ids, token_type_ids, position_ids), regions], 1)
+        seen = attention_mask if attention_mask.dim() == 3 else attention_mask[:, None, :]
         for layer in self.encoder.layer:
-            hidden = layer(hidden, (1.0 - attention_mask) * UNSEEN)
+            hidden = layer(hidden, (1.0 - seen) * UNSEEN)
         return hidden
 
 

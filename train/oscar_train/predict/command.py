@@ -25,6 +25,9 @@ All photos are first compared with the text by their tags and words; then the mo
 them, and says how many it did not look at. --exhaustive lets it look at all.
 """
 
+ANSWER = """Answer a question about each photo: one line a photo."""
+MARK = b'{\n "model": '  # how the JSON of this command begins
+
 
 @click.group(cls=Group, name="oscar-predict", help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
@@ -69,16 +72,62 @@ def search(text: str | None, path: Path, **flags: Any) -> None:
     """Check the arguments, and only then import torch."""
     if (text is None) == (flags["image"] is None):
         raise UsageError("TEXT: give a text to search for, or --image with a photo, one of the two")
+    _check_photos(flags)
+    if flags["json_file"] is not None:
+        check_output_file(flags["json_file"], "--json", mark=MARK, overwrite=flags["overwrite"])
+    if flags["html"] is not None:
+        from oscar_shards.pages.page import MARK as PAGE
+
+        check_output_file(flags["html"], "--html", mark=PAGE, overwrite=flags["overwrite"])
+    _search(text, path, **flags)
+
+
+@command.command(
+    help=ANSWER,
+    context_settings={"max_content_width": 110},
+    epilog=examples("oscar-predict", 'answer --model vqa-run --images ~/photos "what colour is the cup?"'),
+)
+@click.argument("question")
+@click.option("--model", "path", type=PATH, required=True, help="A run of oscar-finetune vqa or gqa, or a checkpoint.")
+@click.option("--shards", multiple=True, type=PATH, help="Folder of shards with the photos. May be given again.")
+@click.option("--images", type=PATH, help="Folder of photos, whose regions are extracted first (once).")
+@click.option("--detector", default="builtin", show_default=True, help="For what is extracted; see oscar-extract.")
+@click.option("--limit", type=click.IntRange(1), help="Photos, at most, the first. [default: all]")
+@click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write the answers to a file, too.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --json even if this command did not write it.")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where to compute.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Arithmetic.")
+@click.option("--cache", type=PATH, help="Folder for what is extracted. [default: ~/.cache/oscar-pretrain]")
+def answer(question: str, path: Path, **flags: Any) -> None:
+    """Check the arguments, and only then import torch."""
+    _check_photos(flags)
+    if flags["json_file"] is not None:
+        check_output_file(flags["json_file"], "--json", mark=MARK, overwrite=flags["overwrite"])
+    from oscar_train.predict.answer import answers
+    from oscar_train.predict.model import open_model
+    from oscar_train.predict.photos import open_photos
+
+    model = open_model(path, ("vqa", "gqa"), flags["device"], flags["precision"])
+    photos = open_photos(_places(flags), model)
+    found = answers(model, photos, question, flags["limit"])
+    for one in found:
+        print(f"{one.path}: {one.answer} ({one.probability:.1%})")
+    if flags["json_file"] is not None:
+        _write(flags["json_file"], {"model": str(model.folder), "query": question, "answers": list(map(vars, found))})
+
+
+def _check_photos(flags: dict[str, Any]) -> None:
     if bool(flags["shards"]) == bool(flags["images"]):
         raise UsageError("--shards is missing: give the folder of shards with the photos, or --images with the photos")
-    mark = b'{\n "model": '
-    if flags["json_file"] is not None:
-        check_output_file(flags["json_file"], "--json", mark=mark, overwrite=flags["overwrite"])
-    if flags["html"] is not None:
-        from oscar_shards.pages.page import MARK
 
-        check_output_file(flags["html"], "--html", mark=MARK, overwrite=flags["overwrite"])
-    _search(text, path, **flags)
+
+def _places(flags: dict[str, Any]) -> list[Path]:
+    """Return the folders of shards, extracted now if photos were given."""
+    from oscar_train.predict.photos import extract
+
+    if flags["images"] is None:
+        return list(flags["shards"])
+    return [extract(flags["images"], flags["cache"], flags["detector"])]
 
 
 def _search(text: str | None, path: Path, **flags: Any) -> None:
@@ -89,10 +138,7 @@ def _search(text: str | None, path: Path, **flags: Any) -> None:
     from oscar_train.predict.search import search_texts
 
     model = open_model(path, "retrieval", flags["device"], flags["precision"])
-    places = list(flags["shards"])
-    if flags["images"] is not None:
-        places = [extract(flags["images"], flags["cache"], flags["detector"])]
-    photos = open_photos(places, model)
+    photos = open_photos(_places(flags), model)
     candidates = None if flags["exhaustive"] else flags["candidates"]
     asked = photos
     if text is not None:
@@ -114,7 +160,8 @@ def _search(text: str | None, path: Path, **flags: Any) -> None:
             "--exhaustive looks at all"
         )
     if flags["json_file"] is not None:
-        _write(flags["json_file"], model.folder, title, found)
+        content = {"model": str(model.folder), "query": title, "scored": found.scored, "total": found.total}
+        _write(flags["json_file"], {**content, "matches": list(map(vars, found.matches))})
     if flags["html"] is not None:
         write_page(flags["html"], model, asked, found, title, flags["photos"] or flags["images"])
         print(f"{flags['html']}: {len(found.matches)} results, with what carried them")
@@ -135,17 +182,10 @@ def _table(found: Any, by_text: bool) -> Table:
     return shown
 
 
-def _write(path: Path, folder: Path, title: str, found: Any) -> None:
+def _write(path: Path, content: dict[str, Any]) -> None:
     """Write the results as JSON."""
     from oscar_common.files import replacing
 
-    content = {
-        "model": str(folder),
-        "query": title,
-        "scored": found.scored,
-        "total": found.total,
-        "matches": [vars(match) for match in found.matches],
-    }
     with replacing(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 

@@ -17,7 +17,7 @@ from oscar_train.model import oscar_config
 from oscar_train.sampling.shape import Shape
 from oscar_train.state import TIED, fitting, modules
 from oscar_train.stream import Batch
-from oscar_train.tasks.classifier import OscarForClassification, classifier_config
+from oscar_train.tasks.classifier import OscarForClassification, is_classifier, with_head
 from oscar_train.texts.tags import TagRule
 from oscar_train.texts.tokens import Tokenizer
 from oscar_train.weights import newest_model, open_folder, position_of, read
@@ -46,8 +46,10 @@ class TaskModel:
         return scores.float().cpu()
 
 
-def open_model(path: str | Path, task: str, device: str = "auto", precision: str = "fp32") -> TaskModel:
-    """Open a model that was fine-tuned for a task.
+def open_model(
+    path: str | Path, task: str | tuple[str, ...], device: str = "auto", precision: str = "fp32"
+) -> TaskModel:
+    """Open a model that was fine-tuned for a task, or for one of several.
 
     Raises:
         UsageError: there is no model, or it is for something else.
@@ -58,13 +60,14 @@ def open_model(path: str | Path, task: str, device: str = "auto", precision: str
     start = open_folder(str(path), folder, place)
     config, weights = read(start)
     about = _about(folder)
-    if about.get("task", task) != task or not any(name.startswith("classifier.") for name in weights):
+    tasks = (task,) if isinstance(task, str) else task
+    if about.get("task", tasks[0]) not in tasks or not is_classifier(weights):
         kind = f"fine-tuned for {about['task']}" if about.get("task") else "pre-trained only"
-        raise UsageError(f"{place}: a model that is {kind}; make one with: oscar-finetune {task} --init {path}")
+        raise UsageError(f"{place}: a model that is {kind}; make one with: oscar-finetune {tasks[0]} --init {path}")
 
     position = position_of(config)
     features = int(getattr(config, "img_feature_dim", 0)) - position
-    network = OscarForClassification(_with_head(oscar_config(config, features, position), weights))
+    network = OscarForClassification(with_head(oscar_config(config, features, position), weights))
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     taken = fitting(weights, expected, place)
     if lost := expected.keys() - taken.keys() - {TIED}:
@@ -105,19 +108,3 @@ def _about(folder: Path) -> dict[str, Any]:
         return whole(folder).about
     except ValueError as error:
         raise OperationError(f"--model {folder}: is damaged ({error}); give another checkpoint of the run") from None
-
-
-def _with_head(config: Any, weights: dict[str, Tensor]) -> Any:
-    """Complete a configuration by what the weights of its head show: released folders say little."""
-    layers = sorted({name.removeprefix("classifier.").rpartition(".")[0] for name in weights if "classifier." in name})
-    last = weights["classifier." + (f"{layers[-1]}." if layers[-1] else "") + "weight"]
-    first = weights["classifier." + (f"{layers[0]}." if layers[0] else "") + "weight"]
-    return classifier_config(
-        config,
-        len(last),
-        loss=getattr(config, "loss_type", "sfmx"),
-        attention=getattr(config, "attention", "full"),
-        classifier="mlp" if len(layers) > 1 else "linear",
-        scale=len(first) // config.hidden_size if len(layers) > 1 else 2,
-        choices=first.shape[1] // config.hidden_size,
-    )

@@ -50,7 +50,7 @@ def _row(model: TaskModel, photos: Photos, match: Match, rank: int) -> tuple[Pat
 def _body(title: str, found: Found, figures: Iterator[str]) -> Iterator[str]:
     yield f"<h1>{text(title)}</h1>\n"
     yield (
-        f'<p class="lead">The model looked at {found.scored:,} of {found.total:,}. The number at a region says how much '
-        "the match falls when that region is left out, beside the one that it falls most without.</p>\n"
+        f'<p class="lead">The model looked at {found.scored:,} of {found.total:,}. The number at a region says '
+        "how much the match falls without that region, as a share of the largest such fall.</p>\n"
     )
     yield from figures

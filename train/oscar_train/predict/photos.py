@@ -64,8 +64,8 @@ def open_photos(places: str | Path | Sequence[str | Path], model: TaskModel, fla
         given = folder.manifest.detector.feature_dim
         if given != model.feature_dim:
             raise UsageError(
-                f"{flag} {folder.folder}: its regions have {given} features, the model is for {model.feature_dim}; give "
-                "shards of the detector that the model was trained with"
+                f"{flag} {folder.folder}: its regions have {given} features, the model is for {model.feature_dim}; "
+                "give shards of the detector that the model was trained with"
             )
     tables = [f.table.append_column("folder", pa.array(np.full(len(f.table), n))) for n, f in enumerate(folders)]
     table = pa.concat_tables(tables).combine_chunks()

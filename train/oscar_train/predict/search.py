@@ -23,53 +23,8 @@ from oscar_train.texts.ragged import Ints, Ragged
 CANDIDATES = 200
 CHUNK = 64  # rows that the model sees at once
 FUNCTION_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "by",
-        "for",
-        "from",
-        "has",
-        "have",
-        "he",
-        "her",
-        "his",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "next",
-        "of",
-        "off",
-        "on",
-        "one",
-        "onto",
-        "or",
-        "out",
-        "over",
-        "she",
-        "some",
-        "that",
-        "the",
-        "their",
-        "them",
-        "there",
-        "they",
-        "this",
-        "to",
-        "two",
-        "under",
-        "up",
-        "while",
-        "who",
-        "with",
-    ]
+    """a an and are as at be by for from has have he her his in into is it its next of off on one onto or out over she
+    some that the their them there they this to two under up while who with""".split()  # noqa: SIM905  # prose
 )
 
 Floats = npt.NDArray[np.float32]
@@ -131,7 +86,7 @@ def search(
         chosen = np.sort(np.argsort(-likeness(model, photos.tags, words[0]), kind="stable")[:candidates])
     found = probabilities(model, photos, chosen, words)
     best = np.argsort(-found, kind="stable")[:limit]
-    paths = photos.table["path"].take(pa_indices(chosen[best])).to_pylist()
+    paths = photos.table["path"].take(chosen[best]).to_pylist()
     matches = [
         Match(photo=int(chosen[n]), path=str(path), text=text, probability=float(found[n]))
         for n, path in zip(best, paths, strict=True)
@@ -233,20 +188,14 @@ def contributions(model: TaskModel, photos: Photos, match: Match) -> tuple[Float
     return falls[:count].numpy(), of_tags
 
 
-def pa_indices(numbers: Ints) -> Ints:
-    """Return numbers as pyarrow's take wants them."""
-    return numbers.astype(np.int64)
-
-
 def _chunks(batch: Batch) -> range:
     return range(0, len(batch.triples), CHUNK)
 
 
 def _repeated(batch: Batch, count: int) -> Batch:
     """Return the one row of a batch so many times."""
-    return replace(
-        batch, **{name: tensor.repeat(count, *[1] * (tensor.dim() - 1)) for name, tensor in vars(batch).items()}
-    )
+    rows = torch.zeros(count, dtype=torch.int64)
+    return replace(batch, **{name: tensor.index_select(0, rows) for name, tensor in vars(batch).items()})
 
 
 def _tag_places(model: TaskModel, batch: Batch) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Names and shapes are those of microsoft/Oscar's ImageBertForSequenceClassificati
 fine-tuned checkpoints go both ways.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from oscar_common.settings import Finetune
 from oscar_train.dropout import keep, token_bits
 from oscar_train.model import Attention, OscarModel, initialise
 from oscar_train.packing import Packed
+from oscar_train.state import CLASSIFIER
 from oscar_train.weights import Start, build
 
 POOLED = 4096  # the place of this dropout in the network; those of the encoder have smaller numbers
@@ -124,4 +126,32 @@ def build_classifier(
         attention_dropout=settings.attention_dropout,
         begin=begin,
         network=network,
+    )
+
+
+def is_classifier(weights: Mapping[str, Tensor]) -> bool:
+    """Whether weights are those of a fine-tuned model with a head of this module."""
+    return any(name.startswith(CLASSIFIER) for name in weights)
+
+
+def head_shapes(config: Any, weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the tensors of a fine-tuned model, in the order of its files; `config` gets the fields of its head."""
+    with torch.device("meta"):
+        network = OscarForClassification(with_head(config, weights))
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def with_head(config: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Complete a configuration by what the weights of its head show: released folders say little of it."""
+    names = [name.removeprefix(CLASSIFIER) for name in weights if name.startswith(CLASSIFIER)]
+    layers = sorted({name.rpartition(".")[0] for name in names})  # "" of a single layer
+    first, last = (weights[f"{CLASSIFIER}{layer}.weight".replace("..", ".")] for layer in (layers[0], layers[-1]))
+    return classifier_config(
+        config,
+        len(last),
+        loss=getattr(config, "loss_type", "sfmx"),
+        attention=getattr(config, "attention", "full"),
+        classifier="mlp" if len(layers) > 1 else "linear",
+        scale=len(first) // config.hidden_size if len(layers) > 1 else 2,
+        choices=first.shape[1] // config.hidden_size,
     )

@@ -33,6 +33,22 @@ Each caption makes two rows: with its own image, and with a wrong image and its 
 image. Held-out images are found by their captions, and captions by their images (R@1, 5, 10), while training with
 --eval-fraction or --eval-shards, later with oscar-evaluate. oscar-predict search uses the model.
 """
+VQA = """Train a model to answer questions about images.
+
+Questions are those of the shards (oscar-extract --dataset vqa, or oscar-shards texts). Classes are the answers that
+most people gave to at least --min-answers questions, compared as VQA's evaluation does. With --annotations the targets
+are what all ten people answered, else the shards' one answer. oscar-predict answer uses the model.
+"""
+GQA = """Train a model to answer GQA's questions: one answer each, all answers are classes.
+
+Questions are those of the shards (oscar-extract --dataset gqa, or oscar-shards texts). oscar-predict answer uses the
+model.
+"""
+NLVR2 = """Train a model to tell whether a statement is true of two images.
+
+Statements are questions of the shards' left images, whose keys end in -img0, with the answer True or False; the right
+image is the one whose key ends in -img1.
+"""
 CAPTION = """Train a model to write captions.
 
 Up to three tokens of each caption are masked; what a token sees of the caption are the tokens before it, so that the
@@ -42,6 +58,14 @@ oscar-predict caption uses the model.
 """
 EXAMPLES = MappingProxyType(
     {
+        "vqa": """  oscar-finetune vqa --init run --shards vqa-shards --out vqa --eval-fraction 0.1
+  oscar-finetune vqa --recipe vqa-base --init oscar-base --shards vqa-shards --annotations train.json --out vqa
+""",
+        "nlvr2": """  oscar-finetune nlvr2 --recipe nlvr2-base --init oscar-base --shards nlvr2-shards --out nlvr2
+""",
+        "gqa": """  oscar-finetune gqa --init run --shards gqa-shards --out gqa --eval-fraction 0.1
+  oscar-finetune gqa --recipe gqa-base --init oscar-base --shards gqa-shards --out gqa
+""",
         "retrieval": """  oscar-finetune retrieval --init run --shards shards --out search --eval-fraction 0.1
   oscar-finetune retrieval --recipe retrieval-base --init oscar-base --shards coco-shards --out search
   oscar-finetune retrieval --resume search
@@ -107,13 +131,37 @@ def _search(out: Path, settings: Finetune) -> tuple[object, ...]:
     return ("oscar-predict", "search", "--model", out, "--shards", settings.shards[0], "a dog on a beach")
 
 
+def _answer(out: Path, settings: Finetune) -> tuple[object, ...]:
+    return ("oscar-predict", "answer", "--model", out, "--shards", settings.shards[0], "what is on the table?")
+
+
+def _evaluate(out: Path, settings: Finetune) -> tuple[object, ...]:
+    held_out = settings.eval_shards or settings.eval_fraction
+    given = settings.eval_shards or settings.shards
+    return (
+        "oscar-evaluate",
+        out,
+        *(word for place in given for word in ("--shards", place)),
+        *([] if held_out else ["--all"]),
+    )
+
+
 def _caption(out: Path, settings: Finetune) -> tuple[object, ...]:
     return ("oscar-predict", "caption", "--model", out, "--shards", settings.shards[0])
 
 
-MODULES = {"retrieval": "retrieval", "caption": "caption"}
-NEXT: dict[str, Callable[[Path, Finetune], tuple[object, ...]]] = {"retrieval": _search, "caption": _caption}
+MODULES = {"retrieval": "retrieval", "vqa": "vqa", "gqa": "vqa", "nlvr2": "nlvr2", "caption": "caption"}
+NEXT: dict[str, Callable[[Path, Finetune], tuple[object, ...]]] = {
+    "retrieval": _search,
+    "vqa": _answer,
+    "gqa": _answer,
+    "nlvr2": _evaluate,
+    "caption": _caption,
+}
 add_task("retrieval", RETRIEVAL, without=(*OF_ANSWERS, *OF_CAPTIONS))
+add_task("vqa", VQA, without=OF_CAPTIONS)
+add_task("gqa", GQA, without=(*OF_ANSWERS, *OF_CAPTIONS))
+add_task("nlvr2", NLVR2, without=(*OF_ANSWERS, *OF_CAPTIONS))
 add_task("caption", CAPTION, without=(*OF_ANSWERS, *OF_ROWS))
 
 

@@ -47,8 +47,13 @@ _CANDIDATES = slice(_DROPOUT.stop, _DROPOUT.stop + TRIES)
 _WIDTH = -(-_CANDIDATES.stop // 4) * 4
 
 
-def make_task(settings: Finetune, sources: Sequence[Source] = (), tokenizer: Tokenizer | None = None) -> Task:
-    """Return retrieval as the settings say."""
+def make_task(
+    settings: Finetune,
+    sources: Sequence[Source] = (),
+    tokenizer: Tokenizer | None = None,
+    names: Sequence[str] = (),
+) -> Task:
+    """Return retrieval as the settings say; it needs nothing else."""
     shape = Shape(rows=ROWS, labels=ROWS, tokens=settings.text_length, regions=settings.regions)
     return Task(
         name="retrieval",
