@@ -47,14 +47,18 @@ def make_task(settings: Finetune, sources: Sequence[Source] = (), tokenizer: Tok
         truths.append(make_truth(corpus, only))
         return self_critical_composer(corpus)
 
+    def network_of(config: Any) -> OscarForCaptioning:
+        if settings.dropout is not None:
+            config.hidden_dropout_prob = settings.dropout
+        if self_critical:
+            return SelfCriticalOscar(config, words, truth)
+        return OscarForCaptioning(config, words)
+
     def make_network(start: Start, feature_dim: int, begin: Any) -> tuple[OscarForCaptioning, str]:
         if start.config.max_position_embeddings < TEXT:
             raise UsageError(
                 f"{start.place}: has {start.config.max_position_embeddings} positions; captions with tags need {TEXT}"
             )
-        network: Any = partial(OscarForCaptioning, tokenizer=words)
-        if self_critical:
-            network = partial(SelfCriticalOscar, tokenizer=words, truth=truth)
         return build(
             start,
             feature_dim,
@@ -63,7 +67,7 @@ def make_task(settings: Finetune, sources: Sequence[Source] = (), tokenizer: Tok
             position=settings.region_position,
             attention_dropout=settings.attention_dropout,
             begin=begin,
-            network=network,
+            network=network_of,
         )
 
     def evaluation(corpus: Corpus, reader: RegionReader, only: Only) -> Evaluation:

@@ -71,7 +71,8 @@ EXAMPLES = MappingProxyType(
   oscar-finetune retrieval --resume search
 """,
         "caption": """  oscar-finetune caption --init run --shards shards --out captions --eval-fraction 0.1
-  oscar-finetune caption --init captions --shards shards --out better --self-critical --lr 5e-6 --batch-size 16
+  oscar-finetune caption --recipe caption-base --init oscar-base --shards coco-shards --out captions
+  oscar-finetune caption --recipe caption-cider-base --init captions --shards coco-shards --out better
   oscar-finetune caption --resume captions
 """,
     }
