@@ -14,7 +14,7 @@ from small_shards import make_samples, write_folder
 from support import error_line, run_here
 
 from oscar_common.sample import Sample
-from oscar_train.predict.command import command as PREDICT
+from oscar_train.predict_command import command as PREDICT
 from oscar_train.predict.model import TaskModel, open_model
 from oscar_train.predict.photos import Photos, open_photos
 from oscar_train.predict.search import likeness, score, search
