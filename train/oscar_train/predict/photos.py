@@ -92,7 +92,8 @@ def make_batch(model: TaskModel, photos: Photos, which: Ints, text: Ragged) -> B
             features, boxes = read_features(tar, entry), read_boxes(tar, entry)
         except (OSError, ValueError):
             raise OperationError(f"{tar}: image {entry['key']} cannot be read; see: oscar-shards verify") from None
-        count = min(len(boxes), model.shape.regions)
+        if not (count := min(len(boxes), model.shape.regions)):
+            continue
         size = np.array([entry["width"], entry["height"]] * 2, np.float32).clip(1)
         place = boxes[:count] / size
         batch.features[row, :count] = torch.from_numpy(features[:count].astype(np.float16))
