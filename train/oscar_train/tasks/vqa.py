@@ -5,7 +5,7 @@ binary cross-entropy times the number of classes. GQA: one answer a question, cr
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -54,6 +54,7 @@ class Targets:
     classes: Tensor
     soft: Tensor
     official: Tensor
+    _moved: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, corpus: Corpus) -> Ints:
         """Return the row of each triple of a corpus, int64 [T]."""
@@ -64,12 +65,18 @@ class Targets:
         ]
         return np.concatenate(rows)
 
-    def of(self, scores: Tensor, rows: Tensor) -> Tensor:
-        """Return the scores of classes as a table, float32 [B, classes], for some rows of `soft` or `official`."""
-        classes = self.classes.to(rows.device)[rows]
+    def of(self, which: str, rows: Tensor) -> Tensor:
+        """Return the `soft` or `official` scores of all classes for some rows, float32 [B, classes]."""
+        classes = self._on(rows.device, "classes")[rows]
         table = torch.zeros(len(rows), len(self.names) + 1, device=rows.device)
-        table.scatter_(1, classes.where(classes >= 0, len(self.names)), scores.to(rows.device)[rows])
+        table.scatter_(1, classes.where(classes >= 0, len(self.names)), self._on(rows.device, which)[rows])
         return table[:, :-1]
+
+    def _on(self, device: torch.device, name: str) -> Tensor:
+        """Return one of the tables on a device, copied there once."""
+        if (device, name) not in self._moved:
+            self._moved[device, name] = getattr(self, name).to(device)
+        return self._moved[device, name]
 
 
 def make_task(settings: Finetune, sources: Sequence[Source], tokenizer: Tokenizer, names: Sequence[str] = ()) -> Task:
@@ -178,7 +185,7 @@ def criterion(scores: Tensor, batch: Packed, *, targets: Targets, loss: str) -> 
     """
     known = batch.match_labels != IGNORED
     rows = batch.match_labels.clamp(min=0)
-    soft = targets.of(targets.soft, rows) * known[:, None]
+    soft = targets.of("soft", rows) * known[:, None]
     if loss == "bce":
         each = binary_cross_entropy_with_logits(scores.float(), soft, reduction="none").sum(1)
     else:
@@ -225,7 +232,7 @@ def measure_answers(samples: Samples, targets: Targets, answering: Answering) ->
         sums, _ = samples.criterion(scores, pack(batch, device))
         best = scores.argmax(1, keepdim=True)
         rows = rows_of_triples[batch.triples].to(device)
-        gained = [targets.of(table, rows).gather(1, best).sum() for table in (targets.soft, targets.official)]
+        gained = [targets.of(name, rows).gather(1, best).sum() for name in ("soft", "official")]
         labels = (batch.match_labels != IGNORED).sum().to(device)
         numbers = (sums[1], labels, *gained, torch.tensor(float(end - begin), device=device))
         totals += torch.stack([number.double() for number in numbers])
