@@ -89,7 +89,7 @@ def test_annotations_of_another_form_are_one_line(tmp_path: Path):
 
 
 def test_questions_stand_where_the_corpus_has_them(tmp_path: Path, tokenizer: Tokenizer):
-    """With the files of VQA laid over the shards: the same triples, the same answers, ten people where they are known."""
+    """With the files of VQA laid over the shards: the same triples, the same answers, and ten people."""
     shards = write_task_shards("vqa", tmp_path / "shards")
     asked = [{"question_id": n, "image_id": f"{n}.jpg", "question": f"Is it {n}?"} for n in range(0, 24, 2)]
     told = [
