@@ -58,14 +58,14 @@ def open_photos(places: str | Path | Sequence[str | Path], model: TaskModel, fla
     Raises:
         UsageError: a folder is missing or unfinished, or the model is for other features.
     """
-    listed = [places] if isinstance(places, str | Path) else places
-    folders = tuple(open_folder(Path(place), flag) for place in listed)
+    folders_given = [places] if isinstance(places, str | Path) else places
+    folders = tuple(open_folder(Path(place), flag) for place in folders_given)
     for folder in folders:
-        given = folder.manifest.detector.feature_dim
-        if given != model.feature_dim:
+        feature_dim = folder.manifest.detector.feature_dim
+        if feature_dim != model.feature_dim:
             raise UsageError(
-                f"{flag} {folder.folder}: its regions have {given} features, the model is for {model.feature_dim}; "
-                "give shards of the detector that the model was trained with"
+                f"{flag} {folder.folder}: its regions have {feature_dim} features, the model is for "
+                f"{model.feature_dim}; give shards of the detector that the model was trained with"
             )
     tables = [f.table.append_column("folder", pa.array(np.full(len(f.table), n))) for n, f in enumerate(folders)]
     table = pa.concat_tables(tables).combine_chunks()
