@@ -140,7 +140,7 @@ def _search(text: str | None, path: Path, **flags: Any) -> None:
     if text is not None:
         result = find(model, photos, text, limit=flags["limit"], candidates=candidates)
     else:
-        number = photos.find(str(flags["image"]))
+        number = photos.find_file(flags["image"])
         if number is None:
             shards = extract(flags["image"], flags["cache"], flags["detector"], "--image")
             searched, number = open_photos(shards, model), 0

@@ -14,7 +14,7 @@ import torch
 from xxhash import xxh3_64_hexdigest
 
 from oscar_common.errors import OperationError, UsageError
-from oscar_common.files import cache_folder, no_folder, temporary
+from oscar_common.files import cache_folder, no_folder, sha256, temporary
 from oscar_shards.read import ShardFolder, open_folder, read_boxes, read_features
 from oscar_train.predict.model import TaskModel
 from oscar_train.stream import Batch, make_room
@@ -41,6 +41,14 @@ class Photos:
         """Return the tar of a photo, and its row of the index."""
         row = self.table.slice(photo, 1).to_pylist()[0]
         return self.folders[row["folder"]].tars[row["shard"]], row
+
+    def find_file(self, path: Path) -> int | None:
+        """Return the photo that is this file, by its bytes; of a file that is not there, see `find`."""
+        if not path.is_file():
+            return self.find(str(path))
+        hashes = self.table["sha256"].to_pylist()
+        content = sha256(path)
+        return hashes.index(content) if content in hashes else None
 
     def find(self, name: str) -> int | None:
         """Return the photo with this key, path or file name; None if there is none."""

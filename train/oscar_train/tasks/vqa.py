@@ -96,7 +96,7 @@ def make_task(settings: Finetune, sources: Sequence[Source], tokenizer: Tokenize
     names = names or common_answers(best_answers, least)
     if not names:
         raise UsageError(
-            f"--min-answers {least}: none of the {len(best_answers):,} questions of --shards has an answer that is given "
+            f"--min-answers {least}: none of the {len(best_answers):,} questions of --shards has an answer given "
             "so often; give fewer, or other shards"
         )
     targets = make_targets(names, {source.place: rows for source, rows in zip(sources, questions, strict=True)})
