@@ -1,7 +1,6 @@
 """The command `oscar-predict`: fine-tuned models at work on people's own photos."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

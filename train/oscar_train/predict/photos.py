@@ -46,7 +46,7 @@ class Photos:
         """Return the photo that is this file, by its bytes; of a file that is not there, see `find`."""
         if not path.is_file():
             return self.find(str(path))
-        hashes = self.table["sha256"].to_pylist()
+        hashes: list[str] = self.table["sha256"].to_pylist()
         content = sha256(path)
         return hashes.index(content) if content in hashes else None
 

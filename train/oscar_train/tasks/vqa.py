@@ -128,7 +128,8 @@ def _build(
 def make_targets(names: Sequence[str], sources: Mapping[str, Sequence[Question | None]]) -> Targets:
     """Look up which classes answer each question, and how well."""
     number = {name: position for position, name in enumerate(names)}
-    first, rows = {}, []
+    first: dict[str, int] = {}
+    rows: list[list[tuple[int, float, float]]] = []
     for place, triples in sources.items():
         first[place] = len(rows)
         rows += [_scores(question, number) if question else [] for question in triples]
