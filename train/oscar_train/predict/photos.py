@@ -53,7 +53,7 @@ class Photos:
     def find(self, name: str) -> int | None:
         """Return the photo with this key, path or file name; None if there is none."""
         for column in ("key", "path"):
-            values = self.table[column].to_pylist()
+            values: list[str] = self.table[column].to_pylist()
             if name in values:
                 return values.index(name)
         names = [str(path).rpartition("/")[2] for path in self.table["path"].to_pylist()]
