@@ -153,9 +153,7 @@ def settings_command(
                 layer = vars(resumed(resume))
             else:
                 layer = _pipeline(catalog, pipeline, stage) if pipeline is not None else {}
-            settings = _resolve(schema, catalog, layer, said)
-            _check_fixed(settings, fixed)
-            settings = dataclasses.replace(settings, **fixed)
+            settings = _resolve(schema, catalog, layer, {**said, **fixed})
             _check_paths(settings)
             function(settings, catalog)
 
@@ -313,6 +311,7 @@ def _resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dic
     """Return settings of which a recipe's values are the lowest layer, a pipeline's the next, and flags the highest."""
     recipe = said.get("recipe") or layer.get("recipe")
     lowest = {} if recipe is None else vars(_recipe(catalog, recipe, schema))
+    _check_task(recipe, lowest, said)
     return schema(**{**lowest, **layer, **said})
 
 
@@ -325,13 +324,11 @@ def _check_paths(settings: Any) -> None:
                 check_local(path, f"--{field.name.replace('_', '-')}")
 
 
-def _check_fixed(settings: Any, fixed: Mapping[str, Any]) -> None:
-    """Refuse settings of a recipe or a run that are another command's."""
-    for name, value in fixed.items():
-        given = getattr(settings, name)
-        is_said = settings.recipe is not None and given != value
-        if is_said:
-            raise UsageError(f"--recipe {settings.recipe}: it is for {name} {given}; give one for {value}")
+def _check_task(recipe: str | None, values: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """Refuse the recipe of another task."""
+    task = said.get("task")
+    if task is not None and values.get("task", task) != task:
+        raise UsageError(f"--recipe {recipe}: it is for task {values['task']}; give one for {task}")
 
 
 def _recipe(catalog: Catalog, name: str, schema: type[Any]) -> Any:

@@ -17,7 +17,7 @@ from support import error_line, run_here
 from task_shards import write_task_shards
 
 from oscar_train.evaluation.command import command as EVALUATE
-from oscar_train.predict.command import command as PREDICT
+from oscar_train.predict_command import command as PREDICT
 from oscar_train.tasks.finetune import command as FINETUNE
 
 finetune, predict = partial(run_here, FINETUNE), partial(run_here, PREDICT)

@@ -49,7 +49,7 @@ def released(folder: Path, classifier: str, labels: int, scale: int, choices: in
 def two_texts(batch: Batch) -> Batch:
     """The batch with the token types of two texts, one after the other."""
     lengths = batch.attention_mask.sum(1, keepdim=True)
-    types = (torch.arange(TOKENS) >= lengths // 2) & batch.attention_mask
+    types = (torch.arange(TOKENS) >= (lengths // 2).clamp(min=1)) & batch.attention_mask
     return replace(batch, token_type_ids=types.long())
 
 

@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+from support import SHARDS, run_here
 from task_shards import write_task_shards
 
 from oscar_common.errors import UsageError
 from oscar_common.settings import Finetune
+from oscar_train.corpus import open_corpus
 from oscar_train.sources import open_source
-from oscar_train.tasks.questions import Question, read_people
+from oscar_train.tasks.questions import Question, read_people, read_questions
 from oscar_train.tasks.vqa import make_targets, make_task
 from oscar_train.tasks.vqa_text import common_answers, normalised, official_score, soft_score
+from oscar_train.texts.phrases import QA
 from oscar_train.texts.tokens import Tokenizer
 
 
@@ -83,3 +86,30 @@ def test_annotations_of_another_form_are_one_line(tmp_path: Path):
     (tmp_path / "captions.json").write_text('{"annotations": [{"caption": "a dog"}]}')
     with pytest.raises(UsageError, match="no annotations of VQA"):
         read_people([str(tmp_path / "captions.json")])
+
+
+def test_questions_stand_where_the_corpus_has_them(tmp_path: Path, tokenizer: Tokenizer):
+    """With the files of VQA laid over the shards: the same triples, the same answers, and ten people."""
+    shards = write_task_shards("vqa", tmp_path / "shards")
+    asked = [{"question_id": n, "image_id": f"{n}.jpg", "question": f"Is it {n}?"} for n in range(0, 24, 2)]
+    told = [
+        {"question_id": n, "multiple_choice_answer": "yes", "answers": [{"answer": "yes"}] * 6 + [{"answer": "no"}] * 4}
+        for n in range(0, 24, 2)
+    ]
+    questions, annotations = tmp_path / "train_questions.json", tmp_path / "train_annotations.json"
+    questions.write_text(json.dumps({"questions": asked}))
+    annotations.write_text(json.dumps({"annotations": told}))
+    overlay = tmp_path / "vqa.parquet"
+    done = run_here(SHARDS, "texts", shards, "--captions", questions, "--out", overlay)
+    assert done.returncode == 0, done.stderr
+
+    source = open_source(str(shards), False)
+    corpus = open_corpus([source], tokenizer, tmp_path / "cache", [overlay])
+    (found,) = read_questions([source], [str(overlay)], tokenizer, read_people([str(annotations)]))
+    assert len(found) == len(corpus)
+    assert sum(question is not None and len(question.people) == 10 for question in found) == 12
+    for triple, question in enumerate(found):
+        assert (question is not None) == (corpus.kind[triple] == QA)
+        if question is not None:
+            tokens = tokenizer([question.best], 30)[0].tolist()
+            assert corpus.second[int(corpus.second_row[triple])].tolist() == tokens

@@ -79,8 +79,8 @@ def command(
 
     if (task := task_of(path)) is not None:
         if shuffle or controls or flags["objective"]:
-            given = "--shuffle, --controls, --objective"
-            raise UsageError(f"{given}: FOLDER {path} is fine-tuned for {task}; leave them out")
+            pretraining_flags = "--shuffle, --controls, --objective"
+            raise UsageError(f"{pretraining_flags}: FOLDER {path} is fine-tuned for {task}; leave them out")
         evaluate_task(path, task, places, flags.pop("annotations"), flags)
         return
     del flags["annotations"]

@@ -10,25 +10,27 @@ from oscar_shards.pages.photos import find_photos
 from oscar_shards.pages.view import sheet
 from oscar_train.predict.model import TaskModel
 from oscar_train.predict.photos import Photos
-from oscar_train.predict.search import Found, Match, contributions
+from oscar_train.predict.search import Match, SearchResult, contributions
 
 LEAST = 0.1  # share of the largest fall from which on a region is drawn, at first; the page has a slider
 TAGS = 6  # that are named under a photo
 
 
-def write_page(path: Path, model: TaskModel, photos: Photos, found: Found, title: str, folder: Path | None) -> None:
+def write_page(
+    path: Path, model: TaskModel, photos: Photos, result: SearchResult, title: str, folder: Path | None
+) -> None:
     """Write what a search found as a page.
 
     Args:
-        path: the file. model, photos: of the search. found: its result. title: the text that was searched for.
+        path: the file. model, photos: of the search. result: what it found. title: the text that was searched for.
         folder: where the photos lie; None: the folder that was extracted, if it is still there.
     """
-    rows = [_row(model, photos, match, rank) for rank, match in enumerate(found.matches, 1)]
+    rows = [_row(model, photos, match, rank) for rank, match in enumerate(result.matches, 1)]
     place = folder or Path(photos.folders[0].manifest.plan.images)
     places = find_photos(place, [entry for _, entry in rows]) if place.is_dir() else [None] * len(rows)
-    named = [(tar, {**entry, "key": entry["title"]}) for tar, entry in rows]
+    titled = [(tar, {**entry, "key": entry["title"]}) for tar, entry in rows]
     with replacing(path) as file:
-        for piece in page(f"Search: {title}", _body(title, found, sheet(named, places, LEAST, ""))):
+        for piece in page(f"Search: {title}", _body(title, result, sheet(titled, places, LEAST, ""))):
             file.write(piece.encode("utf-8", "replace"))
 
 
@@ -47,10 +49,10 @@ def _row(model: TaskModel, photos: Photos, match: Match, rank: int) -> tuple[Pat
     return tar, {**entry, "title": title, "scores": scores[: len(entry["tags"])], "attributes": [], "texts": texts}
 
 
-def _body(title: str, found: Found, figures: Iterator[str]) -> Iterator[str]:
+def _body(title: str, result: SearchResult, figures: Iterator[str]) -> Iterator[str]:
     yield f"<h1>{text(title)}</h1>\n"
     yield (
-        f'<p class="lead">The model looked at {found.scored:,} of {found.total:,}. The number at a region says '
+        f'<p class="lead">The model looked at {result.scored:,} of {result.total:,}. The number at a region says '
         "how much the match falls without that region, as a share of the largest such fall.</p>\n"
     )
     yield from figures

@@ -14,7 +14,7 @@ import torch
 from xxhash import xxh3_64_hexdigest
 
 from oscar_common.errors import OperationError, UsageError
-from oscar_common.files import cache_folder, no_folder, temporary
+from oscar_common.files import cache_folder, no_folder, sha256, temporary
 from oscar_shards.read import ShardFolder, open_folder, read_boxes, read_features
 from oscar_train.predict.model import TaskModel
 from oscar_train.stream import Batch, make_room
@@ -42,10 +42,18 @@ class Photos:
         row = self.table.slice(photo, 1).to_pylist()[0]
         return self.folders[row["folder"]].tars[row["shard"]], row
 
+    def find_file(self, path: Path) -> int | None:
+        """Return the photo that is this file, by its bytes; of a file that is not there, see `find`."""
+        if not path.is_file():
+            return self.find(str(path))
+        hashes: list[str] = self.table["sha256"].to_pylist()
+        content = sha256(path)
+        return hashes.index(content) if content in hashes else None
+
     def find(self, name: str) -> int | None:
         """Return the photo with this key, path or file name; None if there is none."""
         for column in ("key", "path"):
-            values = self.table[column].to_pylist()
+            values: list[str] = self.table[column].to_pylist()
             if name in values:
                 return values.index(name)
         names = [str(path).rpartition("/")[2] for path in self.table["path"].to_pylist()]
@@ -58,14 +66,14 @@ def open_photos(places: str | Path | Sequence[str | Path], model: TaskModel, fla
     Raises:
         UsageError: a folder is missing or unfinished, or the model is for other features.
     """
-    listed = [places] if isinstance(places, str | Path) else places
-    folders = tuple(open_folder(Path(place), flag) for place in listed)
+    folders_given = [places] if isinstance(places, str | Path) else places
+    folders = tuple(open_folder(Path(place), flag) for place in folders_given)
     for folder in folders:
-        given = folder.manifest.detector.feature_dim
-        if given != model.feature_dim:
+        feature_dim = folder.manifest.detector.feature_dim
+        if feature_dim != model.feature_dim:
             raise UsageError(
-                f"{flag} {folder.folder}: its regions have {given} features, the model is for {model.feature_dim}; "
-                "give shards of the detector that the model was trained with"
+                f"{flag} {folder.folder}: its regions have {feature_dim} features, the model is for "
+                f"{model.feature_dim}; give shards of the detector that the model was trained with"
             )
     tables = [f.table.append_column("folder", pa.array(np.full(len(f.table), n))) for n, f in enumerate(folders)]
     table = pa.concat_tables(tables).combine_chunks()
@@ -92,7 +100,8 @@ def make_batch(model: TaskModel, photos: Photos, which: Ints, text: Ragged) -> B
             features, boxes = read_features(tar, entry), read_boxes(tar, entry)
         except (OSError, ValueError):
             raise OperationError(f"{tar}: image {entry['key']} cannot be read; see: oscar-shards verify") from None
-        count = min(len(boxes), model.shape.regions)
+        if not (count := min(len(boxes), model.shape.regions)):
+            continue
         size = np.array([entry["width"], entry["height"]] * 2, np.float32).clip(1)
         place = boxes[:count] / size
         batch.features[row, :count] = torch.from_numpy(features[:count].astype(np.float16))

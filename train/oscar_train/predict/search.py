@@ -41,8 +41,11 @@ class Match:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search found, the best first. scored: how many pairs the model looked at. total: how many there are."""
+class SearchResult:
+    """What a search found, the best first.
+
+    scored: how many pairs the model looked at. total: how many there are.
+    """
 
     matches: list[Match]
     scored: int
@@ -63,7 +66,7 @@ def score(model: TaskModel, photos: Photos, photo: str, text: str) -> float:
 
 def search(
     model: TaskModel, photos: Photos, text: str, *, limit: int = 12, candidates: int | None = CANDIDATES
-) -> Found:
+) -> SearchResult:
     """Return the photos that fit a text best.
 
     Args:
@@ -84,14 +87,14 @@ def search(
     chosen = np.arange(len(photos))
     if candidates is not None and candidates < len(photos):
         chosen = np.sort(np.argsort(-likeness(model, photos.tags, words[0]), kind="stable")[:candidates])
-    found = probabilities(model, photos, chosen, words)
-    best = np.argsort(-found, kind="stable")[:limit]
+    probability = probabilities(model, photos, chosen, words)
+    best = np.argsort(-probability, kind="stable")[:limit]
     paths = photos.table["path"].take(chosen[best]).to_pylist()
     matches = [
-        Match(photo=int(chosen[n]), path=str(path), text=text, probability=float(found[n]))
+        Match(photo=int(chosen[n]), path=str(path), text=text, probability=float(probability[n]))
         for n, path in zip(best, paths, strict=True)
     ]
-    return Found(matches=matches, scored=len(chosen), total=len(photos))
+    return SearchResult(matches=matches, scored=len(chosen), total=len(photos))
 
 
 def search_texts(
@@ -102,7 +105,7 @@ def search_texts(
     *,
     limit: int = 12,
     candidates: int | None = CANDIDATES,
-) -> Found:
+) -> SearchResult:
     """Return the texts that fit a photo best; see `search`. Equal texts count once.
 
     Raises:
@@ -115,11 +118,13 @@ def search_texts(
     chosen = np.arange(len(distinct))
     if candidates is not None and candidates < len(distinct):
         chosen = np.sort(np.argsort(-likeness(model, tokens, photos.tags[photo]), kind="stable")[:candidates])
-    found = probabilities(model, photos, np.full(len(chosen), photo), tokens.take(chosen))
-    best = np.argsort(-found, kind="stable")[:limit]
+    probability = probabilities(model, photos, np.full(len(chosen), photo), tokens.take(chosen))
+    best = np.argsort(-probability, kind="stable")[:limit]
     path = str(photos.row(photo)[1]["path"])
-    matches = [Match(photo=photo, path=path, text=distinct[int(chosen[n])], probability=float(found[n])) for n in best]
-    return Found(matches=matches, scored=len(chosen), total=len(distinct))
+    matches = [
+        Match(photo=photo, path=path, text=distinct[int(chosen[n])], probability=float(probability[n])) for n in best
+    ]
+    return SearchResult(matches=matches, scored=len(chosen), total=len(distinct))
 
 
 def probabilities(model: TaskModel, photos: Photos, which: Ints, texts: Ragged) -> Floats:
@@ -147,21 +152,21 @@ def likeness(model: TaskModel, rows: Ragged, words: npt.NDArray[np.int32]) -> Fl
     It is the sum over the words of the largest cosine with a token of the row, none below 0; function words do not
     count unless there are no others.
     """
-    wanted = np.array([word for word in set(words.tolist()) if not _is_function_word(model, word)], np.int64)
-    wanted = np.unique(words).astype(np.int64) if not len(wanted) else wanted
-    if not len(rows.values) or not len(wanted):
+    query_tokens = np.array([word for word in set(words.tolist()) if not _is_function_word(model, word)], np.int64)
+    query_tokens = np.unique(words).astype(np.int64) if not len(query_tokens) else query_tokens
+    if not len(rows.values) or not len(query_tokens):
         return np.zeros(len(rows), np.float32)
-    known, place = np.unique(rows.values, return_inverse=True)
+    row_tokens, place = np.unique(rows.values, return_inverse=True)
     embedding = model.network.bert.embeddings.word_embeddings.weight.detach().float().cpu()
     embedding = embedding - embedding.mean(0)  # all of BERT's point to one side
-    one, other = (torch.nn.functional.normalize(embedding[torch.from_numpy(ids)], dim=1) for ids in (wanted, known))
-    cosine = (one @ other.T).clamp(min=0).numpy()
+    unit = torch.nn.functional.normalize(embedding, dim=1)
+    cosine = (unit[torch.from_numpy(query_tokens)] @ unit[torch.from_numpy(row_tokens)].T).clamp(min=0).numpy()
 
-    filled = rows.lengths > 0
-    starts = rows.offsets[:-1][filled]
+    has_tokens = rows.lengths > 0
+    starts = rows.offsets[:-1][has_tokens]
     total = np.zeros(len(rows), np.float32)
     for line in cosine:
-        total[filled] += np.maximum.reduceat(line[place], starts)
+        total[has_tokens] += np.maximum.reduceat(line[place], starts)
     return total
 
 
@@ -208,7 +213,7 @@ def _tag_places(model: TaskModel, batch: Batch) -> dict[str, Tensor]:
     for place in inside.nonzero()[:, 0].tolist():
         word = word if names[place].startswith("##") else names[place]
         places.setdefault(word, []).append(place)
-    return {word: torch.tensor(found) for word, found in places.items()}
+    return {word: torch.tensor(numbers) for word, numbers in places.items()}
 
 
 def _tokens(model: TaskModel, texts: Sequence[str]) -> Ragged:

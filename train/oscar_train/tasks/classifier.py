@@ -17,7 +17,7 @@ from oscar_common.settings import Finetune
 from oscar_train.dropout import keep, token_bits
 from oscar_train.model import Attention, OscarModel, initialise
 from oscar_train.packing import Packed
-from oscar_train.state import CLASSIFIER
+from oscar_train.state import CLASSIFIER, REGIONS
 from oscar_train.weights import Start, build
 
 POOLED = 4096  # the place of this dropout in the network; those of the encoder have smaller numbers
@@ -130,8 +130,8 @@ def build_classifier(
 
 
 def is_classifier(weights: Mapping[str, Tensor]) -> bool:
-    """Whether weights are those of a fine-tuned model with a head of this module."""
-    return any(name.startswith(CLASSIFIER) for name in weights)
+    """Whether weights are those of an Oscar with a head of this module."""
+    return f"{REGIONS}.weight" in weights and any(name.startswith(CLASSIFIER) for name in weights)
 
 
 def head_shapes(config: Any, weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:

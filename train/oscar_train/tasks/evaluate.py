@@ -26,8 +26,8 @@ from oscar_train.tasks.finetune import MODULES
 
 def task_of(path: Path) -> str | None:
     """Return the task that a run or a checkpoint was fine-tuned for; None if it is no fine-tuned one of ours."""
-    made = checkpoint_at(path)
-    return None if made is None else made.about.get("task")
+    checkpoint = checkpoint_at(path)
+    return None if checkpoint is None else checkpoint.about.get("task")
 
 
 def evaluate_task(path: Path, task: str, shards: tuple[str, ...], annotations: tuple[str, ...], flags: Any) -> None:
@@ -38,8 +38,8 @@ def evaluate_task(path: Path, task: str, shards: tuple[str, ...], annotations: t
         OperationError: the model or a shard is damaged.
     """
     model = open_model(path, task, flags["device"], flags["precision"])
-    made = checkpoint_at(path)
-    assert made is not None
+    checkpoint = checkpoint_at(path)
+    assert checkpoint is not None
     settings = Finetune(
         task=task,
         text_length=model.shape.tokens,
@@ -54,23 +54,23 @@ def evaluate_task(path: Path, task: str, shards: tuple[str, ...], annotations: t
         raise UsageError(f"--shards: the model is for regions of {model.feature_dim} features; give others")
     names = tuple(dict(getattr(model.network.config, "id2label", {})).values())
     make_task = import_module(f"oscar_train.tasks.{MODULES[task]}").make_task
-    made_task = make_task(settings, sources, model.tokenizer, names=names)
+    task_parts = make_task(settings, sources, model.tokenizer, names=names)
 
-    fraction = float(made.run.get("eval_fraction") or 0)
-    known = [manifest_sha256(source) in made.about.get("shards", ()) for source in sources]
-    if any(known) and (flags["everything"] or not fraction):
+    fraction = float(checkpoint.run.get("eval_fraction") or 0)
+    is_trained_on = [manifest_sha256(source) in checkpoint.about.get("shards", ()) for source in sources]
+    if any(is_trained_on) and (flags["everything"] or not fraction):
         warn("the model was trained on these shards: what follows is not what it knows of other images")
-    partly = [is_known and fraction > 0 and not flags["everything"] for is_known in known]
+    partly = [same and fraction > 0 and not flags["everything"] for same in is_trained_on]
     with open_asked(
         sources,
         tokenizer=model.tokenizer,
-        shape=made_task.shape,
+        shape=task_parts.shape,
         tags=model.tags,
         cache=flags["cache"],
         skip_corrupt=flags["skip_corrupt"],
     ) as stream:
-        only = of_kind(stream.corpus, made_task.kind, asked(stream.corpus, partly, fraction), "--shards")
-        evaluation = made_task.evaluation(stream.corpus, stream.reader, only)
+        only = of_kind(stream.corpus, task_parts.kind, asked(stream.corpus, partly, fraction), "--shards")
+        evaluation = task_parts.evaluation(stream.corpus, stream.reader, only)
         ranks = Ranks(0, 1, torch.device(model.device))
         forward = partial(answer, model.network, model.precision)
         values = evaluation.measure(Answering(forward=forward, ranks=ranks, size=flags["batch_size"]))
@@ -79,7 +79,7 @@ def evaluate_task(path: Path, task: str, shards: tuple[str, ...], annotations: t
     if flags["json_file"] is not None:
         content = {
             "model": str(model.folder),
-            "step": made.step,
+            "step": checkpoint.step,
             "task": task,
             "shards": {source.place: manifest_sha256(source) for source in sources},
             "numbers": {name: None if math.isnan(value) else value for name, value in values.items()},
@@ -94,6 +94,6 @@ def _table(values: dict[str, float], title: str) -> Table:
     shown.add_column("as it is", justify="right")
     for name, value in values.items():
         as_number = name.endswith(("loss", "rank"))
-        said = "–" if math.isnan(value) else f"{value:.4g}" if as_number else f"{value:.1%}"
-        shown.add_row(name.replace("_", " "), said)
+        shown_value = "–" if math.isnan(value) else f"{value:.4g}" if as_number else f"{value:.1%}"
+        shown.add_row(name.replace("_", " "), shown_value)
     return shown

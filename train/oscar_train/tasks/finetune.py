@@ -96,9 +96,9 @@ def add_task(name: str, help: str, without: tuple[str, ...] = ()) -> None:
         fixed={"task": name},
         without=(*NOT_OF_TASKS, *without),
     )
-    made = decorate(partial(_finetune, name))
-    made.name = name
-    command.add_command(made)
+    task_command = decorate(partial(_finetune, name))
+    task_command.name = name
+    command.add_command(task_command)
 
 
 def _finetune(name: str, settings: Finetune, catalog: Catalog) -> None:
@@ -138,11 +138,11 @@ def _answer(out: Path, settings: Finetune) -> tuple[object, ...]:
 
 def _evaluate(out: Path, settings: Finetune) -> tuple[object, ...]:
     held_out = settings.eval_shards or settings.eval_fraction
-    given = settings.eval_shards or settings.shards
+    shards = settings.eval_shards or settings.shards
     return (
         "oscar-evaluate",
         out,
-        *(word for place in given for word in ("--shards", place)),
+        *(word for place in shards for word in ("--shards", place)),
         *([] if held_out else ["--all"]),
     )
 

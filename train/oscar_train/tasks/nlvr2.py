@@ -87,7 +87,7 @@ def make_composer(
         )
 
     def compose(triples: Ints, seed: int, epoch: int, place: int) -> tuple[TextBatch, Ints]:
-        drawn = words(seed, SAMPLE, epoch, place, len(triples), 4)
+        random_words = words(seed, SAMPLE, epoch, place, len(triples), 4)
         left = corpus.image[triples].astype(np.int64)
         right = np.where(partners[left] >= 0, partners[left], left)
         images = np.stack([left, right], 1).ravel()
@@ -95,7 +95,7 @@ def make_composer(
 
         row_labels = np.full((len(triples), ROWS), IGNORED)
         row_labels[:, 0] = np.where(partners[left] >= 0, of_triples[triples], IGNORED)
-        seeds = (drawn[:, :ROWS] >> np.uint64(32)).astype(np.int64)
+        seeds = (random_words[:, :ROWS] >> np.uint64(32)).astype(np.int64)
         return replace(text, match_labels=row_labels.ravel(), dropout_seeds=seeds.ravel()), images
 
     return compose

@@ -54,11 +54,11 @@ def _batches(source: Source, texts: Sequence[str]) -> Iterator[pa.StructArray]:
     overlays = read_overlays(keys, [Path(file) for file in texts]) if texts else []
     begin = 0
     for rows in batches:
-        listed = rows.column("texts")
+        texts_of_images = rows.column("texts")
         for overlay in overlays:
-            listed = overlay.laid_over(listed, begin)
+            texts_of_images = overlay.laid_over(texts_of_images, begin)
         begin += len(rows)
-        yield listed.flatten()
+        yield texts_of_images.flatten()
 
 
 def _triples(
@@ -87,11 +87,11 @@ def read_people(files: Sequence[str]) -> dict[str, tuple[str, ...]]:
     Raises:
         UsageError: a file is missing, or is no such file.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    people: dict[str, tuple[str, ...]] = {}
     for file in files:
         for entry in _annotations(Path(file)):
-            found[str(entry["question_id"])] = tuple(normalised(str(one["answer"])) for one in entry["answers"])
-    return found
+            people[str(entry["question_id"])] = tuple(normalised(str(one["answer"])) for one in entry["answers"])
+    return people
 
 
 def _annotations(path: Path) -> list[dict[str, Any]]:

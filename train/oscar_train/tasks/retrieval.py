@@ -25,6 +25,7 @@ from oscar_train.reading.regions import RegionReader
 from oscar_train.sampling.draws import SAMPLE, uniform, words
 from oscar_train.sampling.negatives import TRIES, Pools, Words, candidates, different_images, make_pools
 from oscar_train.sampling.shape import Shape
+from oscar_train.sampling.sides import Bools
 from oscar_train.sampling.triples import IGNORED, TextBatch
 from oscar_train.sources import Source
 from oscar_train.stream import Composer, Only
@@ -108,11 +109,12 @@ def other_triples(corpus: Corpus, pools: Pools, triples: Ints, drawn: Words) -> 
     return others
 
 
-def _same_text(corpus: Corpus, some: Ints, others: Ints) -> np.ndarray:  # type: ignore[type-arg]
+def _same_text(corpus: Corpus, some: Ints, others: Ints) -> Bools:
     """Say for pairs of triples whether their captions are the same tokens."""
     width = int(max(corpus.first.offsets[some + 1] - corpus.first.offsets[some], default=0)) + 1
     one, other = corpus.first.padded(some, width)[0], corpus.first.padded(others, width)[0]
-    return (one == other).all(1)
+    same: Bools = (one == other).all(1)
+    return same
 
 
 def criterion(scores: Tensor, batch: Packed) -> tuple[Tensor, Tensor]:

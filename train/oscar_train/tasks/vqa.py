@@ -5,7 +5,7 @@ binary cross-entropy times the number of classes. GQA: one answer a question, cr
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -54,6 +54,7 @@ class Targets:
     classes: Tensor
     soft: Tensor
     official: Tensor
+    _moved: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, corpus: Corpus) -> Ints:
         """Return the row of each triple of a corpus, int64 [T]."""
@@ -64,12 +65,18 @@ class Targets:
         ]
         return np.concatenate(rows)
 
-    def of(self, scores: Tensor, rows: Tensor) -> Tensor:
-        """Return the scores of classes as a table, float32 [B, classes], for some rows of `soft` or `official`."""
-        classes = self.classes.to(rows.device)[rows]
+    def of(self, which: str, rows: Tensor) -> Tensor:
+        """Return the `soft` or `official` scores of all classes for some rows, float32 [B, classes]."""
+        classes = self._on(rows.device, "classes")[rows]
         table = torch.zeros(len(rows), len(self.names) + 1, device=rows.device)
-        table.scatter_(1, classes.where(classes >= 0, len(self.names)), scores.to(rows.device)[rows])
+        table.scatter_(1, classes.where(classes >= 0, len(self.names)), self._on(rows.device, which)[rows])
         return table[:, :-1]
+
+    def _on(self, device: torch.device, name: str) -> Tensor:
+        """Return one of the tables on a device, copied there once."""
+        if (device, name) not in self._moved:
+            self._moved[device, name] = getattr(self, name).to(device)
+        return self._moved[device, name]
 
 
 def make_task(settings: Finetune, sources: Sequence[Source], tokenizer: Tokenizer, names: Sequence[str] = ()) -> Task:
@@ -85,12 +92,12 @@ def make_task(settings: Finetune, sources: Sequence[Source], tokenizer: Tokenize
     people = read_people(settings.annotations)
     questions = read_questions(sources, settings.texts, tokenizer, people)
     least = settings.min_answers if settings.task == "vqa" else 1
-    given = [question.best for triples in questions for question in triples if question]
-    names = names or common_answers(given, least)
+    best_answers = [question.best for triples in questions for question in triples if question]
+    names = names or common_answers(best_answers, least)
     if not names:
         raise UsageError(
-            f"--min-answers {least}: none of the {len(given):,} questions of --shards has an answer that is given so "
-            "often; give fewer, or other shards"
+            f"--min-answers {least}: none of the {len(best_answers):,} questions of --shards has an answer given "
+            "so often; give fewer, or other shards"
         )
     targets = make_targets(names, {source.place: rows for source, rows in zip(sources, questions, strict=True)})
     shape = Shape(tokens=settings.text_length, regions=settings.regions)
@@ -121,18 +128,19 @@ def _build(
 def make_targets(names: Sequence[str], sources: Mapping[str, Sequence[Question | None]]) -> Targets:
     """Look up which classes answer each question, and how well."""
     number = {name: position for position, name in enumerate(names)}
-    first, rows = {}, []
+    first: dict[str, int] = {}
+    rows: list[list[tuple[int, float, float]]] = []
     for place, triples in sources.items():
         first[place] = len(rows)
         rows += [_scores(question, number) if question else [] for question in triples]
     width = max(map(len, rows), default=0) or 1
-    filled = np.array([row + [(-1, 0.0, 0.0)] * (width - len(row)) for row in rows]).reshape(-1, width, 3)
+    table = np.array([row + [(-1, 0.0, 0.0)] * (width - len(row)) for row in rows]).reshape(-1, width, 3)
     return Targets(
         names=tuple(names),
         first=first,
-        classes=torch.from_numpy(filled[..., 0].astype(np.int64)),
-        soft=torch.from_numpy(filled[..., 1].astype(np.float32)),
-        official=torch.from_numpy(filled[..., 2].astype(np.float32)),
+        classes=torch.from_numpy(table[..., 0].astype(np.int64)),
+        soft=torch.from_numpy(table[..., 1].astype(np.float32)),
+        official=torch.from_numpy(table[..., 2].astype(np.float32)),
     )
 
 
@@ -160,11 +168,11 @@ def make_composer(
     has_class = (targets.classes[:, 0] >= 0).numpy()
 
     def compose(triples: Ints, seed: int, epoch: int, place: int) -> tuple[TextBatch, Ints]:
-        drawn = words(seed, SAMPLE, epoch, place, len(triples), _WIDTH)
+        random_words = words(seed, SAMPLE, epoch, place, len(triples), _WIDTH)
         images = corpus.image[triples].astype(np.int64)
         text = rows_of(corpus, triples, images, shape.tokens)
         labels = np.where(has_class[rows[triples]], rows[triples], IGNORED)
-        seeds = (drawn[:, 0] >> np.uint64(32)).astype(np.int64)
+        seeds = (random_words[:, 0] >> np.uint64(32)).astype(np.int64)
         return replace(text, match_labels=labels, dropout_seeds=seeds), images
 
     return compose
@@ -176,15 +184,15 @@ def criterion(scores: Tensor, batch: Packed, *, targets: Targets, loss: str) -> 
     Args:
         scores: [B, classes]. batch: `match_labels` are rows of `targets`, or -100. loss: `bce` or `sfmx`.
     """
-    known = batch.match_labels != IGNORED
+    has_label = batch.match_labels != IGNORED
     rows = batch.match_labels.clamp(min=0)
-    soft = targets.of(targets.soft, rows) * known[:, None]
+    soft = targets.of("soft", rows) * has_label[:, None]
     if loss == "bce":
         each = binary_cross_entropy_with_logits(scores.float(), soft, reduction="none").sum(1)
     else:
         each = cross_entropy(scores.float(), soft.argmax(1), reduction="none")
     best = soft.gather(1, scores.argmax(1, keepdim=True))[:, 0]
-    return label_sums((each * known).sum(), best.sum()), finite_samples(scores, 1)
+    return label_sums((each * has_label).sum(), best.sum()), finite_samples(scores, 1)
 
 
 def make_evaluation(
@@ -225,18 +233,18 @@ def measure_answers(samples: Samples, targets: Targets, answering: Answering) ->
         sums, _ = samples.criterion(scores, pack(batch, device))
         best = scores.argmax(1, keepdim=True)
         rows = rows_of_triples[batch.triples].to(device)
-        gained = [targets.of(table, rows).gather(1, best).sum() for table in (targets.soft, targets.official)]
+        scores_of_best = [targets.of(name, rows).gather(1, best).sum() for name in ("soft", "official")]
         labels = (batch.match_labels != IGNORED).sum().to(device)
-        numbers = (sums[1], labels, *gained, torch.tensor(float(end - begin), device=device))
+        numbers = (sums[1], labels, *scores_of_best, torch.tensor(float(end - begin), device=device))
         totals += torch.stack([number.double() for number in numbers])
 
     answering.ranks.total(totals)
-    loss, labels, soft, official, asked = totals.tolist()
+    loss, labels, soft, official, questions = totals.tolist()
     nothing = float("nan")
     return {
         "loss": loss / labels if labels else nothing,
-        "soft_score": soft / asked if asked else nothing,
-        "official_score": official / asked if asked else nothing,
+        "soft_score": soft / questions if questions else nothing,
+        "official_score": official / questions if questions else nothing,
     }
 
 

@@ -31,10 +31,10 @@ PERIOD = re.compile(r"\.(?!\d)")
 
 def normalised(answer: str) -> str:
     """Return an answer in the form in which answers are compared: "The two dogs." becomes "2 dogs"."""
-    said = answer.replace("\n", " ").replace("\t", " ").strip()
-    words = _without_punctuation(said).lower().split()
-    kept = [DIGITS.get(word, word) for word in words if word not in ARTICLES]
-    return " ".join(CONTRACTIONS.get(word, word) for word in kept).replace(",", "")
+    line = answer.replace("\n", " ").replace("\t", " ").strip()
+    words = _without_punctuation(line).lower().split()
+    plain = [DIGITS.get(word, word) for word in words if word not in ARTICLES]
+    return " ".join(CONTRACTIONS.get(word, word) for word in plain).replace(",", "")
 
 
 def _without_punctuation(answer: str) -> str:

@@ -1,7 +1,6 @@
 """The command `oscar-predict`: fine-tuned models at work on people's own photos."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +108,11 @@ def answer(question: str, path: Path, **flags: Any) -> None:
 
     model = open_model(path, ("vqa", "gqa"), flags["device"], flags["precision"])
     photos = open_photos(_places(flags), model)
-    found = answers(model, photos, question, flags["limit"])
-    for one in found:
+    result = answers(model, photos, question, flags["limit"])
+    for one in result:
         print(f"{one.path}: {one.answer} ({one.probability:.1%})")
     if flags["json_file"] is not None:
-        _write(flags["json_file"], {"model": str(model.folder), "query": question, "answers": list(map(vars, found))})
+        _write(flags["json_file"], {"model": str(model.folder), "query": question, "answers": list(map(vars, result))})
 
 
 def _check_photos(flags: dict[str, Any]) -> None:
@@ -140,44 +139,44 @@ def _search(text: str | None, path: Path, **flags: Any) -> None:
     model = open_model(path, "retrieval", flags["device"], flags["precision"])
     photos = open_photos(_places(flags), model)
     candidates = None if flags["exhaustive"] else flags["candidates"]
-    asked = photos
+    searched = photos
     if text is not None:
-        found = find(model, photos, text, limit=flags["limit"], candidates=candidates)
+        result = find(model, photos, text, limit=flags["limit"], candidates=candidates)
     else:
-        number = photos.find(str(flags["image"]))
+        number = photos.find_file(flags["image"])
         if number is None:
             shards = extract(flags["image"], flags["cache"], flags["detector"], "--image")
-            asked, number = open_photos(shards, model), 0
+            searched, number = open_photos(shards, model), 0
         texts = [entry["text"] for entries in photos.table["texts"].to_pylist() for entry in entries if entry["text"]]
-        found = search_texts(model, asked, number, texts, limit=flags["limit"], candidates=candidates)
+        result = search_texts(model, searched, number, texts, limit=flags["limit"], candidates=candidates)
 
     title = text or str(flags["image"])
-    Console(soft_wrap=True).print(_table(found, by_text=text is not None))
-    if found.scored < found.total:
+    Console(soft_wrap=True).print(_table(result, by_text=text is not None))
+    if result.scored < result.total:
         what = "photos" if text is not None else "texts"
         print(
-            f"the model looked at {found.scored:,} of {found.total:,} {what}, those whose words are nearest; "
+            f"the model looked at {result.scored:,} of {result.total:,} {what}, those whose words are nearest; "
             "--exhaustive looks at all"
         )
     if flags["json_file"] is not None:
-        content = {"model": str(model.folder), "query": title, "scored": found.scored, "total": found.total}
-        _write(flags["json_file"], {**content, "matches": list(map(vars, found.matches))})
+        content = {"model": str(model.folder), "query": title, "scored": result.scored, "total": result.total}
+        _write(flags["json_file"], {**content, "matches": list(map(vars, result.matches))})
     if flags["html"] is not None:
-        write_page(flags["html"], model, asked, found, title, flags["photos"] or flags["images"])
-        print(f"{flags['html']}: {len(found.matches)} results, with what carried them")
+        write_page(flags["html"], model, searched, result, title, flags["photos"] or flags["images"])
+        print(f"{flags['html']}: {len(result.matches)} results, with what carried them")
     else:
-        given = [word for place in flags["shards"] for word in ("--shards", place)]
-        given += ["--images", flags["images"]] if flags["images"] else []
-        say_next("oscar-predict", "search", "--model", path, *given, "--html", "found.html", title)
+        flags_again = [word for place in flags["shards"] for word in ("--shards", place)]
+        flags_again += ["--images", flags["images"]] if flags["images"] else []
+        say_next("oscar-predict", "search", "--model", path, *flags_again, "--html", "found.html", title)
 
 
-def _table(found: Any, by_text: bool) -> Table:
+def _table(result: Any, by_text: bool) -> Table:
     """Return the results for people."""
     shown = Table()
     shown.add_column("", justify="right")
     shown.add_column("photo" if by_text else "text", overflow="fold")
     shown.add_column("match", justify="right")
-    for rank, match in enumerate(found.matches, 1):
+    for rank, match in enumerate(result.matches, 1):
         shown.add_row(str(rank), match.path if by_text else match.text, f"{match.probability:.1%}")
     return shown
 
@@ -196,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
