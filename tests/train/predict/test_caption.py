@@ -13,7 +13,7 @@ from oscar_common.settings import Train
 from oscar_train import checkpoint
 from oscar_train.model import OscarForPreTraining, oscar_config, random_config
 from oscar_train.predict.captions import caption
-from oscar_train.predict.command import command
+from oscar_train.predict_command import command
 from oscar_train.texts.tokens import Tokenizer
 
 

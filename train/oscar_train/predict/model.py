@@ -10,6 +10,7 @@ from torch import Tensor
 from oscar_common.device import choose_device
 from oscar_common.errors import OperationError, UsageError
 from oscar_train.arguments import RECORD, check_model
+from oscar_train.captioning.network import OscarForCaptioning
 from oscar_train.checkpoint import whole
 from oscar_train.evaluation.evaluate import tag_rule_of
 from oscar_train.evaluation.measure import answer
@@ -22,6 +23,7 @@ from oscar_train.texts.tags import TagRule
 from oscar_train.texts.tokens import Tokenizer
 from oscar_train.weights import newest_model, open_folder, position_of, read
 
+CAPTIONING = "caption"
 RELEASED = Shape(tokens=70)  # of microsoft/Oscar's retrieval, which says nothing of it in its folders
 
 
@@ -30,7 +32,7 @@ class TaskModel:
     """A fine-tuned model. shape: of a row. feature_dim: of the regions that it knows, P. tags: which tags it sees."""
 
     folder: Path
-    network: OscarForClassification
+    network: Any  # an OscarForClassification, or an OscarForCaptioning
     tokenizer: Tokenizer
     shape: Shape
     feature_dim: int
@@ -61,18 +63,22 @@ def open_model(
     config, weights = read(start)
     about = _about(folder)
     tasks = (task,) if isinstance(task, str) else task
-    if about.get("task", tasks[0]) not in tasks or not is_classifier(weights):
+    writes = tasks == (CAPTIONING,)
+    if about.get("task", tasks[0]) not in tasks or not (writes or is_classifier(weights)):
         kind = f"fine-tuned for {about['task']}" if about.get("task") else "pre-trained only"
         raise UsageError(f"{place}: a model that is {kind}; make one with: oscar-finetune {tasks[0]} --init {path}")
 
     position = position_of(config)
     features = int(getattr(config, "img_feature_dim", 0)) - position
-    network = OscarForClassification(with_head(oscar_config(config, features, position), weights))
+    config = oscar_config(config, features, position)
+    network: Any = (
+        OscarForCaptioning(config, start.tokenizer) if writes else OscarForClassification(with_head(config, weights))
+    )
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     taken = fitting(weights, expected, place)
     if lost := expected.keys() - taken.keys() - {TIED}:
         raise UsageError(f"{place}: it lacks {', '.join(modules(lost))}")
-    network.load_state_dict(taken)
+    network.load_state_dict(taken, strict=False)  # a tied weight has two names
 
     chosen = torch.device(choose_device(device))
     shape = Shape(

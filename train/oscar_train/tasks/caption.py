@@ -31,8 +31,16 @@ SHOWN = {"mlm_loss": "mlm_loss", "mlm_accuracy": "mlm_accuracy"}
 SELF_CRITICAL_SHOWN = {"match_accuracy": "cider_d"}
 
 
-def make_task(settings: Finetune, sources: Sequence[Source] = (), tokenizer: Tokenizer | None = None) -> Task:
-    """Return the training on masked tokens, or self-critical training, which begins with a model trained on these."""
+def make_task(
+    settings: Finetune,
+    sources: Sequence[Source] = (),
+    tokenizer: Tokenizer | None = None,
+    names: Sequence[str] = (),
+) -> Task:
+    """Return the training on masked tokens, or self-critical training, which begins with a model trained on these.
+
+    There are no classes, so that `names` means nothing here.
+    """
     words, truths = tokenizer or load_tokenizer(None), list[Truth]()
     self_critical = settings.self_critical
 
