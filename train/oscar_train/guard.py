@@ -34,7 +34,7 @@ class Guard:
         usual = self._usual()
         fault = ~(loss.isfinite() & norm.isfinite())
         if self.spike:
-            fault = fault | (loss > self.spike * usual)
+            fault = fault | ((usual > 0) & (loss > self.spike * usual))  # a policy's loss may be of either sign
         self._losses = torch.where(fault, self._losses, torch.cat([self._losses[1:], loss[None]]))
         return fault, usual
 
