@@ -17,6 +17,8 @@ TAG_ORDERS = ("detector", "score", "random")
 REGION_INITS = ("tags", "random")
 REGION_POSITIONS = (4, 6)
 SCHEDULES = ("linear", "cosine", "constant")
+TASKS = ("retrieval", "vqa", "gqa", "nlvr2", "caption")
+ATTENTIONS = ("full", "text-image", "text-tags", "tags-image")
 LAYOUTS = ("coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa")
 AUTO = 0  # the batch size that `auto` stands for, until it is known
 
@@ -553,16 +555,83 @@ class Train:
     )
 
 
-def decisive() -> list[str]:
-    """Return the settings of `Train` on which the numbers of a run depend."""
-    unsaid = [field.name for field in fields(Train) if field.metadata["decides"] is None]
+def _again(name: str, default: Any) -> Any:
+    """Declare a field of `Train` with another default."""
+    return field(default=default, metadata=Train.__dataclass_fields__[name].metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Train):
+    """Shards and a pre-trained model to a model for a task. Also an entry of `finetune:` in pipelines.yaml."""
+
+    task: str = setting("retrieval", "What the model is fine-tuned for.", choices=TASKS, decides=True, group="Task")
+    text_length: int = setting(
+        70,
+        "Most text tokens of a row: caption or question, tags, [CLS] and each [SEP].",
+        low=8,
+        high=512,
+        decides=True,
+        group="Task",
+    )
+    regions: int = setting(50, "Most regions of an image, the first.", low=1, high=1000, decides=True, group="Task")
+    attention: str = setting(
+        "full",
+        "What sees what: full; or the text and the image only each other (text-image), the text and the tags "
+        "(text-tags), the tags and the image (tags-image), each block always itself. The paper's ablation.",
+        choices=ATTENTIONS,
+        decides=True,
+        group="Task",
+    )
+    dropout: float | None = setting(
+        None,
+        "Share of hidden numbers that dropout sets to 0. [default: that of --init, 0.1 in BERT]",
+        low=0,
+        high=0.9,
+        decides=True,
+        group="Task",
+    )
+    annotations: list[str] = setting(
+        [],
+        "VQA's annotations (.json): what all people answered to the questions of the shards. May be given again.",
+        decides=False,
+        path=True,
+        group="Task",
+    )
+    min_answers: int = setting(
+        9, "Answers that were given at least so often are classes.", low=1, decides=True, group="Task"
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "Share of the label of a masked token that is spread over all other tokens.",
+        low=0,
+        high=0.9,
+        decides=True,
+        group="Task",
+    )
+    self_critical: bool = setting(
+        False,
+        "Train on captions that the model draws itself, by how much better than its greedy ones they are in CIDEr-D; "
+        "--init is then a run that was trained without.",
+        decides=True,
+        group="Task",
+    )
+    batch_size: int = _again("batch_size", 64)
+    lr: float = _again("lr", 2e-5)
+    weight_decay: float = _again("weight_decay", 0.05)
+    max_grad_norm: float = _again("max_grad_norm", 1.0)
+    eval_images: int = _again("eval_images", 50)
+
+
+def decisive(schema: type[Train] = Train) -> list[str]:
+    """Return the settings of a schema on which the numbers of a run depend."""
+    unsaid = [field.name for field in fields(schema) if field.metadata["decides"] is None]
     assert not unsaid, f"say for {unsaid} whether the numbers of a run depend on it: decides="
-    return [field.name for field in fields(Train) if field.metadata["decides"]]
+    return [field.name for field in fields(schema) if field.metadata["decides"]]
 
 
-def paths() -> list[str]:
-    """Return the settings of `Train` that may name files and folders."""
-    return [field.name for field in fields(Train) if field.metadata["path"]]
+def paths(schema: type[Train] = Train) -> list[str]:
+    """Return the settings of a schema that may name files and folders."""
+    return [field.name for field in fields(schema) if field.metadata["path"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -574,6 +643,7 @@ class Pipeline:
 
     extract: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Extract})
     train: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Train})
+    finetune: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Finetune})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -583,5 +653,6 @@ class Catalog:
     datasets: dict[str, Dataset] = field(default_factory=dict)
     detectors: dict[str, Detector] = field(default_factory=dict)
     recipes: dict[str, Train] = field(default_factory=dict)
+    finetune: dict[str, Finetune] = field(default_factory=dict)
     clusters: dict[str, dict[str, Any]] = field(default_factory=dict)  # reserved: their schema comes with the executors
     pipelines: dict[str, Pipeline] = field(default_factory=dict)

@@ -58,7 +58,7 @@ def folder(out: Path, step: int) -> Path:
 
 def identity(settings: Train) -> dict[str, Any]:
     """Return the settings that decide the numbers of a run; the others may change from one start to the next."""
-    values = {name: getattr(settings, name) for name in decisive()}
+    values = {name: getattr(settings, name) for name in decisive(type(settings))}
     values["mix"] = " ".join(map(str, settings.mix))
     values["negatives"] = choose_objective(settings).negatives
     values["region_init"] = choose_region_init(settings)

@@ -15,6 +15,7 @@ from oscar_common.errors import UsageError
 from oscar_common.progress import meter
 from oscar_common.settings import DTYPES
 from oscar_shards.texts import read_overlays
+from oscar_train.batch import MAX_TEXT
 from oscar_train.data.sources import FLAG, Source
 from oscar_train.data.texts.arrays import GrowingArray
 from oscar_train.data.texts.phrases import CAPTION, QA, Phrases, Phrasing
@@ -37,7 +38,13 @@ Array = npt.NDArray[Any]
 
 
 def collect(
-    folder: Path, sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], skip_corrupt: bool, tags: TagRule
+    folder: Path,
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    texts: Sequence[Path],
+    skip_corrupt: bool,
+    tags: TagRule,
+    width: int = MAX_TEXT,
 ) -> dict[str, Any]:
     """Write the arrays of `oscar_train.data.corpus.Corpus` into a folder.
 
@@ -57,7 +64,7 @@ def collect(
 
     overlays = read_overlays(_keys(sources, refuse), texts) if texts else []
     left_out.clear()  # what the keys lack will be met again
-    phrasing = Phrasing(tokenizer, tags)
+    phrasing = Phrasing(tokenizer, tags, width)
     total = sum(source.manifest.plan.num_images for source in sources)
     with (
         closing(Writer(folder, np.min_scalar_type(tokenizer.size))) as writer,
