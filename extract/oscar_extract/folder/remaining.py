@@ -58,18 +58,20 @@ class Remaining:
         """Tidy up after all processes, if no other is at work; return whether this was the one to do so."""
         if not self._retries:
             self._clear_done()
+        self.sweep()
         with suppress(OSError):
             (self._out / FOLDER).rmdir()
             return True
         return False
 
     def sweep(self) -> None:
-        """Remove what a process that was killed has left of shards that are done: it had not tidied up."""
+        """Remove what processes that were killed, or were too late, have left of shards that are done."""
         claims = claim_numbers(self._out)
         stems = {tar.stem for number, tar in enumerate(self._tars) if number not in self.left and number not in claims}
         for name in os.listdir(self._out):
             if name.startswith(TEMPORARY) and name.removeprefix(TEMPORARY).partition(".")[0] in stems:
-                remove(self._out / name)
+                with suppress(OSError):  # one that was too late may still write there
+                    remove(self._out / name)
 
     def _next(self, offered: set[int]) -> Share | None:
         claims = claim_numbers(self._out)
