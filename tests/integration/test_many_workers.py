@@ -1,8 +1,11 @@
 """Many processes, each of which knows the folder and nothing else: whatever becomes of them, the bytes are one's."""
 
+import json
 import os
 import random
 import signal
+import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,11 +13,23 @@ from pathlib import Path
 
 import pytest
 from nursery import Nursery
-from support import contents, extract, photo
+from support import contents, error_line, extract, photo
 
 import oscar_extract
-from oscar_extract.folder.claim import GIVEN_BACK, WORKING, claim_numbers, claim_path, parse_claim, read_bytes
-from oscar_extract.folder.progress import progress_of
+from oscar_extract.folder import prepare
+from oscar_extract.folder.claim import (
+    GIVEN_BACK,
+    WORKING,
+    Claim,
+    Process,
+    claim_numbers,
+    claim_path,
+    parse_claim,
+    read_bytes,
+)
+from oscar_extract.folder.progress import InWork, progress_of
+from oscar_extract.folder.take import holding, make_claim
+from oscar_extract.tasks import Share
 
 IMAGES, PER_SHARD = 48, 2
 WORKERS, KILLS, PAUSES = 10, 12, 3
@@ -153,3 +168,120 @@ def test_a_signal_gives_the_shard_back_at_once_and_the_exit_code_says_so(
     assert nursery.wait() == (another, 0)
     assert time.monotonic() - began < 30
     assert contents(out) == contents(undisturbed)
+
+
+def test_a_plan_alone_can_be_joined_and_its_progress_told(arguments: list[object], undisturbed: Path, tmp_path: Path):
+    out = plan(arguments, tmp_path / "out")
+    assert sorted(contents(out)) == ["_job.json", "_plan.parquet"]
+    done = extract("--resume", out, "--check", "--json")
+    assert done.returncode == 1
+    assert error_line(done) == f"error: {out}: 24 shards of 24 not done; oscar-extract --resume {out} goes on"
+    expected = {"complete": False, "shards": 24, "done": 0, "in_work": [], "left": 24, "images": 48, "images_done": 0}
+    assert json.loads(done.stdout).items() >= expected.items()
+
+    moved = out.rename(tmp_path / "moved")
+    done = extract("--resume", moved)
+    assert done.returncode == 0, done.stderr
+    assert "47 in 24 shards" in done.stdout
+    assert contents(moved) == contents(undisturbed)
+    done = extract("--resume", moved, "--check", "--json")
+    assert done.returncode == 0, done.stderr
+    expected = {"complete": True, "done": 24, "left": 0, "images_done": 48, "rejects": {"not-an-image": 1}}
+    assert json.loads(done.stdout).items() >= expected.items()
+    assert "24 of 24" in extract("--resume", moved, "--check").stdout
+
+    progress = progress_of(moved)
+    assert len(progress.done_at) == 24
+    assert progress.bytes_done == sum(path.stat().st_size for path in moved.glob("*.tar"))
+
+    before = contents(moved)
+    done = extract("--resume", moved)  # there is nothing left to do
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("all shards are done, 0 of them by this command")
+    assert contents(moved) == before
+
+
+def test_a_shard_in_work_is_told_with_its_owner(arguments: list[object], tmp_path: Path):
+    out = plan(arguments, tmp_path / "out")
+    owner = Process(host="n7", pid=4711, machine="elsewhere", started=1)
+    make_claim(out, 3, 1, Claim(owner=owner, place=".tmp-a", since=1.5e9))
+    make_claim(out, 4, 1, Claim(owner=owner, place=".tmp-a", since=1.5e9, state=GIVEN_BACK))
+    progress = progress_of(out)
+    assert progress.in_work == (InWork(shard=3, host="n7", pid=4711, since=1.5e9),)
+    assert (progress.done, progress.left) == (0, 23)
+    assert "shard 000003 at n7, process 4711, since 2017-07-" in extract("--resume", out, "--check").stdout
+
+
+def test_a_plan_that_others_may_work_on_is_not_changed_without_being_asked(
+    arguments: list[object], images: Path, tmp_path: Path
+):
+    out = plan(arguments, tmp_path / "out")
+    before = contents(out)
+    for flags, message in (
+        (["--batch-size", 4], "holds the plan of a job with batch_size 1, this is 4"),
+        (["--detector", "builtin"], "holds the plan of a job with the detector's config"),
+        (["--images-per-shard", 5], "holds the plan of plan: images_per_shard 2, this is 5"),
+        (["--limit", 5], "holds the plan of plan: num_images 48, this is 5"),
+    ):
+        done = extract(*arguments, "--out", out, *flags, "--plan-only")
+        assert done.returncode == 2
+        assert message in error_line(done)
+        assert error_line(done).endswith("give another --out, or --overwrite")
+        assert contents(out) == before
+    done = extract(*arguments, "--out", out, "--images-per-shard", 5, "--plan-only", "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert progress_of(out).shards == 10
+
+
+def test_overwriting_what_somebody_works_on_is_refused(
+    arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = plan(arguments, tmp_path / "out")
+    monkeypatch.setattr(prepare, "POLL", 0.05)
+    with holding(out, out / "shard-000000.tar", Share(shard=0)) as held:
+        assert held is not None
+        beats = threading.Timer(0.5, held.beat)
+        beats.start()
+        done = extract(*arguments, "--out", out, "--plan-only", "--overwrite")
+        beats.join()
+    assert done.returncode == 1
+    assert f"error: {out}: process {os.getpid()} at {socket.gethostname()} is working there" in error_line(done)
+
+
+def test_a_dry_run_at_a_given_rate_needs_no_weights(images: Path):
+    """10 to 100 regions an image of 2048 float16, a box, a tag and its score; and what each image takes."""
+    given = ["--images", images, "--detector", "vg-r101", "--weights", "not-here.pkl", "--dry-run", "--rate"]
+    done = extract(*given, 0.01)
+    assert done.returncode == 0, done.stderr
+    least, most = (48 * (regions * (2048 * 2 + 16 + 24) + 4096) for regions in (10, 100))
+    assert f"{least / 1e6:.1f} MB to {most / 1e6:.1f} MB (10 to 100 regions an image, P = 2048)" in done.stdout
+    assert f"{48 / 0.01 / 3600:.1f} at 0.01 images/s" in done.stdout
+    assert "48 in 1 shard" in done.stdout
+    fixed = extract(*given, 1, "--min-boxes", 36, "--max-boxes", 36, "--dtype", "int8").stdout
+    assert f"about {48 * (36 * (2048 + 16 + 24) + 4096) / 1e6:.1f} MB (36 regions an image, P = 2048)" in fixed
+
+
+def test_what_is_wrong_with_joining_is_one_line(arguments: list[object], tmp_path: Path):
+    out = plan(arguments, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "_job.json").write_bytes(b"[1]")
+    for flags, message in (
+        (["--resume", out, "--min-boxes", 0], "it cannot be given with --min-boxes"),
+        (["--resume", out, "--images", "photos"], "it cannot be given with --images"),
+        (["--resume", out, "--json"], "--json: it goes with --resume OUT --check"),
+        (["--resume", tmp_path / "gone"], f"--resume {tmp_path / 'gone'}: no such folder"),
+        (["--resume", tmp_path / "empty"], "no _job.json there"),
+        (["--resume", tmp_path / "damaged"], "_job.json is damaged"),
+        ([*arguments, "--check"], "--check: it goes with --resume OUT"),
+        ([*arguments, "--out", tmp_path / "new", "--rate", 3], "--rate 3: it goes with --dry-run"),
+        ([*arguments, "--out", tmp_path / "new", "--plan-only", "--dry-run"], "give one of them"),
+    ):
+        done = extract(*flags)
+        assert done.returncode == 2, flags
+        assert message in error_line(done)
+    (out / "_plan.parquet").unlink()
+    for flags in (["--check"], []):
+        done = extract("--resume", out, *flags)
+        assert done.returncode == 2
+        assert f"{out}/_plan.parquet: cannot be read" in error_line(done)

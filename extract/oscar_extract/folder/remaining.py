@@ -36,6 +36,7 @@ class Remaining:
     ) -> None:
         self._out, self._retries = job.out, job.settings.retry_rejects
         self._tars = [shard_path(job.out, job.settings.name, number) for number in range(record.num_shards)]
+        self._indexes = [index_path(tar).name for tar in self._tars]
         self._watch = Watch(job.out, process or this_process(), clock)
 
         todo = [number for number, tar in enumerate(self._tars) if not is_done(tar, self._retries)]
@@ -59,6 +60,8 @@ class Remaining:
         if not self._retries:
             self._clear_done()
         self.sweep()
+        for unborn in (self._out / FOLDER).glob(f"{TEMPORARY}*"):  # claims whose makers were killed
+            unborn.unlink(missing_ok=True)
         with suppress(OSError):
             (self._out / FOLDER).rmdir()
             return True
@@ -109,8 +112,8 @@ class Remaining:
     def _drop_done(self) -> None:
         names = set(os.listdir(self._out))
         for number, before in [*self.left.items()]:
-            tar = self._tars[number]
-            if index_path(tar).name in names and (before is None or index_stamp(tar) != before):
+            is_there = self._indexes[number] in names
+            if is_there and (before is None or index_stamp(self._tars[number]) != before):
                 self._drop(number)
 
     def _drop(self, shard: int) -> None:
