@@ -231,6 +231,11 @@ def test_a_full_disk_ends_all_of_them_and_then_the_work_goes_on(
     assert contents(out) == contents(undisturbed)
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]]:
     """A dask scheduler and two workers, started as their users start them."""
@@ -240,6 +245,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]
     log = (tmp_path / "dask.log").open("wb")
     dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard", "--no-show"]
     scheduler = subprocess.Popen([*dask, "--host", address], stdout=log, stderr=log, cwd=tmp_path)
+    until(lambda: listens(int(address.rpartition(":")[2])), scheduler)
     line = [
         sys.executable,
         "-m",
