@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig
 
+from oscar_common.device import choose_device
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import replacing_folder, restore_folder
 from oscar_train import checkpoint
 from oscar_train.arguments import CHECKPOINT, RECORD, check_model
 from oscar_train.checkpoint import Checkpoint
-from oscar_train.model import oscar_config
+from oscar_train.model import OscarForPreTraining, oscar_config
 from oscar_train.reading.regions import BOX
 from oscar_train.sources import warn
 from oscar_train.state import IMAGE_NORM, PICKLED, REGIONS, SAFETENSORS, TIED, WEIGHTS, WORDS, fitting, modules, shapes
@@ -99,6 +100,28 @@ def find(path: Path) -> Model:
         lost=[name for name in expected if name not in taken],
         extra=[name for name in weights if name not in taken or name == TIED],
     )
+
+
+def load_checkpoint(path: str | Path, device: str = "auto") -> tuple[OscarForPreTraining, Tokenizer]:
+    """Load a trained model from disk, in evaluation mode, with its tokenizer.
+
+    Args:
+        path: a checkpoint, a run folder (its newest whole checkpoint counts), an export, or a folder of an Oscar.
+        device: auto, cpu or cuda.
+
+    Returns:
+        the model, float32, which takes what `oscar_train.pack` returns; and the tokenizer.
+
+    Raises:
+        UsageError: neither is there, or it is no whole Oscar.
+        OperationError: it is a checkpoint that is damaged.
+    """
+    found = find(Path(path))
+    if not found.has_regions or found.lost:
+        raise UsageError(f"{path}: no whole Oscar; it lacks {', '.join(modules(found.lost))}")
+    model = OscarForPreTraining(found.config)
+    model.load_state_dict(found.tensors)
+    return model.eval().to(choose_device(device)), found.tokenizer
 
 
 def describe(model: Model) -> list[str]:
