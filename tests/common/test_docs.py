@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from support import EXTRACT, SHARDS, TRAIN
 
+import oscar_common
 import oscar_train.checkpoint_command
 import oscar_train.evaluation.command
 
@@ -140,3 +142,11 @@ def test_every_link_leads_to_a_file_and_a_heading(path: Path):
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert anchor in anchors, f"{path.name}: {target}"
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == oscar_common.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    arxiv = [reference["identifiers"][0]["value"] for reference in citation["references"]]
+    assert arxiv == ["arXiv:2004.06165", "arXiv:2101.00529"]
