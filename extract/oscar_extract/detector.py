@@ -68,9 +68,9 @@ def open_detector(
     Raises:
         UsageError: no such detector or weights, or they do not belong together.
     """
-    given = {"weights": weights, "classes": classes, "attributes": attributes, "preset": preset}
+    overrides = {"weights": weights, "classes": classes, "attributes": attributes, "preset": preset}
     entry = installed_catalog().detectors.get(name, settings.Detector(config=name))
-    entry = replace(entry, **{key: str(value) for key, value in given.items() if value is not None})
+    entry = replace(entry, **{key: str(value) for key, value in overrides.items() if value is not None})
     return load_detector(name, entry, choose_device(device), precision)
 
 

@@ -130,8 +130,8 @@ def write_folder(
 ) -> Manifest:
     """Write samples to a new folder of shards, with its manifest.
 
-    The samples are taken one at a time, so a generator may make them. The manifest is written last, and nothing reads a
-    folder that has none; if a sample is refused, delete the folder and write it again.
+    The samples are taken one at a time, so a generator may make them. The manifest is written last, and `open_folder`
+    and oscar-train refuse a folder that has none. If a sample is refused, delete the folder and write it again.
 
     Args:
         folder: a new or an empty folder.
@@ -142,8 +142,14 @@ def write_folder(
 
     Raises:
         UsageError: the folder holds other files, or cannot be written.
-        ValueError: there is no sample, a key is unsafe or occurs twice, or a sample does not fit (see `write_shard`).
+        ValueError: there is no sample, a key is unsafe or occurs twice, a sample does not fit (see `write_shard`), or
+            `name` or `images_per_shard` cannot be.
     """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"name {name!r}: allowed are letters, digits, - and _")
+    if images_per_shard < 1:
+        raise ValueError(f"images_per_shard {images_per_shard}: at least 1")
+
     folder = Path(folder)
     check_output_folder(folder, "folder", ())
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +158,7 @@ def write_folder(
     keys: set[str] = set()
     num_texts = num_shards = 0
 
-    def counted() -> Iterator[Sample]:
+    def checked_samples() -> Iterator[Sample]:
         nonlocal num_texts
         for sample in samples:
             _check_key(sample.key, keys)
@@ -161,7 +167,7 @@ def write_folder(
             digest.update(f"{sample.key}\0".encode() + sample_json(sample))
             yield sample
 
-    unwritten = counted()
+    unwritten = checked_samples()
     for first in unwritten:
         of_shard = chain([first], islice(unwritten, images_per_shard - 1))
         write_shard(shard_path(folder, name, num_shards), of_shard, layout)
@@ -178,9 +184,9 @@ def write_folder(
         num_shards=num_shards,
         sha256=digest.hexdigest(),
     )
-    made = Manifest(name=name, detector=detector, settings={}, plan=plan, software={"oscar_shards": __version__})
-    write_manifest(folder, made)
-    return made
+    record = Manifest(name=name, detector=detector, settings={}, plan=plan, software={"oscar_shards": __version__})
+    write_manifest(folder, record)
+    return record
 
 
 def _check_key(key: str, others: set[str]) -> None:

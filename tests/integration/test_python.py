@@ -1,4 +1,4 @@
-"""What others build on: the packages' public names, and every block of docs/python.md."""
+"""What others build on: the packages' public names, and the docs' examples in Python."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ from oscar_extract import RefusedImage, detect_regions, open_detector
 from oscar_train import checkpoint, load_checkpoint, load_tokenizer
 from oscar_train.weights import build, open_init
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("oscar_common", "oscar_shards", "oscar_extract", "oscar_train")
 verify = partial(run_here, SHARDS, "verify")
 
@@ -38,9 +38,9 @@ def test_public_names_are_there_and_are_those_that_type_checkers_see(name: str):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     )
     imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
-    seen = {alias.name: node.module for node in imports for alias in node.names}
-    assert sorted({*seen, "__version__"} & {*package.__all__}) == sorted(package.__all__)
-    for public, module in seen.items():
+    imported = {alias.name: node.module for node in imports for alias in node.names}
+    assert sorted({*imported, "__version__"} & {*package.__all__}) == sorted(package.__all__)
+    for public, module in imported.items():
         assert getattr(package, public) is getattr(importlib.import_module(str(module)), public)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = package.nothing
@@ -66,6 +66,11 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+def blocks_of(page: str) -> list[str]:
+    """The examples in Python on a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
 def test_every_block_of_the_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -76,15 +81,26 @@ def test_every_block_of_the_page_runs(
     run = {**checkpoint.identity(Train()), "corpus": "abc"}
     checkpoint.save(tmp_path / "run", 7, run, model, torch.optim.SGD(model.parameters()), load_tokenizer(None))
 
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    blocks = blocks_of("docs/python.md")
     assert len(blocks) == 6
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)
+        exec(compile(block, "docs/python.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "person" in printed
     assert "matched" in printed
     assert verify("mine").returncode == 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/shards.md"])
+def test_blocks_that_read_shards_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "runs" / "shards", make_samples())
+    (tmp_path / "shards").symlink_to("runs/shards")
+    (tmp_path / "new").mkdir()
+    names: dict[str, object] = {}
+    for block in blocks_of(page):
+        exec(compile(block, page, "exec"), names)
 
 
 def test_a_folder_is_read_as_it_was_written(tmp_path: Path):
@@ -99,6 +115,9 @@ def test_a_folder_is_read_as_it_was_written(tmp_path: Path):
     again = [sample for tar in folder.tars for sample in oscar_shards.read_samples(tar)]
     assert [s.key for s in again] == [s.key for s in samples]
     assert all(np.array_equal(a.regions.features, b.regions.features) for a, b in zip(again, samples, strict=True))
+    for wrong in ({"name": "a b"}, {"images_per_shard": 0}):
+        with pytest.raises(ValueError, match=r"^name|^images_per_shard"):
+            oscar_shards.write_folder(tmp_path / "wrong", samples, detector, **wrong)
     with pytest.raises(UsageError, match="new folder"):
         oscar_shards.write_folder(tmp_path / "out", iter(samples), detector)
     unsafe = replace(samples[0], key="a.b")

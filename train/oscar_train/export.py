@@ -116,12 +116,13 @@ def load_checkpoint(path: str | Path, device: str = "auto") -> tuple[OscarForPre
         UsageError: neither is there, or it is no whole Oscar.
         OperationError: it is a checkpoint that is damaged.
     """
-    found = find(Path(path))
-    if not found.has_regions or found.lost:
-        raise UsageError(f"{path}: no whole Oscar; it lacks {', '.join(modules(found.lost))}")
-    model = OscarForPreTraining(found.config)
-    model.load_state_dict(found.tensors)
-    return model.eval().to(choose_device(device)), found.tokenizer
+    stored = find(Path(path))
+    if not stored.has_regions or stored.lost:
+        raise UsageError(f"{path}: no whole Oscar; it lacks {', '.join(modules(stored.lost))}")
+
+    model = OscarForPreTraining(stored.config)
+    model.load_state_dict(stored.tensors)
+    return model.eval().to(choose_device(device)), stored.tokenizer
 
 
 def describe(model: Model) -> list[str]:
