@@ -52,7 +52,7 @@ from oscar_shards.manifest import DetectorRecord, Layout, Manifest, PlanRecord, 
 from oscar_shards.write import shard_path, write_shard
 
 if TYPE_CHECKING:  # it loads torch, which the making of rows does without
-    from oscar_train.stream import Stream
+    from oscar_train.data.stream import Stream
 
 RESULTS = Path(__file__).parent / "results" / "corpus.json"
 ABOUT = "about.json"
@@ -263,7 +263,7 @@ def drop_caches() -> bool:
 
 @contextmanager
 def opened(folder: Path, rank: int = 0, ranks: int = 1) -> Iterator["Stream"]:
-    from oscar_train.stream import open_stream
+    from oscar_train.data.stream import open_stream
 
     place, cache = str(folder / "shards"), str(folder / "cache")
     with open_stream([place], batch_size=BATCH * ranks, rank=rank, ranks=ranks, cache=cache) as stream:
@@ -272,7 +272,7 @@ def opened(folder: Path, rank: int = 0, ranks: int = 1) -> Iterator["Stream"]:
 
 def make_cache(folder: Path) -> dict[str, float]:
     """Open the corpus for the first time."""
-    import oscar_train.stream  # noqa: F401  # torch
+    import oscar_train.data.stream  # noqa: F401  # torch
 
     imports = memory()
     with sampled() as peaks:
@@ -330,7 +330,7 @@ def gb(size: float) -> float:
 def open_again(folder: Path) -> dict[str, Any]:
     """Open the corpus from the cache; say what takes how long."""
     start = time.perf_counter()
-    from oscar_train import corpus, stream
+    from oscar_train.data import corpus, stream
 
     functions = {
         "imports, before that": [time.perf_counter() - start],
@@ -343,7 +343,7 @@ def open_again(folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     with opened(folder) as opened_stream:
         seconds = time.perf_counter() - start
-        from oscar_train.loop import describe
+        from oscar_train.training.loop import describe
 
         start = time.perf_counter()
         describe(opened_stream)
@@ -385,7 +385,7 @@ def hold_together(folder: Path, ranks: int) -> dict[str, Any]:
 
 def hold(folder: Path, rank: int, ranks: int, together: Barrier) -> dict[str, dict[str, float]]:
     """Draw texts and batches all over the corpus, and look at the memory when all ranks have done so."""
-    from oscar_train.loop import describe
+    from oscar_train.training.loop import describe
 
     found = {"imports": memory()}
     with opened(folder, rank, ranks) as stream:

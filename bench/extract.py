@@ -37,12 +37,12 @@ from oscar_common.config import installed_catalog
 from oscar_common.device import choose_device
 from oscar_common.sample import ImageRecord, Regions, Sample
 from oscar_common.settings import Detector as Entry
+from oscar_extract.detect import Input, classify, collect, detect, feature_maps, load_batch, make_input
 from oscar_extract.detector import Detector, build, compile_network, configure, load_config, load_detector
 from oscar_extract.images import read_image
-from oscar_extract.nms import intersection_over_union
-from oscar_extract.preset import PRESETS, Preset
-from oscar_extract.regions import Input, classify, collect, detect, feature_maps, load_batch, make_input
-from oscar_extract.selection import Candidates, Selection
+from oscar_extract.steps.nms import intersection_over_union
+from oscar_extract.steps.presets import PRESETS, Preset
+from oscar_extract.steps.selection import Candidates, Selection
 from oscar_shards.manifest import Layout
 from oscar_shards.write import write_shard
 

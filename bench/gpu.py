@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -147,14 +147,18 @@ def merge(report: dict[str, Any], measured: dict[str, Any]) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(device: str, kind: str, arguments: tuple[str, ...]) -> None:
     """Measure one part, and print each result as a line of JSON."""
-    measure = {"training": measure_training, "profile": measure_profile, "extraction": measure_extraction}[kind]
-    for measured in measure(choose_device(device), *arguments):
+    kinds: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+        "training": measure_training,
+        "profile": measure_profile,
+        "extraction": measure_extraction,
+    }
+    for measured in kinds[kind](choose_device(device), *arguments):
         print(json.dumps(measured), flush=True)
 
 
 def measure_training(device: str, size: str, batch_size: str, *ways: str) -> Iterator[dict[str, Any]]:
     """Yield samples/s of ways of training, one after the other."""
-    from oscar_train.ceiling import matrix_ceiling
+    from oscar_train.model.flops import matrix_ceiling
 
     ceiling = matrix_ceiling(torch.device(device), "bf16")
     yield {"matrix_ceiling_tflops": round(ceiling / 1e12, 2)}
@@ -217,10 +221,10 @@ def measure_extraction(device: str, detector: str, batch_size: str, *rest: str) 
 @contextmanager
 def opened(device: str, way: str, size: str, batch_size: int) -> Iterator[tuple["Trainer", float]]:
     """Open a way of training on made shards; yield it with the useful GFLOP of a sample."""
-    from oscar_train.ceiling import Work, count, flops
-    from oscar_train.model import oscar_config, random_config
-    from oscar_train.packing import pack
-    from oscar_train.stream import open_stream
+    from oscar_train.data.stream import open_stream
+    from oscar_train.model.flops import Work, count, flops
+    from oscar_train.model.oscar import oscar_config, random_config
+    from oscar_train.model.packing import pack
     from steps import OPENERS, Job, forget_peak
     from train import make_shards
 

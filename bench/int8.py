@@ -37,10 +37,10 @@ from oscar_shards.manifest import Layout, write_manifest
 from oscar_shards.quantise import dequantise, quantise
 from oscar_shards.read import ShardFolder, open_folder, read_samples
 from oscar_shards.write import write_shard
-from oscar_train.losses import evaluate
-from oscar_train.packing import pack
-from oscar_train.stream import open_stream
-from oscar_train.weights import build, open_init
+from oscar_train.checkpoints.init import build, open_init
+from oscar_train.data.stream import open_stream
+from oscar_train.model.losses import evaluate
+from oscar_train.model.packing import pack
 
 DTYPES = ("float16", "int8")
 LOSSES = ("mlm_loss", "match_loss")

@@ -32,13 +32,13 @@ from oscar_common.vocabulary import NAMES, read_names
 from oscar_common.wordpiece import SHIPPED
 from oscar_shards.manifest import DetectorRecord, Layout, Manifest, PlanRecord, write_manifest
 from oscar_shards.write import shard_path, write_shard
-from oscar_train.corpus import Corpus
+from oscar_train.data.corpus import Corpus
+from oscar_train.data.sampling.negatives import TRIES, Pool, alike, make_pools, replaced
+from oscar_train.data.sampling.philox import SAMPLE, words
+from oscar_train.data.sampling.text_pairs import lengths_of, texts, truncated
+from oscar_train.data.stream import open_stream
+from oscar_train.data.texts.phrases import QA
 from oscar_train.objectives import TABLE, Objective
-from oscar_train.sampling.draws import SAMPLE, words
-from oscar_train.sampling.negatives import TRIES, Pool, alike, make_pools, replaced
-from oscar_train.sampling.sides import lengths_of, texts, truncated
-from oscar_train.stream import open_stream
-from oscar_train.texts.phrases import QA
 
 RESULTS = Path(__file__).parent / "results" / "leaks.json"
 PRESETS = (("oscar", "paper"), ("oscar", "release"), ("oscar-plus", "release"))

@@ -35,7 +35,9 @@ Result = TypeVar("Result")
 
 # What all jobs import is imported once, by the process that they are forked from.
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["__main__", "oscar_extract.plan", "oscar_extract.request", "oscar_extract.tasks"])
+CONTEXT.set_forkserver_preload(
+    ["__main__", "oscar_extract.plan", "oscar_extract.sources.request", "oscar_extract.messages"]
+)
 
 
 @dataclass
@@ -114,9 +116,9 @@ def plan(given: dict[str, Any]) -> dict[str, Any]:
     """Do what `plan_of` and `run` do for a new job, stage by stage."""
     from oscar_common.settings import Catalog, Extract
     from oscar_extract.plan import inputs_digest, make_plan, write_plan
-    from oscar_extract.request import make_request
     from oscar_extract.sources import corpus
     from oscar_extract.sources.inventory import take_inventory
+    from oscar_extract.sources.request import make_request
     from oscar_shards.manifest import PLAN_FILE
 
     clock, baseline = Clock(), memory("VmRSS")
@@ -165,10 +167,10 @@ def timed(module: Any, name: str) -> list[float]:
 def resume(given: dict[str, Any]) -> dict[str, Any]:
     """Do what `plan_of` and `run` do for a job of which half of the shards are there."""
     from oscar_common.settings import Catalog, Extract
+    from oscar_extract.messages import is_done
     from oscar_extract.plan import plan_of, read_shard_plan
-    from oscar_extract.request import make_request
     from oscar_extract.sources.remote import cache_of
-    from oscar_extract.tasks import is_done
+    from oscar_extract.sources.request import make_request
     from oscar_shards.stats import count as count_all
     from oscar_shards.write import shard_path
 

@@ -20,14 +20,24 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import released
 from oscar_common.settings import Train
-from oscar_train.model import OscarForPreTraining
+from oscar_train.batch import BOX, IGNORED, Batch
+from oscar_train.checkpoints.init import build, open_init
+from oscar_train.data.stream import Stream, open_stream
+from oscar_train.model.oscar import OscarForPreTraining
 from oscar_train.objectives import choose_objective
 from oscar_train.ranks import Ranks
-from oscar_train.reading.regions import BOX
-from oscar_train.sampling.triples import IGNORED
-from oscar_train.step import Report, Share, Workshop, gradient, make_optimizer, open_workshop, rate, share, shares, take
-from oscar_train.stream import Batch, Stream, open_stream
-from oscar_train.weights import build, open_init
+from oscar_train.training.schedule import rate
+from oscar_train.training.step import (
+    Report,
+    Share,
+    Workshop,
+    gradient,
+    make_optimizer,
+    open_workshop,
+    share,
+    shares,
+    take,
+)
 
 KINDS = ("ours", "release", "visualbert")
 TWISTS = {

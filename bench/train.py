@@ -58,12 +58,11 @@ from oscar_common.sample import Regions
 from oscar_shards.manifest import Layout, write_manifest
 from oscar_shards.write import shard_path, write_shard
 from oscar_train.arguments import FEW_SHAPES, SIZES
-from oscar_train.ceiling import Work, count, flops, matrix_ceiling
-from oscar_train.model import oscar_config, random_config
-from oscar_train.packing import pack
-from oscar_train.reading.regions import MAX_REGIONS
-from oscar_train.sampling.triples import MAX_TOKENS
-from oscar_train.stream import open_stream
+from oscar_train.batch import MAX_REGIONS, MAX_TOKENS
+from oscar_train.data.stream import open_stream
+from oscar_train.model.flops import Work, count, flops, matrix_ceiling
+from oscar_train.model.oscar import oscar_config, random_config
+from oscar_train.model.packing import pack
 from served import Served
 from steps import KINDS, TWISTS, Job, Lap
 from stream import make_manifest, make_sample

@@ -184,7 +184,7 @@ def open_batches(folder: Path, cores: int) -> Callable[[], Pass]:
 
 def open_ours(folder: Path, cores: int, read: Callable[..., Iterator[Batch]]) -> Callable[[], Pass]:
     """This project's stream, an epoch after the other: each image with each of its texts."""
-    from oscar_train.stream import open_stream
+    from oscar_train.data.stream import open_stream
 
     shards, cache = str(folder / SHARDS), str(folder / "cache")
     opened = open_stream([shards], batch_size=BATCH, seed=0, threads=cores, cache=cache)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from support import TRAIN, later_wins
 
-from oscar_train.metrics import MEASURED
+from oscar_train.logs.log import MEASURED
 
 # One thread: on a busy machine two that wait for each other take many times as long, and sums may round differently.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

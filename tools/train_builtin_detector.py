@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
 def load_config(freeze: int, size: int | None) -> Any:
     from detectron2.config import get_cfg
 
-    import oscar_extract.backbone  # noqa: F401  registers the backbone
+    import oscar_extract.network.backbone  # noqa: F401  registers the backbone
 
     cfg = get_cfg()
     cfg.merge_from_file(str(CONFIG))

@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import xxhash
+
 from oscar_common.errors import OperationError, UsageError
 
 LOGS = (".log", ".out", ".err")  # suffixes of what a scheduler writes beside a command's output
@@ -275,3 +277,8 @@ def _sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def digest(value: object) -> str:
+    """Return a name for a value by what `repr` says of it."""
+    return str(xxhash.xxh3_128_hexdigest(repr(value).encode()))

@@ -99,3 +99,8 @@ def phase(name: str) -> Iterator[None]:
         yield
     if (seconds := time.monotonic() - began) > PHASE_SECONDS:
         print(f"{name}: {seconds:,.1f} s", file=sys.stderr, flush=True)
+
+
+def warn(line: str) -> None:
+    """Tell people of something that is wrong but does not stop the run."""
+    print(f"warning: {line}\n", end="", file=sys.stderr, flush=True)  # in one piece, as threads may warn at once

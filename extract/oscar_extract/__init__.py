@@ -13,15 +13,15 @@ from oscar_common.lazy import lazy_names
 __all__ = ["Detector", "RefusedImage", "detect_regions", "open_detector"]
 
 if TYPE_CHECKING:
+    from oscar_extract.detect import detect_regions
     from oscar_extract.detector import Detector, open_detector
     from oscar_extract.images import RefusedImage
-    from oscar_extract.regions import detect_regions
 else:
     __getattr__ = lazy_names(
         __name__,
         {
+            "oscar_extract.detect": ["detect_regions"],
             "oscar_extract.detector": ["Detector", "open_detector"],
             "oscar_extract.images": ["RefusedImage"],
-            "oscar_extract.regions": ["detect_regions"],
         },
     )

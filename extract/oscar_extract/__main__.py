@@ -11,7 +11,7 @@ from oscar_common.errors import UsageError, nearest
 from oscar_common.files import check_output_folder
 from oscar_common.progress import say_next
 from oscar_common.settings import Catalog, Detector, Extract
-from oscar_extract.download import zoo_config
+from oscar_extract.network.download import zoo_config
 from oscar_shards.manifest import FILE as MANIFEST
 from oscar_shards.manifest import LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE
 
@@ -42,7 +42,7 @@ EXAMPLES = """\
 @cli.settings_command("extract", Extract, HELP, EXAMPLES)
 def command(settings: Extract, catalog: Catalog) -> None:
     """Check the settings, make the plan, then have it done."""
-    from oscar_extract.request import make_request
+    from oscar_extract.sources.request import make_request
 
     request = make_request(settings, catalog)
     check(settings)
@@ -52,8 +52,8 @@ def command(settings: Extract, catalog: Catalog) -> None:
     from oscar_extract.plan import plan_of
 
     plan = plan_of(request, settings)
+    from oscar_extract.messages import Job
     from oscar_extract.run import dry_run, run
-    from oscar_extract.tasks import Job
 
     job = Job(out=Path(settings.out or ".").absolute(), settings=settings, entry=entry)
     if settings.dry_run:

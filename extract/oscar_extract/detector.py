@@ -13,19 +13,19 @@ from detectron2.modeling import build_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-import oscar_extract.backbone  # noqa: F401  (registers the built-in detector's backbone)
+import oscar_extract.network.backbone  # noqa: F401  (registers the built-in detector's backbone)
 from oscar_common import settings
 from oscar_common.config import installed_catalog
 from oscar_common.device import choose_device
 from oscar_common.errors import UsageError, nearest, reason
 from oscar_common.files import sha256
 from oscar_common.vocabulary import NAMES, read_names
-from oscar_extract.architecture import add_config
-from oscar_extract.checkpoint import DETECTRON2, Family, family_of
-from oscar_extract.download import local_file, zoo_config
-from oscar_extract.preset import PRESETS, Preset
-from oscar_extract.vocabulary import known_names
-from oscar_extract.weights import fill, read_weights
+from oscar_extract.network.architecture import add_config
+from oscar_extract.network.class_names import known_names
+from oscar_extract.network.download import local_file, zoo_config
+from oscar_extract.network.families import DETECTRON2, Family, family_of
+from oscar_extract.network.weights import fill, read_weights
+from oscar_extract.steps.presets import PRESETS, Preset
 from oscar_shards.manifest import DetectorRecord
 
 HERE = Path(__file__).parent

@@ -11,6 +11,7 @@ from threading import Lock
 from oscar_common.errors import UsageError
 from oscar_common.files import TEMPORARY, locked
 from oscar_common.progress import Meter, meter
+from oscar_extract.messages import Done, Job, Trial, is_done
 from oscar_extract.plan import Plan, planned_images, read_shard_plan, write_plan
 from oscar_extract.sources.remote import cache_of
 from oscar_extract.summary import (
@@ -22,7 +23,6 @@ from oscar_extract.summary import (
     print_summary,
     warn_of_damage,
 )
-from oscar_extract.tasks import Done, Job, Trial, is_done
 from oscar_extract.workers import Dask, Here, Workers, cores, gpus, local_cluster, remote_cluster
 from oscar_shards.manifest import FILE, MISSING_FILE, Manifest, read_manifest, write_manifest
 from oscar_shards.write import finish_shards, remove_shards, shard_path

@@ -12,9 +12,9 @@ from rich.table import Table
 from oscar_common.errors import OperationError
 from oscar_common.files import locked, replacing
 from oscar_common.progress import duration, plural
+from oscar_extract.messages import Survey
 from oscar_extract.plan import Plan
 from oscar_extract.sources.corpus import MISSING
-from oscar_extract.tasks import Survey
 from oscar_shards.manifest import LEFT_OUT_FILE, MISSING_FILE
 from oscar_shards.read import find_shards
 from oscar_shards.seal import write_sealed

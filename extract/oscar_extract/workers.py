@@ -25,7 +25,7 @@ from distributed import KilledWorker, WorkerPlugin, get_worker
 
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.memory import free_memory
-from oscar_extract.tasks import DeviceFailure, Done, Job, Survey, Trial
+from oscar_extract.messages import DeviceFailure, Done, Job, Survey, Trial
 
 Tell = Callable[[int, int, int], None]  # a shard, its images done so far, and the rejects among them
 TOPIC = "oscar-extract"
@@ -63,13 +63,13 @@ class Here:
 
     def survey(self, job: Job, trial: Trial) -> Survey:
         """See `Workers`."""
-        from oscar_extract.job import survey
+        from oscar_extract.shard_job import survey
 
         return survey(replace(job, threads=cores()), trial)
 
     def extract(self, job: Job, shards: list[int], tell: Tell) -> Iterator[Done]:
         """See `Workers`."""
-        from oscar_extract.job import extract_shard
+        from oscar_extract.shard_job import extract_shard
 
         for number in shards:
             yield extract_shard(replace(job, threads=cores()), number, partial(tell, number))
@@ -221,14 +221,14 @@ ONE_AT_A_TIME = Lock()  # a dask worker may have several threads, but has one de
 
 
 def _survey_task(job: Job, trial: Trial) -> Survey:
-    from oscar_extract.job import survey
+    from oscar_extract.shard_job import survey
 
     with _giving_way():
         return survey(replace(job, threads=job.threads or get_worker().state.nthreads), trial)
 
 
 def _extract_task(job: Job, number: int) -> Done:
-    from oscar_extract.job import extract_shard
+    from oscar_extract.shard_job import extract_shard
 
     worker, told = get_worker(), 0.0
 

@@ -11,13 +11,13 @@ import yaml
 from support import EXTRACT, SHARDS, TRAIN
 
 import oscar_common
-import oscar_train.checkpoint_command
+import oscar_train.checkpoints.command
 import oscar_train.evaluation.command
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS: dict[str, click.Command] = {
-    "oscar-checkpoint": oscar_train.checkpoint_command.command,
+    "oscar-checkpoint": oscar_train.checkpoints.command.command,
     "oscar-evaluate": oscar_train.evaluation.command.command,
     "oscar-extract": EXTRACT,
     "oscar-shards": SHARDS,

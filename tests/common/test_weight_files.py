@@ -10,8 +10,8 @@ import torch
 
 from oscar_common.errors import UsageError
 from oscar_common.weight_files import read_weight_file
-from oscar_extract.weights import read_weights as read_detector
-from oscar_train.state import read_weights as read_model
+from oscar_extract.network.weights import read_weights as read_detector
+from oscar_train.checkpoints.tensor_names import read_weights as read_model
 
 TENSORS = {"weight": torch.arange(100.0)}
 

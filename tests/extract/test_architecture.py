@@ -5,9 +5,9 @@ import torch
 from detectron2.layers import ShapeSpec
 from torch import nn
 
-from oscar_extract.architecture import AttributeHead, CaffeAnchorGenerator, CaffeStem
 from oscar_extract.detector import build, configure, fold_batch_norms, load_config
-from oscar_extract.preset import PRESETS
+from oscar_extract.network.architecture import AttributeHead, CaffeAnchorGenerator, CaffeStem
+from oscar_extract.steps.presets import PRESETS
 
 # What generate_anchors.py of py-faster-rcnn prints for scales 8, 16, 32, in its own comment but for the shift of one.
 PY_FASTER_RCNN = [

@@ -17,9 +17,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 
-import oscar_extract.backbone
+import oscar_extract.network.backbone
 
-FOLDER = Path(oscar_extract.backbone.__file__).parent / "builtin"
+FOLDER = Path(oscar_extract.network.backbone.__file__).parent / "builtin"
 WEIGHTS = FOLDER / "model.safetensors"
 
 
@@ -44,7 +44,7 @@ def detected(predictor: Any, cfg: Any, rgb: np.ndarray, at_least: float) -> set[
 
 
 def test_importing_twice_registers_once() -> None:
-    importlib.reload(oscar_extract.backbone)
+    importlib.reload(oscar_extract.network.backbone)
     assert "build_lite_fpn_backbone" in BACKBONE_REGISTRY
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from oscar_common.sample import ImageRecord
-from oscar_extract import job
-from oscar_extract.job import Loaded, ahead, in_batches, pace
+from oscar_extract import shard_job
+from oscar_extract.detect import Input
 from oscar_extract.plan import PlannedImage
-from oscar_extract.regions import Input
-from oscar_extract.resize import Target
+from oscar_extract.shard_job import Loaded, ahead, in_batches, pace
+from oscar_extract.steps.resize import Target
 from oscar_shards.write import Reject
 
 
@@ -40,8 +40,8 @@ def test_a_batch_has_one_shape_and_goes_when_it_is_full():
 @pytest.mark.parametrize("pixels", [1, 1000])
 def test_what_waits_is_bounded_in_images_and_in_bytes(monkeypatch, pixels):
     """By three images or by three thousand pixels: the group that has waited longest makes room."""
-    monkeypatch.setattr(job, "PENDING_BATCHES", 1 if pixels == 1 else 1000)
-    monkeypatch.setattr(job, "PENDING_BYTES", 3 * 3000 if pixels > 1 else 1 << 30)
+    monkeypatch.setattr(shard_job, "PENDING_BATCHES", 1 if pixels == 1 else 1000)
+    monkeypatch.setattr(shard_job, "PENDING_BYTES", 3 * 3000 if pixels > 1 else 1 << 30)
     items = (loaded(n, shape, pixels) for n, shape in enumerate((5, 6, 5, 7, 8, 9)))
     assert keys(in_batches(items, 3)) == [["0", "2"], ["1"], ["3"], ["4"], ["5"]]
 

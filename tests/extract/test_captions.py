@@ -11,8 +11,8 @@ import pytest
 from oscar_common.errors import UsageError
 from oscar_common.settings import Catalog, Extract
 from oscar_extract.plan import Plan, plan_of, planned_images
-from oscar_extract.request import make_request
 from oscar_extract.sources.inventory import readable
+from oscar_extract.sources.request import make_request
 
 
 def touch(folder: Path, *names: str) -> Path:

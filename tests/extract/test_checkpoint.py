@@ -8,8 +8,8 @@ from peers.states import airsplay_from_caffe
 from small_detectors import entry_of, save, small_detector
 
 from oscar_common.errors import UsageError
-from oscar_extract.checkpoint import AIRSPLAY, convert, family_of
 from oscar_extract.detector import load_detector
+from oscar_extract.network.families import AIRSPLAY, convert, family_of
 
 FAMILIES = {
     "milvlg-caffe": "bua",

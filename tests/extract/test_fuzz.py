@@ -27,8 +27,8 @@ from oscar_common.sample import KEY_BYTES, make_key
 from oscar_common.settings import Catalog, Extract
 from oscar_extract.images import RefusedImage, decode, read_bytes
 from oscar_extract.plan import Plan, make_keys, plan_of, planned_images
-from oscar_extract.request import make_request
 from oscar_extract.sources.inventory import scan_tar
+from oscar_extract.sources.request import make_request
 
 MANY = int(os.environ.get("OSCAR_FUZZ", 0))
 

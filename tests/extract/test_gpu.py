@@ -11,10 +11,10 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from oscar_extract.architecture import AttributeHead
-from oscar_extract.preset import PRESETS
-from oscar_extract.resize import Target, normalize
-from oscar_extract.selection import Candidates
+from oscar_extract.network.architecture import AttributeHead
+from oscar_extract.steps.presets import PRESETS
+from oscar_extract.steps.resize import Target, normalize
+from oscar_extract.steps.selection import Candidates
 
 TARGETS = [Target(height=60, width=80, scale_x=0.5, scale_y=0.5)] * 2
 

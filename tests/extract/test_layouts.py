@@ -21,10 +21,10 @@ from oscar_common.errors import UsageError
 from oscar_common.settings import Catalog, Dataset, Extract
 from oscar_extract.plan import Plan, PlannedImage, inputs_digest, plan_of, planned_images, read_shard_plan, saved_plan
 from oscar_extract.plan import write_plan as store
-from oscar_extract.request import make_request
 from oscar_extract.sources.corpus import find_files
 from oscar_extract.sources.duplicates import locate
 from oscar_extract.sources.remote import Cache
+from oscar_extract.sources.request import make_request
 from oscar_shards.manifest import PLAN_FILE
 from oscar_shards.tar import Window, members
 

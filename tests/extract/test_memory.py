@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from oscar_extract import memory
-from oscar_extract.memory import Limit, detect_within
+from oscar_extract import out_of_memory
+from oscar_extract.out_of_memory import Limit, detect_within
 
 
 class Small:
@@ -12,7 +12,7 @@ class Small:
 
     def __init__(self, room, monkeypatch):
         self.room, self.tried = room, []
-        monkeypatch.setattr(memory, "detect", self.detect)
+        monkeypatch.setattr(out_of_memory, "detect", self.detect)
 
     def detect(self, detector, inputs, selection):
         self.tried.append(len(inputs))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.ops import nms
 
-from oscar_extract.nms import (
+from oscar_extract.steps.nms import (
     first_survivors,
     intersection_over_union,
     nms_by_class,
@@ -56,7 +56,7 @@ def test_every_class_of_every_image_is_suppressed_as_if_alone(count, threshold):
 def test_the_gpus_kernel_suppresses_as_the_cpu_does():
     """On a GPU, or else in Triton's interpreter (see conftest.py)."""
     pytest.importorskip("triton", reason="Triton comes with torch's builds for GPUs")
-    from oscar_extract.nms_kernel import nms_by_class as by_kernel
+    from oscar_extract.steps.nms_kernel import nms_by_class as by_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     boxes = torch.stack([some_boxes(21, seed) for seed in range(2)])

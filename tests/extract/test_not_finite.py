@@ -7,10 +7,10 @@ from small_detectors import small_detector
 from support import photo
 
 from oscar_common.sample import ImageRecord, Sample
-from oscar_extract.job import Equipment, Loaded, detect_batch
-from oscar_extract.memory import Limit
+from oscar_extract.detect import make_input
+from oscar_extract.out_of_memory import Limit
 from oscar_extract.plan import PlannedImage
-from oscar_extract.regions import make_input
+from oscar_extract.shard_job import Equipment, Loaded, detect_batch
 
 FAMILIES = {
     "bua": "milvlg-caffe",

@@ -13,9 +13,9 @@ from peers.states import airsplay_from_caffe
 from small_detectors import SIZES, small_detector
 from support import photo
 
-from oscar_extract.preset import PRESETS
-from oscar_extract.regions import detect, feature_maps, load_batch, make_input, pool
-from oscar_extract.selection import Selection
+from oscar_extract.detect import detect, feature_maps, load_batch, make_input, pool
+from oscar_extract.steps.presets import PRESETS
+from oscar_extract.steps.selection import Selection
 
 PEERS = {"bua": bua, "bua-r152": bua_r152, "lxmert": lxmert, "bua-d2": bua_d2, "vinvl": vinvl}
 NATIVE = {

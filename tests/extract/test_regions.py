@@ -10,11 +10,11 @@ from PIL import Image
 from support import photo
 
 from oscar_common.settings import Detector as Entry
+from oscar_extract.detect import detect, load_batch, make_input, pool
 from oscar_extract.detector import load_config, load_detector
 from oscar_extract.images import RefusedImage
-from oscar_extract.regions import detect, load_batch, make_input, pool
-from oscar_extract.resize import Target
-from oscar_extract.selection import Candidates, Selection, select_detectron2
+from oscar_extract.steps.resize import Target
+from oscar_extract.steps.selection import Candidates, Selection, select_detectron2
 
 USUAL = Selection(min_boxes=10, max_boxes=100, score_threshold=0.2)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 
-from oscar_extract.resize import normalize, shrink, target_of
+from oscar_extract.steps.resize import normalize, shrink, target_of
 
 SHAPES = [(480, 640), (333, 500), (427, 640), (640, 427), (1200, 1600), (2000, 900), (301, 299), (97, 431), (600, 600)]
 MEAN = [102.9801, 115.9465, 122.7717]

@@ -14,8 +14,8 @@ import pytest
 from oscar_common.errors import UsageError
 from oscar_common.settings import Catalog, Extract
 from oscar_extract.plan import plan_of
-from oscar_extract.request import make_request
 from oscar_extract.sources.inventory import Scan, scan_tar
+from oscar_extract.sources.request import make_request
 
 Pairs = list[tuple[str, bytes, str | None]]
 FORMS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

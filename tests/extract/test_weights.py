@@ -11,9 +11,9 @@ from torch import nn
 
 from oscar_common.errors import UsageError
 from oscar_common.settings import Detector as Entry
-from oscar_extract.checkpoint import DETECTRON2
 from oscar_extract.detector import load_config, load_detector
-from oscar_extract.weights import fill, read_weights
+from oscar_extract.network.families import DETECTRON2
+from oscar_extract.network.weights import fill, read_weights
 
 
 def model():

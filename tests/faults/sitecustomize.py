@@ -38,7 +38,7 @@ def fail_in_detect(fail):
 
     def importing(*args, **keywords):
         module = imported(*args, **keywords)
-        memory = sys.modules.get("oscar_extract.memory")
+        memory = sys.modules.get("oscar_extract.out_of_memory")
         if hasattr(memory, "detect") and not hasattr(memory, "fault"):
             memory.fault, detect = fail, memory.detect
             memory.detect = lambda detector, inputs, selection: (fail(inputs), detect(detector, inputs, selection))[1]

@@ -11,10 +11,10 @@ import torch
 
 from oscar_common.sample import Regions
 from oscar_common.settings import Detector as Entry
+from oscar_extract.detect import Input, detect, make_input
 from oscar_extract.detector import Detector, load_detector
 from oscar_extract.images import read_image
-from oscar_extract.memory import Limit, detect_within
-from oscar_extract.regions import Input, detect, make_input
+from oscar_extract.out_of_memory import Limit, detect_within
 
 pytestmark = pytest.mark.gpu
 

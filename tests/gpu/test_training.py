@@ -12,11 +12,11 @@ from running import ENVIRONMENT, finish, has_row, launch, rows, wait
 from small_shards import P, make_samples, write_folder
 
 from oscar_common.settings import Train
-from oscar_train.model import OscarForPreTraining, oscar_config, random_config
-from oscar_train.packing import pack
+from oscar_train.data.stream import Stream, open_stream
+from oscar_train.model.oscar import OscarForPreTraining, oscar_config, random_config
+from oscar_train.model.packing import pack
 from oscar_train.ranks import Ranks
-from oscar_train.step import Workshop, gradient, open_workshop, share, shares, take
-from oscar_train.stream import Stream, open_stream
+from oscar_train.training.step import Workshop, gradient, open_workshop, share, shares, take
 
 pytestmark = pytest.mark.gpu
 
@@ -87,7 +87,7 @@ def test_other_ways_follow(stream: Stream, plain: list[float], settings: dict[st
 def test_the_kernels_change_nothing_beside_attention_written_out(
     stream: Stream, plain: list[float], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("oscar_train.fused.fits", lambda *_: False)
+    monkeypatch.setattr("oscar_train.model.fused.fits", lambda *_: False)
     assert worst(curve(stream, "cuda"), plain) < 1e-4 * plain[0]
 
 

@@ -13,10 +13,10 @@ from small_detectors import entry_of, save
 from support import error_line, extract, oscar, photo, rejects
 
 from oscar_common.settings import Detector as Entry
+from oscar_extract.detect import detect, make_input
 from oscar_extract.detector import build, configure, load_config, load_detector
-from oscar_extract.download import zoo_config
-from oscar_extract.preset import PRESETS
-from oscar_extract.regions import detect, make_input
+from oscar_extract.network.download import zoo_config
+from oscar_extract.steps.presets import PRESETS
 
 NOWHERE = "http://127.0.0.1:9"  # the port that discards, where nothing listens
 

@@ -20,8 +20,9 @@ import oscar_shards
 from oscar_common import UsageError
 from oscar_common.settings import Train
 from oscar_extract import RefusedImage, detect_regions, open_detector
-from oscar_train import checkpoint, load_checkpoint, load_tokenizer
-from oscar_train.weights import build, open_init
+from oscar_train import load_checkpoint, load_tokenizer
+from oscar_train.checkpoints import checkpoint
+from oscar_train.checkpoints.init import build, open_init
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("oscar_common", "oscar_shards", "oscar_extract", "oscar_train")

@@ -15,7 +15,7 @@ from support import error_line, run_here
 import oscar_extract.__main__
 import oscar_shards.__main__
 import oscar_train.__main__
-import oscar_train.checkpoint_command
+import oscar_train.checkpoints.command
 import oscar_train.evaluation.command
 from oscar_common.errors import UsageError
 from oscar_common.files import check_output_folder, replacing
@@ -24,7 +24,7 @@ from oscar_common.progress import plural
 extract_command = oscar_extract.__main__.command
 train_command = oscar_train.__main__.command
 shards_command = oscar_shards.__main__.command
-checkpoint_command = oscar_train.checkpoint_command.command
+checkpoint_command = oscar_train.checkpoints.command.command
 evaluate_command = oscar_train.evaluation.command.command
 
 
@@ -216,8 +216,8 @@ def test_what_needs_no_torch_is_refused_before_it_is_loaded(shards: Path, tmp_pa
         ("oscar_train.evaluation.command", ["empty"], "neither a model nor a run"),
         ("oscar_train.evaluation.command", ["run"], f"or --shards {shards} --all to ask about those that it was"),
         ("oscar_train.evaluation.command", ["run", "--json", "no/x.json"], "--json no/x.json: no such folder"),
-        ("oscar_train.checkpoint_command", ["show", "nope"], "FOLDER nope: no such folder"),
-        ("oscar_train.checkpoint_command", ["export", "run", "--format", "hf", "--out", "file/x"], "file is a file"),
+        ("oscar_train.checkpoints.command", ["show", "nope"], "FOLDER nope: no such folder"),
+        ("oscar_train.checkpoints.command", ["export", "run", "--format", "hf", "--out", "file/x"], "file is a file"),
         ("oscar_train.__main__", ["--shards", shards, "--out", "file/x"], "--out file/x"),
         ("oscar_train.__main__", ["--shards", shards, "--out", "o", "--init", "empty"], "empty has no config.json"),
         (

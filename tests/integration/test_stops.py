@@ -13,7 +13,7 @@ from running import ENVIRONMENT, finish, has_row, launch, rows, wait
 from small_shards import make_samples, write_folder
 from support import train
 
-from oscar_train import checkpoint
+from oscar_train.checkpoints import checkpoint
 
 SETTINGS = ("--init", "random:tiny", "--batch-size", "8", "--lr", "1e-3", "--device", "cpu", "--steps", "12")
 FAULTS = os.pathsep.join([str(Path(__file__).parents[1] / "faults"), os.environ.get("PYTHONPATH", "")])

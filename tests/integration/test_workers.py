@@ -14,7 +14,7 @@ import psutil
 import pytest
 from support import EXTRACT, contents, error_line, later_wins, oscar, rejects, until
 
-from oscar_extract.tasks import Survey
+from oscar_extract.messages import Survey
 from oscar_extract.workers import local_cluster
 
 FAULTS = Path(__file__).parents[1] / "faults"

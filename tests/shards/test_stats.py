@@ -25,7 +25,7 @@ from oscar_shards.pages.plots import binned, sparkline
 from oscar_shards.pages.report import facts, measure
 from oscar_shards.read import open_folder, tars_at
 from oscar_shards.stats import Stats, count, quantile
-from oscar_train.texts.phrases import MAX_TEXT
+from oscar_train.batch import MAX_TEXT
 
 REPORT = Path(__file__).parents[2] / "tools" / "demo_report.py"
 SAMPLES = make_samples()

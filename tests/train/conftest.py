@@ -8,9 +8,9 @@ import torch
 from small_shards import make_samples, write_folder
 
 from oscar_common.sample import Sample
-from oscar_train.corpus import Corpus
-from oscar_train.stream import Stream, open_stream
-from oscar_train.texts.tokens import Tokenizer, load_tokenizer
+from oscar_train.data.corpus import Corpus
+from oscar_train.data.stream import Stream, open_stream
+from oscar_train.data.texts.tokens import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,11 +13,11 @@ from small_shards import P, make_samples, write_folder
 from support import error_line, train
 
 from oscar_common.sample import Sample
-from oscar_train.anchors import IMAGES, RIDGE, anchor
-from oscar_train.model import OscarForPreTraining
-from oscar_train.reading.regions import Slots
-from oscar_train.stream import Stream, open_stream
-from oscar_train.weights import build, open_init
+from oscar_train.checkpoints.init import build, open_init
+from oscar_train.data.reading.regions import Slots
+from oscar_train.data.stream import Stream, open_stream
+from oscar_train.model.oscar import OscarForPreTraining
+from oscar_train.training.region_init import IMAGES, RIDGE, anchor
 
 
 def make_model(layernorm: bool = False) -> OscarForPreTraining:

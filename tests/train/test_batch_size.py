@@ -13,12 +13,12 @@ from support import error_line, train
 
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.settings import AUTO, Train
-from oscar_train import batch_size
-from oscar_train.batch_size import MOST, check_part, check_weights, fits, largest_batch
+from oscar_train.checkpoints.init import build, open_init
+from oscar_train.data.stream import Stream
 from oscar_train.ranks import Ranks
-from oscar_train.step import open_workshop
-from oscar_train.stream import Stream
-from oscar_train.weights import build, open_init
+from oscar_train.training import auto_batch_size
+from oscar_train.training.auto_batch_size import MOST, check_part, check_weights, fits, largest_batch
+from oscar_train.training.step import open_workshop
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 GB = 10**9
@@ -46,7 +46,7 @@ def test_a_real_model_gets_as_many_triples_as_there_is_memory_for(
     settings, start = Train(batch_size=AUTO), open_init("random:tiny")
 
     def found(free: float, triples: int = 10**6, **changes: int) -> int:
-        monkeypatch.setattr(batch_size, "free_memory", lambda processes: int(free * GB))
+        monkeypatch.setattr(auto_batch_size, "free_memory", lambda processes: int(free * GB))
         return largest_batch(replace(settings, **changes), start, 24, ONE, triples)
 
     few, more = found(1), found(4)
@@ -136,7 +136,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_it_is_taken(shards: Path, t
 
 def test_what_will_be_needed_is_known_from_two_small_batches(stream: Stream, monkeypatch: pytest.MonkeyPatch):
     def check(free: float, part: int, **changes: int) -> None:
-        monkeypatch.setattr(batch_size, "free_memory", lambda processes: int(free * GB))
+        monkeypatch.setattr(auto_batch_size, "free_memory", lambda processes: int(free * GB))
         settings = replace(Train(batch_size=part), **changes)
         model, _ = build(open_init("random:tiny"), stream.corpus.feature_dim, 1)
         check_part(open_workshop(model, settings, ONE), replace_size(stream, part))
@@ -156,10 +156,10 @@ def replace_size(stream: Stream, size: int) -> Stream:
 
 
 def test_a_model_too_large_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(batch_size, "free_memory", lambda processes: 5 * GB)
+    monkeypatch.setattr(auto_batch_size, "free_memory", lambda processes: 5 * GB)
     start = open_init("random:large")
     with pytest.raises(OperationError, match=r"about 5\.4 GB are needed, 5\.0 GB are free.* or a smaller model"):
         check_weights(Train(batch_size=2), start, 2048, ONE)
-    monkeypatch.setattr(batch_size, "free_memory", lambda processes: 6 * GB)
+    monkeypatch.setattr(auto_batch_size, "free_memory", lambda processes: 6 * GB)
     check_weights(Train(batch_size=2), start, 2048, ONE)
     assert not hasattr(start.config, "img_feature_dim")  # as it was

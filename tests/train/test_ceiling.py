@@ -7,15 +7,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from oscar_common.settings import Train
-from oscar_train.ceiling import Work, count, flops, matrix_ceiling
-from oscar_train.meter import Meter
-from oscar_train.metrics import MEASURED
-from oscar_train.model import OscarForPreTraining
+from oscar_train.batch import IGNORED
+from oscar_train.checkpoints.init import build, open_init
+from oscar_train.data.room import make_room
+from oscar_train.data.stream import Stream
+from oscar_train.logs.log import MEASURED
+from oscar_train.logs.throughput import Meter
+from oscar_train.model.flops import Work, count, flops, matrix_ceiling
+from oscar_train.model.oscar import OscarForPreTraining
 from oscar_train.ranks import Ranks
-from oscar_train.sampling.triples import IGNORED
-from oscar_train.step import Share, Workshop, gradient, open_workshop, share
-from oscar_train.stream import Stream, make_room
-from oscar_train.weights import build, open_init
+from oscar_train.training.step import Share, Workshop, gradient, open_workshop, share
 
 CPU = torch.device("cpu")
 FULL = Work(tokens=4 * 85, regions=4 * 50, masked=4 * 5, triples=4)
@@ -91,7 +92,7 @@ def test_the_ceiling_is_found_in_less_than_a_second_and_changes_nothing(precisio
 
 def test_a_row_has_the_averages_since_the_last_one(model: OscarForPreTraining, monkeypatch: pytest.MonkeyPatch):
     now = 100.0
-    monkeypatch.setattr("oscar_train.meter.time.monotonic", lambda: now)
+    monkeypatch.setattr("oscar_train.logs.throughput.time.monotonic", lambda: now)
     meter = Meter(model.config, CPU, ceiling=flops(model.config, FULL), ranks=2)
     meter.add(FULL, waited=0.5, ended=101)
     now = 150.0  # after a checkpoint

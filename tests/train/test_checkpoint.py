@@ -14,12 +14,12 @@ import torch
 
 from oscar_common.errors import UsageError
 from oscar_common.settings import Train
-from oscar_train import checkpoint
-from oscar_train.checkpoint import Checkpoint
+from oscar_train.checkpoints import checkpoint
+from oscar_train.checkpoints.checkpoint import Checkpoint
+from oscar_train.checkpoints.init import build, open_init
+from oscar_train.data.stream import Stream
 from oscar_train.ranks import Ranks
-from oscar_train.step import Workshop, open_workshop, share, take
-from oscar_train.stream import Stream
-from oscar_train.weights import build, open_init
+from oscar_train.training.step import Workshop, open_workshop, share, take
 
 RUN = {**checkpoint.identity(Train()), "corpus": "abc"}
 

@@ -17,13 +17,14 @@ from support import until
 
 from oscar_common.errors import UsageError
 from oscar_common.sample import Sample, Text
-from oscar_train import corpus as corpora
-from oscar_train.corpus import META, Corpus, open_corpus
-from oscar_train.sources import open_source
-from oscar_train.texts.phrases import CAPTION, MAX_TEXT, MAX_W, QA
-from oscar_train.texts.ragged import Ragged, concatenated, ragged
-from oscar_train.texts.sets import set_of
-from oscar_train.texts.tokens import Tokenizer
+from oscar_train.batch import MAX_TEXT, MAX_W
+from oscar_train.data import corpus as corpora
+from oscar_train.data.corpus import META, Corpus, open_corpus
+from oscar_train.data.sources import open_source
+from oscar_train.data.texts.hashes import set_of
+from oscar_train.data.texts.phrases import CAPTION, QA
+from oscar_train.data.texts.ragged import Ragged, concatenated, ragged
+from oscar_train.data.texts.tokens import Tokenizer
 
 
 def load(folder: Path, tokenizer: Tokenizer, cache: Path, skip_corrupt: bool = False) -> Corpus:
@@ -107,7 +108,7 @@ def test_it_is_made_once_for_the_same_texts_and_again_for_others(
     def forbidden(*_: object) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr("oscar_train.corpus.collect", forbidden)
+    monkeypatch.setattr("oscar_train.data.corpus.collect", forbidden)
     again = load(shards, tokenizer, cache)
     assert again.fingerprint == first.fingerprint
     assert made.stat().st_mtime_ns == before
@@ -152,9 +153,9 @@ def test_a_damaged_cache_is_made_again(
 MAKE = """
 import sys
 from pathlib import Path
-from oscar_train.corpus import open_corpus
-from oscar_train.sources import open_source
-from oscar_train.texts.tokens import load_tokenizer
+from oscar_train.data.corpus import open_corpus
+from oscar_train.data.sources import open_source
+from oscar_train.data.texts.tokens import load_tokenizer
 print(open_corpus([open_source(sys.argv[1], False)], load_tokenizer(None), Path(sys.argv[2])).fingerprint)
 """
 

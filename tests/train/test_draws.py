@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from oscar_train.sampling.draws import MIX, SAMPLE, WINDOW, below, permutation, uniform, words
+from oscar_train.data.sampling.philox import MIX, SAMPLE, WINDOW, below, permutation, uniform, words
 
 
 def test_a_place_has_the_same_words_wherever_reading_begins():

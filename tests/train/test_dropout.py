@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from oscar_train.dropout import Tokens, TripleDropout, by_head, keep, set_tokens, token_bits
+from oscar_train.model.dropout import Tokens, TripleDropout, by_head, keep, set_tokens, token_bits
 
 SHAPE = torch.Size((64, 85, 32))
 P = 0.1
@@ -95,7 +95,7 @@ def test_what_stays_is_larger_and_eval_changes_nothing(seeds: torch.Tensor, in_r
 
 
 def test_a_model_has_no_dropout_but_this_and_each_has_a_site_of_its_own():
-    from oscar_train.model import OscarForPreTraining, oscar_config, random_config
+    from oscar_train.model.oscar import OscarForPreTraining, oscar_config, random_config
 
     model = OscarForPreTraining(oscar_config(random_config("tiny", 100), 24))
     assert not [m for m in model.modules() if isinstance(m, nn.Dropout)]
@@ -105,7 +105,7 @@ def test_a_model_has_no_dropout_but_this_and_each_has_a_site_of_its_own():
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
 def test_attention_has_the_dropout_that_is_asked_for_and_the_rest_keeps_its_own(asked: float | None, expected: float):
-    from oscar_train.weights import build, open_init
+    from oscar_train.checkpoints.init import build, open_init
 
     model, _ = build(open_init("random:tiny"), 24, 1, attention_dropout=asked)
     shares = {name: m.p for name, m in model.named_modules() if isinstance(m, TripleDropout)}

@@ -17,18 +17,19 @@ from support import error_line, run_here, train
 
 from oscar_common.errors import UsageError
 from oscar_common.sample import Regions, Sample, Text
-from oscar_train.corpus import Corpus
+from oscar_train.batch import IGNORED, Batch
+from oscar_train.data.corpus import Corpus
+from oscar_train.data.room import make_room
+from oscar_train.data.stream import Stream, open_stream
+from oscar_train.data.texts.tags import TagRule
+from oscar_train.data.texts.tokens import Tokenizer
 from oscar_train.evaluation.command import command
-from oscar_train.evaluation.exam import SHUFFLES, Exam, make_exam
 from oscar_train.evaluation.held_out import apart, held_images, split
 from oscar_train.evaluation.measure import Answering, Interrupted, answer, measure, names
-from oscar_train.model import OscarForPreTraining, oscar_config, random_config
+from oscar_train.evaluation.questions import SHUFFLES, Exam, make_exam
+from oscar_train.model.oscar import OscarForPreTraining, oscar_config, random_config
 from oscar_train.objectives import TABLE
 from oscar_train.ranks import Ranks
-from oscar_train.sampling.triples import IGNORED
-from oscar_train.stream import Batch, Stream, make_room, open_stream
-from oscar_train.texts.tags import TagRule
-from oscar_train.texts.tokens import Tokenizer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 OSCAR, PLUS = TABLE["oscar", "paper"], TABLE["oscar-plus", "paper"]

@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import BertForPreTraining, BertModel
 
 from oscar_common.settings import Train
-from oscar_train import checkpoint
-from oscar_train.checkpoint_command import command
-from oscar_train.model import random_config
-from oscar_train.state import WORDS
-from oscar_train.texts.tokens import Tokenizer
-from oscar_train.weights import build, open_init
+from oscar_train.checkpoints import checkpoint
+from oscar_train.checkpoints.command import command
+from oscar_train.checkpoints.init import build, open_init
+from oscar_train.checkpoints.tensor_names import WORDS
+from oscar_train.data.texts.tokens import Tokenizer
+from oscar_train.model.oscar import random_config
 
 oscar_checkpoint = partial(run_here, command)
 RUN = {**checkpoint.identity(Train()), "corpus": "abc"}
@@ -284,7 +284,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
 
 
 def test_arguments_are_checked_before_torch_is_imported():
-    code = "import sys, oscar_train.checkpoint_command; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    code = "import sys, oscar_train.checkpoints.command; assert not {'torch', 'transformers'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oscar_train.dropout import Tokens, TripleDropout, by_head, keep, token_bits
+from oscar_train.model.dropout import Tokens, TripleDropout, by_head, keep, token_bits
 
 SITE, HEADS, SIZE = 4, 2, 16
 SCALING = SIZE**-0.5
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
     pytest.importorskip("triton", reason="Triton comes with torch's builds for GPUs")
-    from oscar_train import kernels
+    from oscar_train.model import kernels
 
     return kernels
 

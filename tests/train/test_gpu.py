@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from oscar_common.settings import Train
-from oscar_train import step
-from oscar_train.model import OscarForPreTraining, oscar_config, random_config
-from oscar_train.packing import Packed, pack
+from oscar_train.batch import Batch
+from oscar_train.data.stream import Stream
+from oscar_train.model.oscar import OscarForPreTraining, oscar_config, random_config
+from oscar_train.model.packing import Packed, pack
 from oscar_train.ranks import Ranks
-from oscar_train.step import Result, Share, Workshop, enqueue, open_workshop
-from oscar_train.stream import Batch, Stream
+from oscar_train.training import step
+from oscar_train.training.step import Result, Share, Workshop, enqueue, open_workshop
 
 CPU = torch.device("cpu")
 SETTINGS = [{}, {"activation_checkpointing": True}, {"max_grad_norm": 0.0, "spike": 0.0}, {"precision": "tf32"}]

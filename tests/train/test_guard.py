@@ -9,9 +9,9 @@ import torch
 
 from oscar_common.errors import OperationError
 from oscar_common.settings import Train
-from oscar_train.guard import FEW, NAMES, Guard
 from oscar_train.ranks import Ranks
-from oscar_train.step import Workshop, make_optimizer, set_rate, update
+from oscar_train.training.loss_guard import FEW, NAMES, Guard
+from oscar_train.training.step import Workshop, make_optimizer, set_rate, update
 
 
 def judge(guard: Guard, loss: float, norm: float = 1.0) -> str:

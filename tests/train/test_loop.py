@@ -12,24 +12,14 @@ import torch
 
 from oscar_common.errors import Stopped
 from oscar_common.settings import Train
-from oscar_train.model import OscarForPreTraining
+from oscar_train.batch import IGNORED, Batch
+from oscar_train.checkpoints.init import build, open_init
+from oscar_train.data.stream import Stream
+from oscar_train.model.oscar import OscarForPreTraining
 from oscar_train.ranks import Ranks
-from oscar_train.sampling.triples import IGNORED
-from oscar_train.signals import watched_signals
-from oscar_train.step import (
-    Workshop,
-    gradient,
-    make_optimizer,
-    open_workshop,
-    rate,
-    rehearse,
-    schedule,
-    share,
-    shares,
-    take,
-)
-from oscar_train.stream import Batch, Stream
-from oscar_train.weights import build, open_init
+from oscar_train.training.schedule import rate, schedule
+from oscar_train.training.signals import watched_signals
+from oscar_train.training.step import Workshop, gradient, make_optimizer, open_workshop, rehearse, share, shares, take
 
 
 @pytest.fixture

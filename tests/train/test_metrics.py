@@ -21,9 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from oscar_common.errors import UsageError
 from oscar_common.progress import duration
 from oscar_common.settings import Train
-from oscar_train.metrics import COLUMNS, MEASURED, Row, open_log
-from oscar_train.model import OscarForPreTraining, oscar_config, random_config
-from oscar_train.run import Forecast
+from oscar_train.logs.log import COLUMNS, MEASURED, Row, open_log
+from oscar_train.model.oscar import OscarForPreTraining, oscar_config, random_config
+from oscar_train.training.reports import Forecast
 
 NAMES = ("mlm_words", "answers")
 WANDB = '''
@@ -158,7 +158,7 @@ def test_the_time_left_follows_the_recent_pace(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     now = 0.0
-    monkeypatch.setattr("oscar_train.metrics.time.monotonic", lambda: now)
+    monkeypatch.setattr("oscar_train.logs.log.time.monotonic", lambda: now)
     with open_log(tmp_path, 0, 1000, 1) as log:
         for step in range(1, 101):
             now += 60 if step == 1 else 10 if step <= 50 else 2
@@ -250,7 +250,7 @@ def test_a_missing_wandb_is_noticed_before_anything_slow(tmp_path: Path, monkeyp
 def test_the_real_wandb_writes_to_the_run_folder(tmp_path: Path):
     pytest.importorskip("wandb", reason="needs pip install wandb")
     code = (
-        "from pathlib import Path; from oscar_train.metrics import open_log\n"
+        "from pathlib import Path; from oscar_train.logs.log import open_log\n"
         "for step in (0, 1):\n"
         "    with open_log(Path('run'), step, 10, 5, evaluation=['a'], wandb='p', config={'lr': 1e-4}) as log:\n"
         "        log.add_evaluation(step + 1, {'a': 0.5}, '')"

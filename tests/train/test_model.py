@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu, layer_norm
 from transformers import BertConfig
 
-from oscar_train.dropout import by_head, keep, token_bits
-from oscar_train.losses import evaluate
-from oscar_train.model import OscarForPreTraining, oscar_config, random_config
-from oscar_train.packing import pack
-from oscar_train.sampling.triples import IGNORED
-from oscar_train.stream import Batch, Stream, put_text
+from oscar_train.batch import IGNORED, Batch
+from oscar_train.data.room import put_text
+from oscar_train.data.stream import Stream
+from oscar_train.model.dropout import by_head, keep, token_bits
+from oscar_train.model.losses import evaluate
+from oscar_train.model.oscar import OscarForPreTraining, oscar_config, random_config
+from oscar_train.model.packing import pack
 
 VOCABULARY = 30522
 CPU = torch.device("cpu")

@@ -14,16 +14,17 @@ from small_shards import make_samples, write_folder
 
 from oscar_common.sample import Sample, Text
 from oscar_common.settings import Train
-from oscar_train.corpus import Corpus
+from oscar_train.batch import IGNORED
+from oscar_train.data.corpus import Corpus
+from oscar_train.data.sampling.negatives import TRIES, make_pools, replaced
+from oscar_train.data.sampling.philox import SAMPLE, words
+from oscar_train.data.sampling.text_pairs import Sides
+from oscar_train.data.sampling.triples import _CANDIDATES, _PART, _WIDTH, assemble
+from oscar_train.data.stream import open_stream
+from oscar_train.data.texts.phrases import CAPTION
+from oscar_train.data.texts.tags import TagRule
+from oscar_train.data.texts.tokens import Tokenizer, load_tokenizer
 from oscar_train.objectives import TABLE, Objective, choose_objective, choose_tags
-from oscar_train.sampling.draws import SAMPLE, words
-from oscar_train.sampling.negatives import TRIES, make_pools, replaced
-from oscar_train.sampling.sides import Sides
-from oscar_train.sampling.triples import _CANDIDATES, _PART, _WIDTH, IGNORED, assemble
-from oscar_train.stream import open_stream
-from oscar_train.texts.phrases import CAPTION
-from oscar_train.texts.tags import TagRule
-from oscar_train.texts.tokens import Tokenizer, load_tokenizer
 
 ROWS = 400
 # How often w and q are replaced, the labels of matched, wrong w and wrong q, and what replaces a text

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from oscar_train.sampling.order import BLOCK, Order
+from oscar_train.data.sampling.order import BLOCK, Order
 
 COUNTS = np.random.default_rng(0).integers(0, 9, 70)  # triples of each shard; some have none
 SHARDS = np.concatenate([[0], np.cumsum(COUNTS)])

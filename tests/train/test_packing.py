@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from oscar_common.settings import Train
-from oscar_train import packing
-from oscar_train.ceiling import count
-from oscar_train.packing import Grid, pack
+from oscar_train.checkpoints.init import build, open_init
+from oscar_train.data.stream import Stream
+from oscar_train.model import packing
+from oscar_train.model.flops import count
+from oscar_train.model.packing import Grid, pack
 from oscar_train.ranks import Ranks
-from oscar_train.step import Share, gradient, open_workshop
-from oscar_train.stream import Stream
-from oscar_train.weights import build, open_init
+from oscar_train.training.step import Share, gradient, open_workshop
 
 CPU = torch.device("cpu")
 

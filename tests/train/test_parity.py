@@ -12,14 +12,13 @@ from peers.bert_img import BertImgForPreTraining, Sizes
 from torch import Tensor
 
 from oscar_common.settings import Train
-from oscar_train import checkpoint
-from oscar_train.export import export
-from oscar_train.losses import evaluate
-from oscar_train.model import OscarForPreTraining
-from oscar_train.packing import pack
-from oscar_train.sampling.triples import IGNORED
-from oscar_train.stream import Batch
-from oscar_train.weights import build, open_init
+from oscar_train.batch import IGNORED, Batch
+from oscar_train.checkpoints import checkpoint
+from oscar_train.checkpoints.export import export
+from oscar_train.checkpoints.init import build, open_init
+from oscar_train.model.losses import evaluate
+from oscar_train.model.oscar import OscarForPreTraining
+from oscar_train.model.packing import pack
 
 FEATURES, TOKENS, REGIONS = 18, 35, 50
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}

@@ -16,7 +16,7 @@ from oscar_common.config import installed_catalog
 from oscar_common.errors import UsageError
 from oscar_common.settings import Extract, Train
 from oscar_train.arguments import check
-from oscar_train.run_folder import resumed, write_settings
+from oscar_train.checkpoints.run_settings import resumed, write_settings
 
 
 def resolve(*arguments: object) -> "Train | str":

@@ -9,14 +9,14 @@ from running import rows
 from small_shards import P, make_samples, write_folder
 from support import error_line, run_here, train
 
-import oscar_train.checkpoint_command
+import oscar_train.checkpoints.command
 import oscar_train.evaluation.command
 
 TINY = ("--batch-size", "8", "--device", "cpu", "--region-init", "tags")
 
 
 def checkpoints(*arguments: object) -> str:
-    done = run_here(oscar_train.checkpoint_command.command, *arguments)
+    done = run_here(oscar_train.checkpoints.command.command, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

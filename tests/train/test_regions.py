@@ -16,11 +16,11 @@ from oscar_common.errors import OperationError, UsageError
 from oscar_common.sample import Sample
 from oscar_shards.quantise import dequantise, quantise
 from oscar_shards.read import open_folder
-from oscar_train.corpus import Corpus
-from oscar_train.reading.regions import MAX_REGIONS, RegionReader, Slots, make_slots
-from oscar_train.reading.tars import Tars
-from oscar_train.sampling.triples import IGNORED
-from oscar_train.stream import Stream, open_stream
+from oscar_train.batch import IGNORED, MAX_REGIONS
+from oscar_train.data.corpus import Corpus
+from oscar_train.data.reading.regions import RegionReader, Slots, make_slots
+from oscar_train.data.reading.tars import Tars
+from oscar_train.data.stream import Stream, open_stream
 
 
 def slots(size: int) -> Slots:

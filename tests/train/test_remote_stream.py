@@ -31,10 +31,10 @@ from oscar_common.errors import OperationError, UsageError
 from oscar_shards import remote, retries
 from oscar_shards.cache import FOLDER, ShardCache, cost
 from oscar_shards.index import SIZE, index_path, load_index, write_index
-from oscar_train.reading import fetches
-from oscar_train.reading.tars import check_window
-from oscar_train.sampling.triples import IGNORED
-from oscar_train.stream import Batch, Stream, open_stream
+from oscar_train.batch import IGNORED, Batch
+from oscar_train.data.reading import downloads
+from oscar_train.data.reading.tars import check_window
+from oscar_train.data.stream import Stream, open_stream
 
 IMAGES, EACH = 40, 4
 SHARDS = IMAGES // EACH
@@ -475,7 +475,7 @@ def test_who_waits_long_is_told_for_what(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setattr(fetches, "PATIENCE", 0.1)
+    monkeypatch.setattr(downloads, "PATIENCE", 0.1)
     monkeypatch.setattr(remote, "TIMEOUT", 0.5)
     server.faults |= dict.fromkeys(TARS, Fault.MUTE)
     server.times |= dict.fromkeys(TARS, 1)

@@ -14,7 +14,7 @@ from oscar_common.errors import UsageError
 from oscar_shards import remote, retries
 from oscar_shards.index import SIZE, index_path
 from oscar_shards.manifest import FILE
-from oscar_train.sources import UNKNOWN, open_source, suspect
+from oscar_train.data.sources import UNKNOWN, open_source, suspect
 
 TARS = [f"shard-{number:06d}.tar" for number in range(5)]
 

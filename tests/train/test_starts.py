@@ -12,9 +12,9 @@ from remotes import serve
 from small_shards import make_samples, write_folder
 
 from oscar_common import __version__
-from oscar_train import checkpoint
-from oscar_train.sources import open_source
-from oscar_train.starts import record_start
+from oscar_train.checkpoints import checkpoint
+from oscar_train.data.sources import open_source
+from oscar_train.logs.provenance import record_start
 
 CPU = torch.device("cpu")
 

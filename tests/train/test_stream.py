@@ -17,14 +17,15 @@ from small_shards import make_samples, write_folder
 
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.sample import Sample
-from oscar_train.corpus import Corpus
+from oscar_train.batch import IGNORED, Batch
+from oscar_train.data.corpus import Corpus
+from oscar_train.data.sampling.negatives import make_pools, replaced
+from oscar_train.data.sampling.philox import SAMPLE, words
+from oscar_train.data.sampling.triples import _CANDIDATES, _PART, _WIDTH
+from oscar_train.data.stream import Stream, open_stream
+from oscar_train.data.texts.tags import TagRule
+from oscar_train.data.texts.tokens import Tokenizer
 from oscar_train.objectives import MATCHED, OSCAR, TABLE
-from oscar_train.sampling.draws import SAMPLE, words
-from oscar_train.sampling.negatives import make_pools, replaced
-from oscar_train.sampling.triples import _CANDIDATES, _PART, _WIDTH, IGNORED
-from oscar_train.stream import Batch, Stream, open_stream
-from oscar_train.texts.tags import TagRule
-from oscar_train.texts.tokens import Tokenizer
 
 STEPS = 30
 Copy = dict[str, torch.Tensor]
@@ -91,7 +92,7 @@ def test_batches_do_not_depend_on_how_threads_share_them(
     threads: int,
     least: int,
 ):
-    monkeypatch.setattr("oscar_train.stream.LEAST", least)
+    monkeypatch.setattr("oscar_train.data.stream.LEAST", least)
     with opened(shards, tokenizer, threads=threads) as stream:
         batches = [copied(batch) for batch in stream.batches(0, STEPS)]
         assert len({batch.features.data_ptr() for batch in stream.batches(0, STEPS)}) == 2

@@ -18,11 +18,12 @@ from oscar_common.sample import Sample
 from oscar_common.settings import TAG_ORDERS, TAGS, Train
 from oscar_shards.index import FIRST_SCHEMA
 from oscar_shards.reindex import reindex
-from oscar_train.corpus import Corpus, open_corpus
-from oscar_train.sources import open_source
-from oscar_train.texts.phrases import CAPTION, MAX_TEXT
-from oscar_train.texts.tags import TagRule, tag_rule
-from oscar_train.texts.tokens import Tokenizer
+from oscar_train.batch import MAX_TEXT
+from oscar_train.data.corpus import Corpus, open_corpus
+from oscar_train.data.sources import open_source
+from oscar_train.data.texts.phrases import CAPTION
+from oscar_train.data.texts.tags import TagRule, tag_rule
+from oscar_train.data.texts.tokens import Tokenizer
 
 VOCABULARY = ("cat", "TRAFFIC light", "sofa", "unicorn", "ski")
 TRUTH = ["Cat", "sofa", "sofa", "ski", " ", "traffic light", "größe", "CAT"]

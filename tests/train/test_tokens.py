@@ -12,12 +12,12 @@ from tokenizers import Tokenizer as Core
 from oscar_common.errors import UsageError
 from oscar_common.sample import Text
 from oscar_common.wordpiece import SHIPPED, wordpiece
-from oscar_train.checkpoint import Checkpoint, agree
-from oscar_train.corpus import Corpus, open_corpus
-from oscar_train.sources import open_source
-from oscar_train.texts.ragged import Ragged, ragged
-from oscar_train.texts.tags import TagRule
-from oscar_train.texts.tokens import Tokenizer
+from oscar_train.checkpoints.checkpoint import Checkpoint, agree
+from oscar_train.data.corpus import Corpus, open_corpus
+from oscar_train.data.sources import open_source
+from oscar_train.data.texts.ragged import Ragged, ragged
+from oscar_train.data.texts.tags import TagRule
+from oscar_train.data.texts.tokens import Tokenizer
 
 SPECIAL = ["[MASK]", "[SEP]", "[CLS]", "[PAD]", "[UNK]"]
 CAPTION = "[MASK] [SEP] a [CLS]"
@@ -108,7 +108,7 @@ def test_ids_from_an_older_version_are_made_again_and_its_run_is_refused_only_if
 
     folder = write(tmp_path, text)
     with monkeypatch.context() as older:
-        older.setattr("oscar_train.corpus.FORMAT", 2)
+        older.setattr("oscar_train.data.corpus.FORMAT", 2)
         older.setattr(Tokenizer, "__call__", as_before)
         was = load(folder, tokenizer)
     assert (tokenizer.mask in was.first[0]) == differs

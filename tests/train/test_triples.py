@@ -7,15 +7,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from oscar_train.corpus import Corpus
+from oscar_train.batch import IGNORED, MAX_TEXT, MAX_TOKENS, MAX_W
+from oscar_train.data.corpus import Corpus
+from oscar_train.data.sampling.negatives import make_pools
+from oscar_train.data.sampling.philox import SAMPLE, words
+from oscar_train.data.sampling.text_pairs import truncated
+from oscar_train.data.sampling.triples import _WIDTH, TextBatch, assemble, joined, masked
+from oscar_train.data.texts.ragged import ragged
+from oscar_train.data.texts.tokens import Tokenizer
 from oscar_train.objectives import OSCAR, TABLE, Objective
-from oscar_train.sampling.draws import SAMPLE, words
-from oscar_train.sampling.negatives import make_pools
-from oscar_train.sampling.sides import truncated
-from oscar_train.sampling.triples import _WIDTH, IGNORED, MAX_TOKENS, TextBatch, assemble, joined, masked
-from oscar_train.texts.phrases import MAX_TEXT, MAX_W
-from oscar_train.texts.ragged import ragged
-from oscar_train.texts.tokens import Tokenizer
 
 RELEASE = TABLE["oscar", "release"]
 SIGMAS = 5  # a right count lies further off once in a million and a half

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForPreTraining, BertModel
 
 from oscar_common.errors import UsageError
-from oscar_train.model import OscarForPreTraining, oscar_config, random_config
-from oscar_train.state import TIED, WORDS, modules, read_weights
-from oscar_train.weights import build, fill, open_init
+from oscar_train.checkpoints.init import build, fill, open_init
+from oscar_train.checkpoints.tensor_names import TIED, WORDS, modules, read_weights
+from oscar_train.model.oscar import OscarForPreTraining, oscar_config, random_config
 
 
 @pytest.fixture(scope="module")

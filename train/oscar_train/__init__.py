@@ -25,19 +25,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from oscar_train.export import load_checkpoint
-    from oscar_train.model import OscarForPreTraining
-    from oscar_train.packing import Packed, pack
-    from oscar_train.stream import Batch, Stream, open_stream
-    from oscar_train.texts.tokens import Tokenizer, load_tokenizer
+    from oscar_train.batch import Batch
+    from oscar_train.checkpoints.export import load_checkpoint
+    from oscar_train.data.stream import Stream, open_stream
+    from oscar_train.data.texts.tokens import Tokenizer, load_tokenizer
+    from oscar_train.model.oscar import OscarForPreTraining
+    from oscar_train.model.packing import Packed, pack
 else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "oscar_train.export": ["load_checkpoint"],
-            "oscar_train.model": ["OscarForPreTraining"],
-            "oscar_train.packing": ["Packed", "pack"],
-            "oscar_train.stream": ["Batch", "Stream", "open_stream"],
-            "oscar_train.texts.tokens": ["Tokenizer", "load_tokenizer"],
+            "oscar_train.batch": ["Batch"],
+            "oscar_train.checkpoints.export": ["load_checkpoint"],
+            "oscar_train.data.stream": ["Stream", "open_stream"],
+            "oscar_train.data.texts.tokens": ["Tokenizer", "load_tokenizer"],
+            "oscar_train.model.oscar": ["OscarForPreTraining"],
+            "oscar_train.model.packing": ["Packed", "pack"],
         },
     )

@@ -8,8 +8,8 @@ from oscar_common.memory import lacks_memory
 from oscar_common.progress import say_next
 from oscar_common.settings import Catalog, Train
 from oscar_train.arguments import FEW_SHAPES, check
-from oscar_train.run_folder import resumed
-from oscar_train.signals import Stop, watched_signals
+from oscar_train.checkpoints.run_settings import resumed
+from oscar_train.training.signals import Stop, watched_signals
 
 HELP = """Pre-train Oscar on shards made by oscar-extract.
 
@@ -39,13 +39,13 @@ def command(settings: Train, catalog: Catalog) -> None:
 
 
 def _train(settings: Train, out: Path, stop: Stop) -> None:
-    from oscar_train.sources import check_together, open_source
+    from oscar_train.data.sources import check_together, open_source
 
     sources = [open_source(place, settings.skip_corrupt) for place in settings.shards]
     beside = [open_source(place, settings.skip_corrupt, "--eval-shards") for place in settings.eval_shards]
     check_together([*sources, *beside])
-    from oscar_train.batch_size import lacking
-    from oscar_train.loop import train
+    from oscar_train.training.auto_batch_size import lacking
+    from oscar_train.training.loop import train
 
     try:
         train(settings, sources, out, stop, beside)

@@ -115,7 +115,7 @@ def _check_init(init: str) -> None:
     in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
     if in_a_folder or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", init) or init.startswith("."):
         raise UsageError(f"--init {init}: no such folder; {ALLOWED_INIT}")
-    from oscar_train import hub
+    from oscar_train.checkpoints import hub
 
     hub.check(init)
 

@@ -16,9 +16,10 @@ from oscar_common.processes import each
 from oscar_common.progress import meter, phase, plural
 from oscar_common.vocabulary import NAMES, read_names
 from oscar_shards.formats import lxmert_tsv, npz, oscar_corpus, sidecar
-from oscar_shards.formats.foreign import Rows, Vocabulary
+from oscar_shards.formats.fields import Vocabulary
 from oscar_shards.formats.lines import Lines
 from oscar_shards.formats.part import Part, Written, is_done, write_part
+from oscar_shards.formats.rows import Rows
 from oscar_shards.manifest import FILE, DetectorRecord, Layout, Manifest, PlanRecord, read_manifest, write_manifest
 from oscar_shards.read import manifest_of
 from oscar_shards.write import finish_shards, shard_path

@@ -15,7 +15,7 @@ from oscar_common.files import TEMPORARY, hold, release, replacing_folder, resto
 from oscar_common.progress import Meter, meter, plural
 from oscar_common.sample import Sample
 from oscar_shards.formats import lxmert_tsv, npz, sidecar
-from oscar_shards.formats.foreign import Vocabulary
+from oscar_shards.formats.fields import Vocabulary
 from oscar_shards.formats.oscar_writer import OscarWriter, files_beside
 from oscar_shards.manifest import FILE, Manifest, read_manifest, write_manifest
 from oscar_shards.read import find_shards, read_rejects, read_samples

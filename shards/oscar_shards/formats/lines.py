@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from oscar_shards.formats.foreign import Ints, Refused, Vocabulary
+from oscar_shards.formats.fields import Ints, Refused, Vocabulary
 
 SPAN = np.dtype([("file", "<i4"), ("line", "<i8"), ("begin", "<i8"), ("end", "<i8")])  # line: counted from 1
 LINE_LIMIT = 64 << 20  # bytes; 100 regions of 2,054 numbers have a million
@@ -22,7 +22,7 @@ Spans = npt.NDArray[np.void]  # of the dtype SPAN
 
 @dataclass(frozen=True, kw_only=True)
 class LineRows:
-    """Images that are a line of a file each: what `oscar_shards.formats.foreign.Rows` asks for and is alike in all."""
+    """Images that are a line of a file each: what `oscar_shards.formats.rows.Rows` asks for and is alike in all."""
 
     paths: list[Path]
     ids: list[str]

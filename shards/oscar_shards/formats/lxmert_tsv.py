@@ -6,7 +6,7 @@ from pathlib import Path
 
 from oscar_common.errors import UsageError
 from oscar_common.sample import Attribute, Sample
-from oscar_shards.formats.foreign import (
+from oscar_shards.formats.fields import (
     Ints,
     Refused,
     Vocabulary,
@@ -14,13 +14,13 @@ from oscar_shards.formats.foreign import (
     decode,
     encode,
     free_id,
-    make_sample,
     names_of,
     numbers_of,
     plain,
     whole,
 )
 from oscar_shards.formats.lines import LineRows, Lines, index_lines
+from oscar_shards.formats.rows import make_sample
 from oscar_shards.write import Reject
 
 FILE = "features.tsv"
@@ -42,7 +42,7 @@ ID_CHARACTERS = "A-Za-z0-9._/-"  # in an id of an export; others are escaped
 
 @dataclass(frozen=True, kw_only=True)
 class TsvRows(LineRows):
-    """The rows of one TSV; see `oscar_shards.formats.foreign.Rows`."""
+    """The rows of one TSV; see `oscar_shards.formats.rows.Rows`."""
 
     columns: tuple[str, ...]
     num_texts: int = 0

@@ -15,17 +15,9 @@ import numpy.typing as npt
 from oscar_common.errors import UsageError
 from oscar_common.files import no_folder
 from oscar_common.sample import Attribute, Sample, make_key
-from oscar_shards.formats.foreign import (
-    Ints,
-    Refused,
-    Vocabulary,
-    attributes_of,
-    free_id,
-    make_sample,
-    names_of,
-    numbers_of,
-)
+from oscar_shards.formats.fields import Ints, Refused, Vocabulary, attributes_of, free_id, names_of, numbers_of
 from oscar_shards.formats.lines import LINE_LIMIT, Lines
+from oscar_shards.formats.rows import make_sample
 from oscar_shards.samples import NPY_LIMIT, parse_npy_header
 from oscar_shards.write import Reject
 
@@ -40,7 +32,7 @@ INFO = (
 
 @dataclass(frozen=True, kw_only=True)
 class NpzRows:
-    """A folder's files; see `oscar_shards.formats.foreign.Rows`."""
+    """A folder's files; see `oscar_shards.formats.rows.Rows`."""
 
     paths: list[Path]
     ids: list[str]

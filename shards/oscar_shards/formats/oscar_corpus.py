@@ -10,7 +10,7 @@ import yaml
 
 from oscar_common.errors import UsageError, nearest, shorten
 from oscar_common.text_files import read_text
-from oscar_shards.formats.foreign import Ints, Vocabulary
+from oscar_shards.formats.fields import Ints, Vocabulary
 from oscar_shards.formats.lines import NAME_LIMIT, SPAN, Spans, index_lines
 from oscar_shards.formats.oscar_tsv import OscarRows
 from oscar_shards.write import Reject

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_common.sample import Attribute, Sample, Text
-from oscar_shards.formats.foreign import Floats, Ints, Refused, decode, make_sample, whole
+from oscar_shards.formats.fields import Floats, Ints, Refused, decode, whole
 from oscar_shards.formats.lines import LineRows, Lines, Spans
+from oscar_shards.formats.rows import make_sample
 from oscar_shards.write import Reject
 
 POSITION = 6  # numbers after the P features: x1/W, y1/H, x2/W, y2/H, w/W, h/H
@@ -17,7 +18,7 @@ POSITION = 6  # numbers after the P features: x1/W, y1/H, x2/W, y2/H, w/W, h/H
 
 @dataclass(frozen=True, kw_only=True)
 class OscarRows(LineRows):
-    """Images of one or several datasets with what belongs to each; see `oscar_shards.formats.foreign.Rows`.
+    """Images of one or several datasets with what belongs to each; see `oscar_shards.formats.rows.Rows`.
 
     A span of `labels` with file -1 stands for none. The texts of image n are those from starts[n] to starts[n + 1];
     a span of `answers` with file -1 makes a text a caption.

@@ -13,7 +13,7 @@ import yaml
 
 from oscar_common.errors import OperationError
 from oscar_common.sample import Sample, Text
-from oscar_shards.formats.foreign import encode, free_id, plain
+from oscar_shards.formats.fields import encode, free_id, plain
 from oscar_shards.formats.oscar_corpus import FEATURES, LABELS, QA, YAML
 from oscar_shards.formats.oscar_tsv import positions
 

@@ -13,8 +13,9 @@ from oscar_common.errors import OperationError
 from oscar_common.sample import Regions, Sample
 from oscar_shards.content import read_content
 from oscar_shards.formats import sidecar
-from oscar_shards.formats.foreign import Ints, Refused, Rows
+from oscar_shards.formats.fields import Ints, Refused
 from oscar_shards.formats.lines import Lines
+from oscar_shards.formats.rows import Rows
 from oscar_shards.manifest import Layout
 from oscar_shards.read import is_whole
 from oscar_shards.samples import JSON_LIMIT

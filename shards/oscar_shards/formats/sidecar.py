@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oscar_common.errors import UsageError, reason
-from oscar_shards.formats.foreign import Ints, Rows
+from oscar_shards.formats.fields import Ints
+from oscar_shards.formats.rows import Rows
 from oscar_shards.read import parse_content
 from oscar_shards.seal import leave_room, stamp
 from oscar_shards.write import Reject

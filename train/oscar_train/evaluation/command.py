@@ -12,7 +12,7 @@ from oscar_common.files import check_output_file
 from oscar_common.progress import say_next
 from oscar_common.settings import DEVICES, OBJECTIVES, PRECISIONS
 from oscar_train.arguments import FEW_SHAPES, SHUFFLES, check_model
-from oscar_train.run_folder import own_shards
+from oscar_train.checkpoints.run_settings import own_shards
 
 HELP = """Ask a model about images that it was not trained on.
 

@@ -16,20 +16,21 @@ from rich.console import Console
 from oscar_common.device import choose_device
 from oscar_common.errors import UsageError
 from oscar_common.files import replacing
-from oscar_train.evaluation.during import open_asked
-from oscar_train.evaluation.exam import Exam, make_exam
+from oscar_common.progress import warn
+from oscar_train.checkpoints.export import Model, find
+from oscar_train.checkpoints.init import classes_of, position_of
+from oscar_train.checkpoints.tensor_names import modules
+from oscar_train.data.reading.regions import POSITIONS
+from oscar_train.data.sources import Source, check_together, manifest_sha256, open_source
+from oscar_train.data.texts.tags import TagRule
 from oscar_train.evaluation.held_out import asked
+from oscar_train.evaluation.in_training import open_asked
 from oscar_train.evaluation.measure import Answering, answer, measure
+from oscar_train.evaluation.questions import Exam, make_exam
 from oscar_train.evaluation.report import Numbers, describe_exam, table
-from oscar_train.export import Model, find
-from oscar_train.model import OscarForPreTraining
+from oscar_train.model.oscar import OscarForPreTraining
 from oscar_train.objectives import TABLE, Objective
 from oscar_train.ranks import Ranks
-from oscar_train.reading.regions import POSITIONS
-from oscar_train.sources import Source, check_together, manifest_sha256, open_source, warn
-from oscar_train.state import modules
-from oscar_train.texts.tags import TagRule
-from oscar_train.weights import classes_of, position_of
 
 BY_CLASSES = {2: "oscar", 3: "oscar-plus"}  # objectives of models that do not say theirs
 

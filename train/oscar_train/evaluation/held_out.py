@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from oscar_common.errors import UsageError
-from oscar_train.corpus import Corpus, Images
-from oscar_train.texts.ragged import Ints
+from oscar_train.data.corpus import Corpus, Images
+from oscar_train.data.texts.ragged import Ints
 
 Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]

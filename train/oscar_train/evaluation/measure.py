@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from oscar_train.evaluation.exam import Exam
-from oscar_train.model import OscarForPreTraining
+from oscar_train.batch import IGNORED, Batch
+from oscar_train.data.room import make_room
+from oscar_train.data.texts.phrases import CAPTION
+from oscar_train.data.texts.ragged import Ints
+from oscar_train.evaluation.questions import Exam
+from oscar_train.model.oscar import OscarForPreTraining
+from oscar_train.model.packing import pack
 from oscar_train.objectives import MATCHED, WRONG_Q, WRONG_W
-from oscar_train.packing import pack
 from oscar_train.ranks import Ranks
-from oscar_train.sampling.triples import IGNORED
-from oscar_train.stream import Batch, make_room
-from oscar_train.texts.phrases import CAPTION
-from oscar_train.texts.ragged import Ints
 
 SIDES = ("words", "tags", "answers")  # what a masked token belongs to
 RANKS = (1, 5, 10)

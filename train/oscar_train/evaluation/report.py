@@ -6,8 +6,8 @@ import numpy as np
 from rich.table import Table
 
 from oscar_common.progress import plural
-from oscar_train.evaluation.exam import Exam
 from oscar_train.evaluation.measure import RANKS, SIDES
+from oscar_train.evaluation.questions import Exam
 
 Numbers = dict[str, float]
 

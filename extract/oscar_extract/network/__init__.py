@@ -1,0 +1,1 @@
+"""The detectors' networks, and where their weights come from."""

@@ -1,0 +1,1 @@
+"""The steps of a preset: resize, proposals, selection, NMS, attributes."""

@@ -1,0 +1,1 @@
+"""What a run leaves and begins with: checkpoints, initial weights, exports."""

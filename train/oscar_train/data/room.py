@@ -1,0 +1,79 @@
+"""The memory of a batch, and how it is filled."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from oscar_train.batch import BOX, IGNORED, MAX_REGIONS, MAX_TOKENS, Batch
+from oscar_train.data.reading.regions import RegionReader, Slots, make_slots
+from oscar_train.data.sampling.triples import TextBatch
+from oscar_train.data.texts.ragged import Ints
+from oscar_train.data.texts.tokens import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """The memory of a batch, used again and again: fresh pages are dear, pinned ones dearer."""
+
+    batch: Batch
+    slots: Slots
+
+    def __len__(self) -> int:
+        return len(self.slots.counts)
+
+    def rows(self, begin: int, end: int) -> "Room":
+        """Return some rows of this room; they are the same memory."""
+        part = slice(begin, end)
+        return Room(
+            batch=self.batch.part(begin, end),
+            slots=Slots(**{f.name: getattr(self.slots, f.name)[part] for f in fields(Slots)}),
+        )
+
+
+def make_room(size: int, feature_dim: int, pin: bool = False) -> Room:
+    """Make room for a batch of `size` triples; pinned for copies to a GPU, or not."""
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.zeros((size, *shape), dtype=dtype, pin_memory=pin)
+
+    batch = Batch(
+        **{name: empty(torch.int64, MAX_TOKENS) for name in ("input_ids", "token_type_ids", "mlm_labels")},
+        **{name: empty(torch.int64) for name in ("match_labels", "dropout_seeds", "triples")},
+        attention_mask=empty(torch.bool, MAX_TOKENS),
+        features=empty(torch.float16, MAX_REGIONS, feature_dim),
+        z=empty(torch.float32, MAX_REGIONS, BOX),
+        region_mask=empty(torch.bool, MAX_REGIONS),
+    )
+    return Room(batch=batch, slots=make_slots(batch.features.numpy()))
+
+
+def row_bytes(feature_dim: int) -> int:
+    """Return the bytes that a triple takes in a room, but for a few hundred."""
+    return 2 * MAX_REGIONS * feature_dim
+
+
+def put_regions(reader: RegionReader, images: Ints, room: Room) -> None:
+    """Complete the regions of images whose features and boxes were read into a room."""
+    reader.z(images, room.slots, room.batch.z.numpy())
+    np.less(np.arange(MAX_REGIONS), room.slots.counts[:, None], out=room.batch.region_mask.numpy())
+
+
+def put_text(text: TextBatch, room: Room, tokenizer: Tokenizer) -> None:
+    """Put the text of as many triples as a room has rows into it; those whose image was skipped are left out."""
+    for f in fields(TextBatch):
+        getattr(room.batch, f.name).numpy()[:] = getattr(text, f.name)
+    if not room.slots.readable.all():
+        _leave_out(room.batch, ~room.slots.readable, tokenizer)
+
+
+def _leave_out(batch: Batch, rows: npt.NDArray[np.bool_], tokenizer: Tokenizer) -> None:
+    """Leave triples whose image was skipped out of both losses."""
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        getattr(batch, name).numpy()[rows] = tokenizer.pad if name == "input_ids" else 0
+    batch.input_ids.numpy()[rows, 0] = tokenizer.cls
+    batch.attention_mask.numpy()[rows, 0] = True  # a row without anything to see would be no number
+    for labels in (batch.mlm_labels, batch.match_labels):
+        labels.numpy()[rows] = IGNORED

@@ -1,0 +1,1 @@
+"""The loop, its steps, and what watches over them."""

@@ -1,0 +1,304 @@
+"""One step: the gradient of a global batch, whatever the ranks and parts it is spread over, and the update.
+
+A step is only enqueued: nothing in it asks a GPU for a value, so the host is free to prepare the next one meanwhile.
+What a step came to is read from its `Report`, later.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from oscar_common.errors import UsageError
+from oscar_common.settings import Train
+from oscar_train.batch import IGNORED, MAX_TOKENS, Batch
+from oscar_train.data.sampling.triples import MASK_RATE
+from oscar_train.model.losses import outcome, sums
+from oscar_train.model.oscar import OscarForPreTraining
+from oscar_train.model.packing import Packed, grid_for, pack
+from oscar_train.objectives import choose_objective
+from oscar_train.ranks import Ranks
+from oscar_train.training.graphs import Recorder
+from oscar_train.training.loss_guard import Guard
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A model and what trains it. network: the model, or what spreads it over the ranks. recorder: of CUDA graphs."""
+
+    model: OscarForPreTraining
+    network: nn.Module
+    optimizer: AdamW
+    guard: Guard
+    settings: Train
+    ranks: Ranks
+    recorder: Recorder | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a rank does of a step, on its device. waited: seconds for which the stream was waited for."""
+
+    parts: list[Packed]
+    waited: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What the global batch came to, the same numbers on all ranks.
+
+    Losses are means over all its masked tokens, and over all its triples. norm: of the gradient, before it is clipped.
+    usual: the loss that the guard compares with. fault: whether the update was left out. masked, triples, tokens: how
+    many there were, the skipped triples' one token each among the last. stopped: how many ranks were told to stop.
+    """
+
+    loss: float
+    mlm_loss: float
+    match_loss: float
+    mlm_accuracy: float
+    match_accuracy: float
+    norm: float
+    usual: float
+    fault: bool
+    masked: int
+    triples: int
+    tokens: int
+    stopped: int
+
+
+class Report:
+    """What a step came to, on its way to the host.
+
+    finite: bool [B / R] on the device, which triples of this rank have scores that are numbers. waited: see `Share`.
+    ended: when the step was seen to have ended, by `time.monotonic`.
+    """
+
+    def __init__(self, numbers: Tensor, finite: Tensor, waited: float) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self._copied = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
+        self.finite, self.waited, self.ended = finite, waited, time.monotonic()
+
+    def read(self) -> Result:
+        """Wait for the step's end."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied, self.ended = None, time.monotonic()
+        whole = {"fault": bool, "masked": int, "triples": int, "tokens": int, "stopped": int}
+        named = zip(fields(Result), self._numbers.tolist(), strict=True)
+        return Result(**{f.name: whole.get(f.name, float)(number) for f, number in named})
+
+
+def open_workshop(model: OscarForPreTraining, settings: Train, ranks: Ranks) -> Workshop:
+    """Set a model up for training; it is on its device already."""
+    torch.set_float32_matmul_precision("highest" if settings.precision == "fp32" else "high")
+    model.bert.recompute = settings.activation_checkpointing
+    if settings.compile:
+        for layer in model.bert.encoder.layer:  # one is compiled, and all are alike
+            layer.compile(dynamic=True)  # no two batches have as many tokens
+    network: nn.Module = model
+    if ranks.size > 1:
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        network = DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    guard = Guard(settings.spike, settings.max_skipped, ranks.device)
+    shop = Workshop(model, network, make_optimizer(model, settings), guard, settings, ranks)
+    if settings.cuda_graphs:
+        shop = replace(shop, recorder=Recorder(lambda part, stopping: _enqueue(shop, [part], stopping)))
+    return shop
+
+
+def check_graphs(settings: Train, ranks: Ranks) -> None:
+    """Refuse `--cuda-graphs` where no step can be recorded.
+
+    Raises:
+        UsageError: in one line.
+    """
+    if not settings.cuda_graphs:
+        return
+    if ranks.device.type != "cuda":
+        raise UsageError(f"--cuda-graphs: --device is {ranks.device.type}; they need cuda")
+    if ranks.size > 1 or settings.accumulate > 1:
+        raise UsageError(
+            f"--cuda-graphs: {ranks.size} ranks and --accumulate {settings.accumulate}; they need one rank and one part"
+        )
+
+
+def make_optimizer(model: nn.Module, settings: Train) -> AdamW:
+    """Return AdamW without weight decay on biases and LayerNorms (every parameter with one dimension)."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    if settings.cuda_graphs:
+        for group in optimizer.param_groups:  # a recorded step reads its rate from a tensor
+            group["capturable"] = True
+            group["lr"] = torch.tensor(settings.lr, device=parameters[0].device)
+    return optimizer
+
+
+def share(shop: Workshop, batch: Batch, waited: float = 0.0) -> Share:
+    """Return a rank's share of a step, on its device; copies from pinned memory may still be under way."""
+    size = len(batch.triples) // shop.settings.accumulate
+    parts = [batch.part(begin, begin + size) for begin in range(0, size * shop.settings.accumulate, size)]
+    grid = grid_for(size) if shop.recorder is not None else None
+    return Share(parts=[pack(part, shop.ranks.device, grid) for part in parts], waited=waited)
+
+
+def shares(shop: Workshop, batches: Iterator[Batch]) -> Iterator[Share]:
+    """Yield the shares of steps. Those for a GPU are copied one ahead, while it works on the one before."""
+    timed = _timed(batches)
+    if shop.ranks.device.type != "cuda":
+        yield from (share(shop, batch, waited) for batch, waited in timed)
+        return
+    copies, coming = torch.cuda.Stream(), None
+    for batch, waited in timed:
+        with torch.cuda.stream(copies):
+            made = share(shop, batch, waited), copies.record_event()
+        if coming is not None:
+            yield _handed_over(*coming)
+        coming = made
+        made[1].synchronize()  # the batch's memory is used again
+    if coming is not None:
+        yield _handed_over(*coming)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Yield batches, with the seconds for which each was waited for."""
+    began = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - began
+        began = time.perf_counter()
+
+
+def _handed_over(made: Share, copied: torch.cuda.Event) -> Share:
+    """Return what was copied on another stream than the one that will work on it."""
+    here = torch.cuda.current_stream()
+    here.wait_event(copied)
+    for part in made.parts:
+        for tensor in part.tensors().values():
+            tensor.record_stream(here)
+    return made
+
+
+def take(shop: Workshop, work: Share, rate: float, stopping: bool = False) -> Report:
+    """Take a step, unless its loss or gradient would do harm. stopping: whether this rank was told to stop."""
+    return Report(*enqueue(shop, work, rate, stopping), work.waited)
+
+
+def enqueue(shop: Workshop, work: Share, rate: float, stopping: bool = False) -> tuple[Tensor, Tensor]:
+    """Do what `take` does; return the numbers of `Result`, float32, and `Report.finite`."""
+    set_rate(shop, rate)
+    if shop.recorder is not None:
+        return shop.recorder.take(work.parts[0], stopping)
+    return _enqueue(shop, work.parts, torch.full((1,), float(stopping), device=shop.ranks.device))
+
+
+def _enqueue(shop: Workshop, parts: list[Packed], stopping: Tensor) -> tuple[Tensor, Tensor]:
+    """Take a step with the rate that is set. stopping: float32 [1], 1 if this rank was told to stop."""
+    means, numbers, finite = _gradient(shop, parts, stopping)
+    fault, usual = shop.guard.judge(means[0], means[-1])
+    update(shop, fault)
+    return torch.cat([means, torch.stack([usual, fault.float()]), numbers]), finite
+
+
+def gradient(shop: Workshop, work: Share) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave in the model the clipped gradient of the global batch, of which `work` is this rank's share.
+
+    The losses are means over the masked tokens and triples of the global batch (not of means, as in the release), so
+    neither ranks nor parts change them. A `max_grad_norm` of 0 does not clip.
+
+    Returns:
+        float32 [6] and [4], the numbers of `Result` before and after the guard's; and `Report.finite`.
+    """
+    return _gradient(shop, work.parts, torch.zeros(1, device=shop.ranks.device))
+
+
+def _gradient(shop: Workshop, parts: list[Packed], stopping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shop.network.train()
+    shop.optimizer.zero_grad()
+    counts = torch.stack([part.counts for part in parts]).sum(0)
+    numbers = shop.ranks.total(torch.cat([counts, stopping]))
+    totals, finite = numbers.new_zeros(4), []
+    for part in parts:
+        last = part is parts[-1]
+        with nullcontext() if last or shop.ranks.size == 1 else shop.network.no_sync():  # type: ignore[operator]
+            found, pairs = _backward(shop, part, numbers)
+        totals += found
+        finite.append(pairs.isfinite().all(1))
+    means = outcome(shop.ranks.total(totals), numbers)
+    norm = nn.utils.clip_grad_norm_(shop.model.parameters(), shop.settings.max_grad_norm or math.inf)
+    return torch.stack([*vars(means).values(), norm]), numbers, torch.cat(finite)
+
+
+def _backward(shop: Workshop, part: Packed, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the gradient of a part; return its sums, and its scores of pairs."""
+    device, bf16 = shop.ranks.device.type, shop.settings.precision == "bf16"
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        words, pairs = shop.network(part)
+    found = sums(words, pairs, part)
+    loss = (found[:2] / numbers[:2].clamp(min=1)).sum()
+    (loss * shop.ranks.size).backward()  # of which the ranks' mean is taken
+    return found.detach(), pairs.detach()
+
+
+def set_rate(shop: Workshop, rate: float) -> None:
+    """Set the learning rate of the next update."""
+    for group in shop.optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def update(shop: Workshop, fault: Tensor | None = None) -> None:
+    """Let AdamW take a step along the gradient that is there, unless `fault`, a bool scalar on the device."""
+    # Where torch's own GradScaler says that a step is to be left out, and its moments and count with it
+    shop.optimizer.found_inf = None if fault is None else fault.float()  # type: ignore[attr-defined]
+    shop.optimizer.step()
+
+
+def rehearse(shop: Workshop, room: Batch) -> None:
+    """Run the largest part that can come, before the first step, so that a lack of memory shows at once.
+
+    Args:
+        room: of a batch; what is in it is lost.
+    """
+    part = room.part(0, len(room.triples) // shop.settings.accumulate)
+    for each in (part.attention_mask, part.region_mask):
+        each.fill_(True)
+    for each in (part.input_ids, part.token_type_ids, part.mlm_labels, part.match_labels, part.features, part.z):
+        each.zero_()
+    part.mlm_labels[:, _most_masked(shop.settings, len(part.triples)) :] = IGNORED
+    shop.model.train()
+    kept = [torch.empty(size, device=shop.ranks.device) for size in _kept(shop, room)]
+    alone = replace(shop, network=shop.model)  # nothing is exchanged
+    _backward(alone, pack(part, shop.ranks.device), torch.ones(2, device=shop.ranks.device))
+    shop.optimizer.zero_grad()
+    del kept
+
+
+def _kept(shop: Workshop, room: Batch) -> Iterator[int]:
+    """Yield how many float32 there must be room for on a GPU beside what a part takes."""
+    if shop.ranks.device.type != "cuda":
+        return
+    if not shop.optimizer.state:  # it makes them at its first step
+        yield 2 * sum(p.numel() for p in shop.model.parameters())
+    yield 3 * room.features.nbytes // 4  # the next batch, and the one after it, with and without padding
+
+
+def _most_masked(settings: Train, rows: int) -> int:
+    """Return how many tokens of each row are masked at most, or so rarely more that nobody will see it."""
+    maskable, objective = MAX_TOKENS - 2, choose_objective(settings)
+    if objective.exact and not objective.whole_words:
+        return math.ceil(MASK_RATE * maskable)
+    deviation = math.sqrt(maskable * MASK_RATE * (1 - MASK_RATE) / rows) * (2 if objective.whole_words else 1)
+    return min(maskable, math.ceil(MASK_RATE * maskable + 6 * deviation))
