@@ -13,7 +13,7 @@ from peers.states import airsplay_from_caffe
 from small_detectors import SIZES, small_detector
 from support import photo
 
-from oscar_extract import detect
+from oscar_extract import detect as detect_module
 from oscar_extract.detect import detect, feature_maps, load_batch, make_input, pool
 from oscar_extract.steps.presets import PRESETS
 from oscar_extract.steps.selection import Selection
@@ -123,7 +123,7 @@ def test_the_numbers_of_regions_are_kept_as_the_extractor_keeps_them(detectors, 
 
 
 def test_bottom_up_regions_come_in_the_rpns_order_only_between_the_limits(detectors, monkeypatch):
-    pool_once(monkeypatch, regions)
+    pool_once(monkeypatch, detect_module)
     detector, picture = detectors["bua"], image("cat")
     between = found_by(detector, picture, Selection(min_boxes=1, max_boxes=300, score_threshold=0.05))
     assert 10 < len(between.tags) < 300
@@ -217,7 +217,7 @@ def test_norms_have_the_extractors_epsilon(states, tmp_path, preset, eps):
 
 
 def test_bua_d2_lowers_its_threshold_until_enough_come(detectors, monkeypatch):
-    pool_once(monkeypatch, regions)
+    pool_once(monkeypatch, detect_module)
     detector, picture = detectors["bua-d2"], image("cat")
     few = found_by(detector, picture, Selection(min_boxes=0, max_boxes=100, score_threshold=0.9))
     more = found_by(detector, picture, Selection(min_boxes=40, max_boxes=100, score_threshold=0.9))

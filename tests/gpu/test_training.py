@@ -166,13 +166,13 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(shards: Path, undisturb
 
 def test_a_run_with_graphs_that_was_stopped_ends_with_the_same_bytes(shards: Path, tmp_path: Path):
     whole, out = tmp_path / "whole", tmp_path / "run"
-    finish(launch("--shards", shards, "--out", whole, *COMMAND, "--cuda-graphs"))
-    process = launch("--shards", shards, "--out", out, *COMMAND, "--cuda-graphs")
+    finish(launch_fresh("--shards", shards, "--out", whole, *COMMAND, "--cuda-graphs"))
+    process = launch_fresh("--shards", shards, "--out", out, *COMMAND, "--cuda-graphs")
     wait(process, lambda: has_row(out, 60))
     process.send_signal(signal.SIGTERM)
     finish(process, 143)
 
-    finish(launch("--resume", out))
+    finish(launch_fresh("--resume", out))
     assert rows(out) == rows(whole)
     assert final_weights(out) == final_weights(whole)
 
