@@ -115,7 +115,7 @@ SELECTIONS = [(1, 300, 0.2), (150, 300, 0.5), (36, 36, 0.2), (5, 20, 0.05)]
 @pytest.mark.parametrize("preset", ["bua", "vinvl", "lxmert"])
 def test_the_numbers_of_regions_are_kept_as_the_extractor_keeps_them(detectors, states, preset, monkeypatch):
     detector, picture = detectors[preset], image("cat")
-    pool_once(monkeypatch, regions, PEERS[preset])
+    pool_once(monkeypatch, detect_module, PEERS[preset])
     for numbers in SELECTIONS:
         selection = Selection(**dict(zip(("min_boxes", "max_boxes", "score_threshold"), numbers, strict=True)))
         ours = found_by(detector, picture, selection)
