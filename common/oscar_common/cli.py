@@ -128,6 +128,7 @@ def settings_command(
     resumed: Callable[[Path], S] | None = None,
     fixed: Mapping[str, Any] = MappingProxyType({}),
     without: Collection[str] = (),
+    settled: Iterable[str] = ("recipe", "out", "overwrite"),
 ) -> Callable[[Callable[[S, Catalog], None]], click.Command]:
     """Make a click command of `function(settings, catalog)` whose flags are the fields of `schema`.
 
@@ -142,6 +143,7 @@ def settings_command(
         resumed: reads the settings of a folder.
         fixed: values that the command itself stands for.
         without: settings that have no flag, as they mean nothing here.
+        settled: settings that cannot be given with `--resume`.
     """
 
     def decorate(function: Callable[[S, Catalog], None]) -> click.Command:
@@ -149,7 +151,7 @@ def settings_command(
             catalog = load_catalog(pipelines)
             said = _said(schema, flags)
             if resume is not None and resumed is not None:
-                _refuse_with_resume({"pipeline": pipeline, **said})
+                _refuse_with_resume({"pipeline": pipeline, **said}, settled)
                 layer = vars(resumed(resume))
             else:
                 layer = _pipeline(catalog, pipeline, stage) if pipeline is not None else {}
@@ -301,10 +303,12 @@ def _pipeline(catalog: Catalog, name: str, stage: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_with_resume(said: dict[str, Any]) -> None:
-    for name in ("pipeline", "recipe", "out", "overwrite"):
-        if said.get(name):
-            raise UsageError(f"--resume: the run has its own settings and folder; it cannot be given with --{name}")
+def _refuse_with_resume(said: dict[str, Any], settled: Iterable[str]) -> None:
+    for name in ("pipeline", *settled):
+        value = said.get(name)
+        if value is not None and value is not False:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"--resume: the run has its own settings and folder; it cannot be given with {flag}")
 
 
 def _resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dict[str, Any]) -> S:

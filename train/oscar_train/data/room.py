@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oscar_train.batch import BOX, IGNORED, Batch
 from oscar_train.data.reading.regions import RegionReader, Slots, make_slots
-from oscar_train.data.sampling.shape import Shape
+from oscar_train.data.sampling.shape import PAIR, Shape
 from oscar_train.data.sampling.triples import TextBatch
 from oscar_train.data.texts.ragged import Ints
 from oscar_train.data.texts.tokens import Tokenizer
@@ -79,3 +79,8 @@ def _leave_out(batch: Batch, rows: npt.NDArray[np.bool_], tokenizer: Tokenizer) 
     batch.attention_mask.numpy()[rows, 0] = True  # a row without anything to see would be no number
     for labels in (batch.mlm_labels, batch.match_labels):
         labels.numpy()[rows] = IGNORED
+
+
+def triple_bytes(feature_dim: int, shape: Shape = PAIR) -> int:
+    """Return the bytes that a triple takes in a room, but for a few hundred."""
+    return 2 * shape.rows * shape.regions * feature_dim

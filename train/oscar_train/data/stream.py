@@ -27,7 +27,7 @@ from oscar_train.data.reading.tars import Tars, check_window
 from oscar_train.data.room import Room, make_room, put_regions, put_text
 from oscar_train.data.sampling.negatives import make_pools
 from oscar_train.data.sampling.order import Order
-from oscar_train.data.sampling.shape import Shape
+from oscar_train.data.sampling.shape import PAIR, Shape
 from oscar_train.data.sampling.triples import TextBatch, assemble
 from oscar_train.data.sources import Source, check_together, open_source
 from oscar_train.data.texts.ragged import Ints
@@ -39,7 +39,6 @@ THREADS = 8  # that make batches, at most, unless more are asked for
 LEAST = 128  # rows of a batch that are worth a thread of their own: numpy is slow with fewer
 WINDOW = 64  # shards that are shuffled together
 SLICE = 4096  # triples after which it is looked whether other shards are needed
-PAIR = Shape()  # of pre-training
 
 Only = npt.NDArray[np.integer[Any]] | None  # the triples that there are, rising; None: all of a corpus
 
@@ -55,11 +54,6 @@ class Composer(Protocol):
             seed, epoch, place: what random numbers are drawn for; see `oscar_train.data.sampling.philox.words`.
         """
         ...
-
-
-def triple_bytes(feature_dim: int, shape: Shape = PAIR) -> int:
-    """Return the bytes that a triple takes in a room, but for a few hundred."""
-    return 2 * shape.rows * shape.regions * feature_dim
 
 
 class Stream:

@@ -12,9 +12,10 @@ from oscar_train.batch import MAX_TOKENS
 from oscar_train.checkpoints.init import Start, build
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
+from oscar_train.data.sampling.shape import PAIR
 from oscar_train.data.sampling.triples import MASK_RATE
 from oscar_train.data.sources import Source
-from oscar_train.data.stream import PAIR, Composer, Only, pairs
+from oscar_train.data.stream import Composer, Only, pairs
 from oscar_train.data.texts.tokens import Tokenizer
 from oscar_train.evaluation.measure import measure, names
 from oscar_train.evaluation.questions import make_exam

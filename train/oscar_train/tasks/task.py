@@ -64,7 +64,7 @@ class Task:
     name: of the task. shape: of a sample's rows. kind: of the texts that are samples, CAPTION or QA; None: all.
 
     composer: called once with (corpus, the weights of its sources, only); returns a function of (triples, seed, epoch,
-    place) that makes the rows of those samples: pure, and safe in several threads. See `oscar_train.data.stream.Composer`.
+    place) that makes the rows of those samples: pure, and safe in several threads. See `stream.Composer`.
 
     build: called with (start, feature_dim, begin); returns the network, with `config` ready to be written beside its
     weights, and a line that says what was filled from where. begin: see `oscar_train.checkpoints.init.build`.

@@ -15,8 +15,9 @@ from oscar_common.memory import free_memory, neighbours
 from oscar_common.settings import Train
 from oscar_train.checkpoints.init import Start
 from oscar_train.checkpoints.tensor_names import TIED, shapes
-from oscar_train.data.room import make_room
-from oscar_train.data.stream import PAIR, Stream, triple_bytes
+from oscar_train.data.room import make_room, triple_bytes
+from oscar_train.data.sampling.shape import PAIR
+from oscar_train.data.stream import Stream
 from oscar_train.model.oscar import oscar_config
 from oscar_train.ranks import Ranks
 from oscar_train.tasks import pretraining

@@ -22,3 +22,6 @@ class Shape:
     def text(self) -> int:
         """The most tokens of both texts of a row together: all but [CLS] and two [SEP]."""
         return self.tokens - 3
+
+
+PAIR = Shape()  # of pre-training
