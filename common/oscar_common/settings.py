@@ -156,6 +156,24 @@ class Extract:
         "Print the corpus and the plan, and from a short sample the hours and bytes; write nothing.",
         group="Output",
     )
+    rate: float | None = setting(
+        None,
+        "With --dry-run: images a second that one GPU does. Then hours and bytes are worked out, and the detector's "
+        "weights are not needed.",
+        low=1e-6,
+        group="Output",
+    )
+    plan_only: bool = setting(
+        False,
+        "Write the plan to --out and nothing else; then oscar-extract --resume OUT does the work.",
+        group="Output",
+    )
+    check: bool = setting(
+        False,
+        "With --resume: count the shards that are done, in work and left, and the rejects; exit 1 unless all are done.",
+        group="Output",
+    )
+    json: bool = setting(False, "With --check: print one JSON object.", group="Output")
     out: str | None = setting(
         None, "Folder for the shards. The same command again continues what is there.", path=True, group="Output"
     )

@@ -31,6 +31,7 @@ from oscar_extract.memory import Limit, detect_within
 from oscar_extract.plan import PlannedImage, read_shard_plan
 from oscar_extract.regions import Input, make_input
 from oscar_extract.selection import Selection
+from oscar_extract.sizing import image_bytes
 from oscar_extract.sources.duplicates import locate
 from oscar_extract.sources.remote import Root, cache_of, opened
 from oscar_extract.tasks import DeviceFailure, Done, Job, Survey, Trial, is_done
@@ -147,8 +148,7 @@ def survey(job: Job, trial: Trial) -> Survey:
         manifest=make_manifest(trial.plan, tools, job.settings),
         device=str(tools.detector.model.device.type),
         images_per_second=pace(marks, job.threads),
-        bytes_per_image=regions / max(images, 1) * (record.feature_dim * (1 if record.dtype == "int8" else 2) + 16 + 24)
-        + 4096,
+        bytes_per_image=image_bytes(regions / max(images, 1), record.feature_dim, record.dtype),
         memory=peak_memory(),
     )
 

@@ -9,22 +9,25 @@ from pathlib import Path
 from threading import Lock
 
 from oscar_common.errors import UsageError
-from oscar_common.files import TEMPORARY, locked
+from oscar_common.files import TEMPORARY, locked, replacing
 from oscar_common.progress import Meter, meter
+from oscar_extract.folder.job_file import job_content
 from oscar_extract.plan import Plan, planned_images, read_shard_plan, write_plan
+from oscar_extract.sizing import estimate
 from oscar_extract.sources.remote import cache_of
 from oscar_extract.summary import (
     check_missing,
     check_rejects,
     print_corpus,
     print_estimate,
+    print_size,
     print_start,
     print_summary,
     warn_of_damage,
 )
 from oscar_extract.tasks import Done, Job, Trial, is_done
 from oscar_extract.workers import Dask, Here, Workers, cores, gpus, local_cluster, remote_cluster
-from oscar_shards.manifest import FILE, MISSING_FILE, Manifest, read_manifest, write_manifest
+from oscar_shards.manifest import FILE, JOB_FILE, MISSING_FILE, Manifest, read_manifest, write_manifest
 from oscar_shards.write import finish_shards, remove_shards, shard_path
 
 SAMPLE = 64  # images to try the detector with, at most
@@ -36,6 +39,9 @@ def dry_run(job: Job, plan: Plan) -> None:
     """Print the corpus and the plan, and from a short sample what it will take; write nothing."""
     warn_of_damage(plan)
     print_corpus(plan)
+    if job.settings.rate is not None:
+        print_size(estimate(job, plan, job.settings.rate), job.settings.rate)
+        return
     with choose_workers(job, plan, plan.record.num_images, plan.record.num_shards) as workers:
         found = workers.survey(job, trial_of(job, plan, DRY_SECONDS))
         print_estimate(plan, found, workers.describe(), speedup(job, workers))
@@ -60,7 +66,7 @@ def run(job: Job, plan: Plan) -> None:
     with choose_workers(job, plan, left, len(todo)) as workers:
         found = workers.survey(job, trial_of(job, plan) if workers.tries else Trial(plan=record, roots=[], images=[]))
         with locked(out, "--out"):
-            prepare(out, found.manifest, plan, settings.overwrite)
+            prepare(job, found.manifest, plan)
             sweep(out, {tars[n].stem for n in {*range(len(tars))} - {*todo}})
             print_start(plan, found, out, workers.describe())
             with meter("images", record.num_images, record.num_images - left) as progress:
@@ -70,6 +76,26 @@ def run(job: Job, plan: Plan) -> None:
             told = f"at most {memory / 1e9:.2f} GB a process; {workers.describe()}"
             refused = print_summary(out, plan, time, told, workers.lost)
     check_rejects(out, plan, refused, settings.max_reject_fraction)
+
+
+def write_job(job: Job, plan: Plan) -> None:
+    """Write the plan and the settings of a job, for processes that join it; the work is theirs.
+
+    Raises:
+        UsageError: `out` holds shards, or the plan, of another job.
+    """
+    warn_of_damage(plan)
+    check_missing(job.out, plan, job.settings.max_reject_fraction)
+    with locked(job.out, "--out"):
+        write_plan(job.out, plan)
+        write_settings(job)
+    print(f"{plan.record.num_images:,} images in {plan.record.num_shards:,} shards", flush=True)
+
+
+def write_settings(job: Job) -> None:
+    """Write the settings of a job beside its shards."""
+    with replacing(job.out / JOB_FILE) as file:
+        file.write(job_content(job.settings, job.entry))
 
 
 def trial_of(job: Job, plan: Plan, seconds: float = 0.0) -> Trial:
@@ -138,9 +164,10 @@ def sweep(out: Path, whole: set[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def prepare(out: Path, manifest: Manifest, plan: Plan, overwrite: bool) -> None:
-    """Make `out` ready: new, continued, or (with `overwrite`) emptied of its shards."""
-    if overwrite:
+def prepare(job: Job, manifest: Manifest, plan: Plan) -> None:
+    """Make the folder ready: new, continued, or (with `overwrite`) emptied of its shards."""
+    out = job.out
+    if job.settings.overwrite:
         remove_shards(out)
     if (out / FILE).exists():
         _check_same(out, read_manifest(out, "--out"), manifest)
@@ -148,6 +175,7 @@ def prepare(out: Path, manifest: Manifest, plan: Plan, overwrite: bool) -> None:
         write_manifest(out, manifest)
     if len(plan.table):  # else it is the one that lies there
         write_plan(out, plan)
+    write_settings(job)
     (out / MISSING_FILE).unlink(missing_ok=True)  # of a job that was refused before
 
 

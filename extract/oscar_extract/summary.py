@@ -13,6 +13,7 @@ from oscar_common.errors import OperationError
 from oscar_common.files import locked, replacing
 from oscar_common.progress import duration, plural
 from oscar_extract.plan import Plan
+from oscar_extract.sizing import Estimate
 from oscar_extract.sources.corpus import MISSING
 from oscar_extract.tasks import Survey
 from oscar_shards.manifest import LEFT_OUT_FILE, MISSING_FILE
@@ -65,6 +66,20 @@ def print_estimate(plan: Plan, found: Survey, workers: str, speedup: int) -> Non
     table.add_row("pace", f"{rate:,.1f} images/s ({workers}; measured on a short sample)")
     table.add_row("time", f"about {duration(record.num_images / rate)}" if rate else "unknown: no image could be used")
     table.add_row("memory", f"{found.memory / 1e9:.2f} GB a process")
+    _print(table)
+
+
+def print_size(size: Estimate, rate: float) -> None:
+    """Print what a job takes at `rate` images a second."""
+    low, high = size.regions
+    spread = f"{low}" if low == high else f"{low} to {high}"
+    room = f"about {_bytes(size.size[1])}" if low == high else " to ".join(_bytes(count) for count in size.size)
+    hours = size.gpu_hours
+
+    table = Table("", "", title="plan", title_justify="left", show_header=False)
+    table.add_row("images", f"{size.images:,} in {plural(size.shards, 'shard')}")
+    table.add_row("bytes", f"{room} ({spread} regions an image, P = {size.feature_dim})")
+    table.add_row("GPU-hours", f"{hours:,.1f} at {rate:g} images/s ({duration(hours * 3600)} of one GPU)")
     _print(table)
 
 
