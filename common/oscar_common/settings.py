@@ -607,7 +607,9 @@ class TrainJob:
     processes: int = setting(1, "Processes of a node where there are no GPUs.", low=1)
     cpus: int = setting(2, "CPU cores of a node.", low=1)
     memory: str = setting("8G", "Memory of a node, like 256G.", pattern="memory")
-    time: str | None = setting(None, "Time limit of the job, which then queues again. [default: the cluster's]", pattern="time")
+    time: str | None = setting(
+        None, "Time limit of the job, which then queues again. [default: the cluster's]", pattern="time"
+    )
     partition: str | None = setting(None, "Partition for training. [default: the cluster's]")
 
     @property
