@@ -99,7 +99,7 @@ def _join(settings: Extract) -> None:
     from oscar_extract.sources.remote import cache_of
     from oscar_extract.tasks import Job
 
-    run(Job(out=out.absolute(), settings=settings, entry=entry), joined_plan(out, cache_of(settings)))
+    run(Job(out=out.absolute(), settings=settings, entry=entry), joined_plan(out, cache_of(settings)), joins=True)
 
 
 def _check(settings: Extract, joins: bool) -> None:

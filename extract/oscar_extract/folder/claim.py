@@ -21,6 +21,7 @@ from oscar_common.files import TEMPORARY
 
 FOLDER = "_claims"
 NAME = re.compile(r"(\d{6,})\.(\d+)")  # shard and number of a claim
+PLACE = re.compile(rf"{re.escape(TEMPORARY)}[\w.-]+")  # a folder beside the shards, and no other path
 LENGTH = 1024  # bytes of the file: it is changed in place, and so never seen half-written
 WORKING, SEALED, GIVEN_BACK = "working", "sealed", "given back"
 
@@ -47,6 +48,7 @@ class Claim:
         GIVEN_BACK: anybody may take the shard.
     since: when the shard was taken, in seconds since 1970 by the owner's clock. For people: clocks differ.
     deaths: how many owners of the shard died before this one.
+    has_rejects: whether a file of rejects is among the files in `place`; of a sealed one.
     token: of this claim alone.
     beat: is higher each time that the owner says it is alive.
     """
@@ -55,6 +57,7 @@ class Claim:
     place: str
     since: float
     deaths: int = 0
+    has_rejects: bool = False
     state: str = WORKING
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     beat: int = 0
@@ -91,9 +94,10 @@ def read_bytes(path: Path) -> bytes:
 def parse_claim(content: bytes) -> Claim | None:
     """Return the claim that a file holds, or None if it is gone or holds none."""
     try:
-        return parse(Claim, json.loads(content), "")
+        claim = parse(Claim, json.loads(content), "")
     except (ValueError, RecursionError, UsageError):
         return None
+    return claim if PLACE.fullmatch(claim.place) else None
 
 
 def private_name(tar: Path) -> str:

@@ -1,7 +1,6 @@
 """_job.json: the settings of a folder's job, so that `oscar-extract --resume` needs nothing but the folder."""
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -104,6 +103,6 @@ def _absolute(value: Any) -> Any:
     """Return a path, or each of several, as one that holds in any folder; what is no file (a name, a URL) stays."""
     if isinstance(value, list):
         return [_absolute(item) for item in value]
-    if not isinstance(value, str) or not os.path.exists(value):
+    if not isinstance(value, str) or not Path(value).exists():
         return value
     return str(Path(value).absolute())
