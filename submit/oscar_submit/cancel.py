@@ -5,7 +5,7 @@ from oscar_common.settings import Extract
 from oscar_extract.folder.progress import progress_of
 from oscar_shards.manifest import JOB_FILE
 from oscar_submit import slurm
-from oscar_submit.folder import job_name
+from oscar_submit.folder import recorded_name
 from oscar_submit.request import Request, output
 from oscar_submit.submit import last_step, settings_of
 
@@ -13,7 +13,7 @@ from oscar_submit.submit import last_step, settings_of
 def cancel(request: Request) -> None:
     """End the jobs of a pipeline cleanly: those that wait first, so that none of them begins."""
     slurm.check_commands()
-    names = [job_name(request, step, settings) for step, settings in settings_of(request).items()]
+    names = [recorded_name(request, step, settings) for step, settings in settings_of(request).items()]
     jobs = slurm.queued(names)
     waiting, running = [job.id for job in jobs if job.is_waiting], [job.id for job in jobs if not job.is_waiting]
 

@@ -67,6 +67,14 @@ def job_name(request: Request, step: str, settings: Extract | Train) -> str:
     return f"oscar-{request.name}-{step}-{fingerprint(settings)}"
 
 
+def recorded_name(request: Request, step: str, settings: Extract | Train) -> str:
+    """Return the name of the job of a step that was submitted last, with whatever settings; else the one to come."""
+    record = read_record(output(settings))
+    if "fingerprint" not in record:
+        return job_name(request, step, settings)
+    return f"oscar-{record['pipeline']}-{step}-{record['fingerprint']}"
+
+
 def read_record(out: Path) -> dict[str, Any]:
     """Return the record of an output; an empty one if there is none.
 

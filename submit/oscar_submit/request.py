@@ -21,7 +21,10 @@ STAGES = ("extract", "train")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A pipeline, and the cluster that is to work through it. A stage that is not asked for is None."""
+    """A pipeline, and the cluster that is to work through it. A stage that is not asked for is None.
+
+    places: those of the changes that say where the output is, which `status` and `cancel` must be given, too.
+    """
 
     name: str
     catalog: Catalog
@@ -30,6 +33,7 @@ class Request:
     expected: Expected | None
     extract: Extract | None
     train: Train | None
+    places: tuple[str, ...] = ()
 
 
 def make_request(
@@ -44,6 +48,7 @@ def make_request(
     cluster_name, entry = _cluster(catalog, name, cluster or pipeline.cluster)
     layers = {"extract": dict(pipeline.extract), "train": dict(pipeline.train)}
 
+    changes = tuple(changes)
     for change in changes:
         entry = _change(change, layers, entry)
 
@@ -64,6 +69,7 @@ def make_request(
         expected=pipeline.expected,
         extract=extract,
         train=train,
+        places=tuple(change for change in changes if change.partition("=")[0].endswith(".out")),
     )
     _check(request)
     return request

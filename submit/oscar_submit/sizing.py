@@ -206,7 +206,7 @@ def _table(title: str) -> Table:
 
 def _print(table: Table) -> None:
     console = Console()
-    console.print(table, width=None if console.is_terminal else WIDTH)
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)
 
 
 def _span(sizes: tuple[float, ...]) -> str:

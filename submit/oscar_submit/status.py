@@ -12,7 +12,7 @@ from oscar_common.settings import Extract, Train
 from oscar_extract.folder.progress import Progress, progress_of
 from oscar_shards.manifest import JOB_FILE
 from oscar_submit import slurm
-from oscar_submit.folder import job_name, jobs_folder, last_lines, logs_of, read_record, runs_in
+from oscar_submit.folder import jobs_folder, last_lines, logs_of, read_record, recorded_name, runs_in
 from oscar_submit.request import Request, output
 from oscar_submit.slurm import QueuedJob
 from oscar_submit.submit import last_step
@@ -146,9 +146,9 @@ def _queue(request: Request) -> tuple[list[QueuedJob], str]:
     """Return the jobs that wait or run; where squeue cannot be asked, none and the reason."""
     names = []
     if request.extract is not None:
-        names += [job_name(request, step, request.extract) for step in ("extract", "check")]
+        names += [recorded_name(request, step, request.extract) for step in ("extract", "check")]
     if request.train is not None:
-        names.append(job_name(request, "train", request.train))
+        names.append(recorded_name(request, "train", request.train))
     try:
         return slurm.queued(names), ""
     except OperationError as error:
@@ -161,7 +161,9 @@ def _extraction(settings: Extract, jobs: list[QueuedJob]) -> Extraction:
     own = tuple(job for job in jobs if "-extract-" in job.name or "-check-" in job.name)
     rate = _rate(progress) if progress is not None else None
     eta = (progress.images - progress.images_done) / rate if progress is not None and rate and own else None
-    return Extraction(progress=progress, rate=rate, eta=eta, jobs=own, failures=_failures(out, own))
+    is_complete = progress is not None and progress.is_complete
+    failures = () if is_complete else _failures(out, own)
+    return Extraction(progress=progress, rate=rate, eta=eta, jobs=own, failures=failures)
 
 
 def _rate(progress: Progress) -> float | None:
@@ -176,19 +178,28 @@ def _rate(progress: Progress) -> float | None:
 def _training(settings: Train, jobs: list[QueuedJob]) -> Training:
     out = output(settings)
     own = tuple(job for job in jobs if "-train-" in job.name)
+    settings = _last_settings(settings, out)
     row = _last_row(out / METRICS)
     step = int(row.get("step", 0))
+    checkpoint = last_step(out)
     rate = row.get("samples_per_second", 0.0)
     left = (settings.steps - step) * settings.batch_size
     return Training(
         step=step,
         steps=settings.steps,
-        checkpoint=last_step(out),
+        checkpoint=checkpoint,
         numbers={name: row[name] for name in COLUMNS if name in row},
         eta=left / rate if rate and own else None,
         jobs=own,
-        failures=_failures(out, own),
+        failures=() if checkpoint >= settings.steps else _failures(out, own),
     )
+
+
+def _last_settings(settings: Train, out: Path) -> Train:
+    """Return settings with the steps and the batch that were submitted last."""
+    submitted = read_record(out).get("settings", {})
+    known = {name: submitted[name] for name in ("steps", "batch_size") if name in submitted}
+    return dataclasses.replace(settings, **known)
 
 
 def _last_row(path: Path) -> dict[str, float]:

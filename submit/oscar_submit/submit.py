@@ -12,11 +12,11 @@ from oscar_extract.folder.progress import progress_of
 from oscar_submit import slurm
 from oscar_submit.folder import (
     add_submission,
-    fingerprint,
     job_name,
     jobs_folder,
     log_folder,
     read_record,
+    recorded_name,
 )
 from oscar_submit.request import Request, output
 from oscar_submit.scripts import check_script, extract_script, train_script
@@ -87,7 +87,7 @@ def submit(request: Request, rate: float | None) -> None:
     _record(request, submitted)
     if not submitted:
         print("nothing to submit")
-    say_next("oscar-submit", "status", request.name)
+    say_next("oscar-submit", "status", request.name, *[word for place in request.places for word in ("--set", place)])
 
 
 def plan(request: Request, settings: Extract) -> None:
@@ -121,15 +121,12 @@ def _look_up(request: Request, step: str, settings: Extract | Train) -> Step:
         UsageError: other settings are at work in its folder.
     """
     name = job_name(request, step, settings)
-    out = output(settings)
-    record = read_record(out)
-    if record and record.get("fingerprint") != fingerprint(settings):
-        other = f"oscar-{record['pipeline']}-{step}-{record['fingerprint']}"
-        if present := slurm.queued([other]):
-            raise UsageError(
-                f"{out}: job {present[0].job} works there with other settings; cancel it, wait for it, or give "
-                "another out"
-            )
+    last = recorded_name(request, step, settings)
+    if last != name and (present := slurm.queued([last])):
+        raise UsageError(
+            f"{output(settings)}: job {present[0].job} works there with other settings; cancel it, wait for it, or "
+            "give another out"
+        )
     return Step(step=step, name=name, present=tuple(slurm.queued([name])))
 
 
