@@ -98,7 +98,10 @@ def down(folder: Path) -> None:
     """End the daemons of a folder, and the jobs with them."""
     run = folder.absolute() / "run"
     os.environ["SLURM_CONF"] = str(folder.absolute() / "slurm.conf")
-    subprocess.run(["scancel", "--signal=KILL", "--full", "--user", _user()], capture_output=True)
+    subprocess.run(["scancel", "--user", _user()], capture_output=True)
+    deadline = time.monotonic() + SECONDS
+    while _has_jobs() and time.monotonic() < deadline:
+        time.sleep(0.2)
     for path in (*sorted(run.glob("slurmd.*.pid")), run / "slurmctld.pid", run / "munged.pid"):
         end(path)
 
@@ -112,6 +115,10 @@ def idle_nodes() -> int:
     """Return how many nodes are up and idle."""
     ask = ["sinfo", "--noheader", "--Node", "--partition", "cpu", "--states", "idle", "--format", "%N"]
     return len(subprocess.run(ask, text=True, capture_output=True).stdout.split())
+
+
+def _has_jobs() -> bool:
+    return bool(subprocess.run(["squeue", "--noheader"], text=True, capture_output=True).stdout.strip())
 
 
 def end(pid_file: Path) -> None:

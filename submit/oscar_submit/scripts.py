@@ -35,7 +35,7 @@ def extract_script(request: Request, settings: Extract, workers: int) -> str:
             *([f"--gres=gpu:{jobs.gpus}"] if jobs.gpus else []),
         ],
     )
-    command = [*python(cluster), "-m", "oscar_extract", "--resume", str(output(settings))]
+    command = [*python(cluster), "-m", "oscar_extract", "--resume", str(output(settings)), "--workers", "1"]
     return _filled("extract.sh", cluster, directives=directives, command=shlex.join(command))
 
 
