@@ -10,7 +10,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal # a process for each co
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium demo test test-slow test-gpu fuzz bench bench-store bench-scale bench-corpus bench-stream bench-train bench-leaks check format clean
+.PHONY: help setup chromium demo test test-slow test-gpu fuzz bench bench-store bench-scale bench-claims bench-corpus bench-stream bench-train bench-leaks check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -70,6 +70,9 @@ bench-store: setup ## measure verify and index of shards beside plain reading; a
 
 bench-scale: setup ## plan and resume a job of 4.1M images and 6.5M texts; needs 20 GB of disk and some 20 minutes
 	$(BIN)/python bench/scale.py
+
+bench-claims: setup ## simulate 64 workers of one folder, some of which die, and count what they ask of its disk; some minutes
+	$(BIN)/python bench/claims.py
 
 bench-corpus: setup ## open a corpus of 4.1M images and 6.5M texts: time, memory, order; 4 GB of disk, some 10 minutes
 	$(BIN)/python bench/corpus.py

@@ -53,7 +53,8 @@ def launch() -> Iterator[Launch]:
     started = []
 
     def start(*more: object, fault: str = "", once: Path | None = None) -> "subprocess.Popen[str]":
-        environment = {**os.environ, "PYTHONPATH": str(FAULTS), "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
+        path = os.pathsep.join(filter(None, (str(FAULTS), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
         line = [sys.executable, "-m", "oscar_extract", *later_wins(EXTRACT, *more)]
         # Whoever runs the tests in the background has Ctrl-C ignored, and so would what they start.
         hears = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}

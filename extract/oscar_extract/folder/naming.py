@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from oscar_common.files import TEMPORARY, move, remove
+from oscar_common.files import move
 from oscar_extract.folder.claim import Claim, claim_path
 from oscar_shards.index import index_path
 from oscar_shards.write import rejects_path
@@ -28,11 +28,7 @@ def give_names(tar: Path, claim: Claim) -> None:
 
 
 def clear(tar: Path, shard: int, number: int) -> None:
-    """Remove the claims on a shard that is done, up to `number`, and what its owners have left."""
-    if number > 2:  # more than a claim and its seal: somebody else had it before
-        for leftover in tar.parent.glob(f"{TEMPORARY}{tar.stem}.*"):
-            with suppress(OSError):  # its owner may still write there
-                remove(leftover)
+    """Remove the claims on a shard that is done, up to `number`."""
     for earlier in range(1, number + 1):
         claim_path(tar.parent, shard, earlier).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The files that all processes of a job share: plan, settings and manifest. Any process may be the first to write them."""
+"""The files that all processes of a job share: plan, settings, manifest. Any process may be the first to write them."""
 
 import hashlib
 import os

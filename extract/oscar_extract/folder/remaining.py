@@ -36,6 +36,7 @@ class Remaining:
     ) -> None:
         self._out, self._retries = job.out, job.settings.retry_rejects
         self._tars = [shard_path(job.out, job.settings.name, number) for number in range(record.num_shards)]
+        self._indexes = [index_path(tar).name for tar in self._tars]
         self._watch = Watch(job.out, process or this_process(), clock)
 
         todo = [number for number, tar in enumerate(self._tars) if not is_done(tar, self._retries)]
@@ -58,18 +59,22 @@ class Remaining:
         """Tidy up after all processes, if no other is at work; return whether this was the one to do so."""
         if not self._retries:
             self._clear_done()
+        self.sweep()
+        for unborn in (self._out / FOLDER).glob(f"{TEMPORARY}*"):  # claims whose makers were killed
+            unborn.unlink(missing_ok=True)
         with suppress(OSError):
             (self._out / FOLDER).rmdir()
             return True
         return False
 
     def sweep(self) -> None:
-        """Remove what a process that was killed has left of shards that are done: it had not tidied up."""
+        """Remove what processes that were killed, or were too late, have left of shards that are done."""
         claims = claim_numbers(self._out)
         stems = {tar.stem for number, tar in enumerate(self._tars) if number not in self.left and number not in claims}
         for name in os.listdir(self._out):
             if name.startswith(TEMPORARY) and name.removeprefix(TEMPORARY).partition(".")[0] in stems:
-                remove(self._out / name)
+                with suppress(OSError):  # one that was too late may still write there
+                    remove(self._out / name)
 
     def _next(self, offered: set[int]) -> Share | None:
         claims = claim_numbers(self._out)
@@ -107,8 +112,8 @@ class Remaining:
     def _drop_done(self) -> None:
         names = set(os.listdir(self._out))
         for number, before in [*self.left.items()]:
-            tar = self._tars[number]
-            if index_path(tar).name in names and (before is None or index_stamp(tar) != before):
+            is_there = self._indexes[number] in names
+            if is_there and (before is None or index_stamp(self._tars[number]) != before):
                 self._drop(number)
 
     def _drop(self, shard: int) -> None:
