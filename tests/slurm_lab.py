@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 
 def ask(*command: str) -> str:
@@ -60,7 +59,7 @@ def _is_of_node(process: Path, node: str, log: Path) -> bool:
     return is_daemon and str(log) in [os.readlink(handle) for handle in (process / "fd").iterdir()]
 
 
-def restore_node(local_slurm: ModuleType, node: str) -> None:
-    """Start the daemon of a node again."""
-    local_slurm.start_node(node)
-    ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
+def cancel_all() -> None:
+    """Empty the queue."""
+    ask("scancel", "--me")
+    wait_until(lambda: not ask("squeue", "--noheader", "--me"), "an empty queue")

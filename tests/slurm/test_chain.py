@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from running import rows
-from slurm_lab import ask, end_time_limit_soon, kill_node, node_of, restore_node, state_of, wait_until
+from slurm_lab import ask, cancel_all, end_time_limit_soon, kill_node, node_of, state_of, wait_until
 from support import contents, extract, photo, run_here
 
 from oscar_submit.__main__ import command as SUBMIT
@@ -87,6 +87,7 @@ def story(slurm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Story:
         return tell(slurm, folder)
     finally:
         os.chdir(before)
+        cancel_all()
 
 
 def tell(slurm: ModuleType, folder: Path) -> Story:
@@ -134,7 +135,7 @@ def disturb_workers(slurm: ModuleType, array: str) -> None:
     node = node_of(elements[2])
     kill_node(Path(os.environ["SLURM_CONF"]).parent, node)
     wait_until(lambda: state_of(elements[1]) != "RUNNING" or restarts(elements[1]) > 0, "the time limit's warning")
-    restore_node(slurm, node)
+    slurm.start_node(node)  # with which SLURM takes it for up again
 
 
 def disturb_training(folder: Path, job: str) -> None:
