@@ -23,12 +23,15 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
+import pyarrow.parquet as parquet
 from rich.console import Console
 from rich.table import Table
 
 from machine import machine
+from oscar_common.files import move
 from oscar_common.settings import Detector, Extract
 from oscar_extract.folder import finish, naming
 from oscar_extract.folder.claim import Process
@@ -36,7 +39,6 @@ from oscar_extract.folder.remaining import Remaining
 from oscar_extract.folder.take import BEAT, Held, take
 from oscar_extract.run import POLL
 from oscar_extract.tasks import Job, Share
-from oscar_shards import read
 from oscar_shards.index import index_path
 from oscar_shards.manifest import Layout, PlanRecord
 from oscar_shards.write import shard_path, write_shard
@@ -192,8 +194,11 @@ def main(
     shards: int, workers: int, deaths: float, shard_seconds: float, latency: float, place: Path | None, out: Path
 ) -> None:
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=place) as folder, watched_operations() as operations:
-        names = simulated_shards(Path(folder), operations)
+    with (
+        tempfile.TemporaryDirectory(dir=place) as folder,
+        watched_operations() as operations,
+        simulated_shards(Path(folder), operations) as names,
+    ):
         shared = Path(folder) / "out"
         shared.mkdir()
         simulation = Simulation(
@@ -240,10 +245,10 @@ def watched_operations() -> Iterator[Operations]:
         if event in kinds:
             operations.add(event.removeprefix("os."))
 
-    stat, listdir, fsync, schema = os.stat, os.listdir, os.fsync, read.pq.read_schema
+    listdir = os.listdir
 
-    def counted_listdir(*arguments: Any) -> list[str]:
-        names: list[str] = listdir(*arguments)
+    def counted_listdir(path: Any) -> list[str]:
+        names: list[str] = listdir(path)
         operations.add("list")
         operations.names += len(names) if operations.is_counting else 0
         return names
@@ -256,19 +261,21 @@ def watched_operations() -> Iterator[Operations]:
         return counted
 
     sys.addaudithook(note)
-    os.stat, os.fsync, os.listdir = also("stat", stat), also("fsync", fsync), counted_listdir  # type: ignore[assignment]
-    read.pq.read_schema = also("open", schema)
-    try:
+    with (
+        patch.object(os, "stat", also("stat", os.stat)),
+        patch.object(os, "fsync", also("fsync", os.fsync)),
+        patch.object(os, "listdir", counted_listdir),
+        patch.object(parquet, "read_schema", also("open", parquet.read_schema)),
+    ):
         yield operations
-    finally:
-        os.stat, os.fsync, os.listdir, read.pq.read_schema = stat, fsync, listdir, schema
 
 
-def simulated_shards(folder: Path, operations: Operations) -> Counter[str]:
-    """Have an empty shard copied instead of one written; return how often each final name was given, as it goes on."""
+@contextmanager
+def simulated_shards(folder: Path, operations: Operations) -> Iterator[Counter[str]]:
+    """Have an empty shard copied where one is to be written; yield how often each final name was given, so far."""
     empty = folder / "empty.tar"
     write_shard(empty, [], Layout(feature_dim=1))
-    move, names = naming.move, Counter[str]()
+    names = Counter[str]()
 
     def copy(tar: Path, *_: object) -> None:
         counting, operations.is_counting = operations.is_counting, False
@@ -280,8 +287,8 @@ def simulated_shards(folder: Path, operations: Operations) -> Counter[str]:
         move(source, path)
         names[path.name] += 1
 
-    finish.write_shard, naming.move = copy, noted  # type: ignore[assignment]
-    return names
+    with patch.object(finish, "write_shard", copy), patch.object(naming, "move", noted):
+        yield names
 
 
 def summary(simulation: Simulation, workers: int, latency: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from oscar_common.progress import say_next
 from oscar_common.settings import Catalog, Detector, Extract
 from oscar_extract.download import zoo_config
 from oscar_extract.folder.job_file import FIXED, read_job, resumed
+from oscar_extract.folder.stopping import STOP
 from oscar_shards.manifest import FILE as MANIFEST
 from oscar_shards.manifest import JOB_FILE, LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE
 
@@ -53,10 +54,12 @@ def command(settings: Extract, catalog: Catalog) -> None:
     joins = click.get_current_context().params.get("resume") is not None
     if settings.check:
         _check(settings, joins)
-    elif joins:
-        _join(settings)
-    else:
-        _begin(settings, catalog)
+        return
+    with STOP.watched():
+        if joins:
+            _join(settings)
+        else:
+            _begin(settings, catalog)
 
 
 def _begin(settings: Extract, catalog: Catalog) -> None:

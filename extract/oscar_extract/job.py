@@ -276,12 +276,15 @@ def ahead(
     """Yield `work` of each item in turn, done by threads that are so many items ahead."""
     with ThreadPoolExecutor(threads, initializer=prepare) as pool:
         pending: deque[Future[T]] = deque()
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) > threads:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > threads:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # if nobody takes them any more
 
 
 def detect_batch(tools: Equipment, batch: list[Loaded] | Reject) -> list[Sample | Reject]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 from time import sleep
 
@@ -10,7 +10,6 @@ from oscar_common.errors import Stopped
 from oscar_common.progress import Meter, meter, plural
 from oscar_extract.folder.prepare import prepare
 from oscar_extract.folder.remaining import Remaining
-from oscar_extract.folder.stopping import STOP
 from oscar_extract.folder.take import give_back_for_the_dead
 from oscar_extract.plan import Plan, planned_images, read_shard_plan
 from oscar_extract.sizing import estimate
@@ -72,10 +71,10 @@ def run(job: Job, plan: Plan, joins: bool = False) -> None:
         Stopped: SIGTERM or SIGUSR1 has arrived.
     """
     try:
-        with STOP.watched():
-            _run(job, plan, joins)
+        _run(job, plan, joins)
     except Stopped:
-        give_back_for_the_dead(job.out)  # processes of a local cluster, which ended with this one
+        with suppress(OSError):
+            give_back_for_the_dead(job.out)  # processes of a local cluster, which ended with this one
         raise
 
 
@@ -177,7 +176,7 @@ def follow(workers: Workers, job: Job, record: PlanRecord, remaining: Remaining,
             if done.taken:
                 tell(done.shard, done.images, done.rejects)
                 whole.add(done.shard)
-                remaining.left.pop(done.shard)
+                remaining.left.pop(done.shard, None)
                 got_on = True
                 yield done
         for number in remaining.done_by_others:

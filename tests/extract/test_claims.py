@@ -13,6 +13,7 @@ from small_shards import make_samples
 from oscar_common.sample import Sample
 from oscar_common.settings import Detector, Extract
 from oscar_extract.folder import claim as claim_module
+from oscar_extract.folder import remaining as remaining_module
 from oscar_extract.folder.claim import (
     FOLDER,
     SEALED,
@@ -318,6 +319,25 @@ def test_a_shard_that_kills_one_owner_after_the_other_is_given_up_by_those_who_s
 
     again = remaining(out, "c", clock)  # the same command again tries it again
     assert wait_until_dead(again, clock).number == DEATHS + 1
+
+
+def test_a_shard_that_is_done_while_a_process_begins_is_not_done_again(out: Path, monkeypatch: pytest.MonkeyPatch):
+    tar = shard_path(out, "shard", 0)
+    write_shard(tar, SAMPLES, LAYOUT)
+    os.truncate(tar, 0)  # by a power cut
+    is_done = remaining_module.is_done
+
+    def look(path: Path, retry_rejects: bool) -> bool:
+        done = is_done(path, retry_rejects)
+        if path == tar and not done:
+            write_shard(tar, ITEMS, LAYOUT)  # in the moment after
+        return done
+
+    monkeypatch.setattr(remaining_module, "is_done", look)
+    left = remaining(out, "b", Clock(0.0))
+    assert [*left.left] == [0]
+    assert [*left.shares()] == []
+    assert (left.left, left.done_by_others) == ({}, [0])
 
 
 def test_with_retry_rejects_each_shard_that_has_some_is_done_once_by_one_process(out: Path):

@@ -175,7 +175,7 @@ def test_a_plan_alone_can_be_joined_and_its_progress_told(arguments: list[object
     assert sorted(contents(out)) == ["_job.json", "_plan.parquet"]
     done = extract("--resume", out, "--check", "--json")
     assert done.returncode == 1
-    assert error_line(done) == f"error: {out}: 24 shards of 24 not done; oscar-extract --resume {out} goes on"
+    assert error_line(done) == f"error: {out}: 24 of 24 shards are not done; oscar-extract --resume {out} goes on"
     expected = {"complete": False, "shards": 24, "done": 0, "in_work": [], "left": 24, "images": 48, "images_done": 0}
     assert json.loads(done.stdout).items() >= expected.items()
 

@@ -111,7 +111,7 @@ def _check_nobody_works(out: Path) -> None:
     Raises:
         OperationError: one of them lives.
     """
-    watch, first = Watch(out, this_process()), dict[int, bytes | None]()
+    watch, first = Watch(out, this_process()), dict[int, int]()
     told = False
     while True:
         waiting = False

@@ -129,9 +129,9 @@ def print_progress(progress: Progress) -> None:
 def check_complete(progress: Progress) -> None:
     """Raise an OperationError if shards are missing."""
     if not progress.is_complete:
-        missing = plural(progress.shards - progress.done, "shard")
+        missing, shards = progress.shards - progress.done, plural(progress.shards, "shard")
         raise OperationError(
-            f"{progress.out}: {missing} of {progress.shards:,} not done; oscar-extract --resume {progress.out} goes on"
+            f"{progress.out}: {missing:,} of {shards} are not done; oscar-extract --resume {progress.out} goes on"
         )
 
 

@@ -39,12 +39,11 @@ class Remaining:
         self._indexes = [index_path(tar).name for tar in self._tars]
         self._watch = Watch(job.out, process or this_process(), clock)
 
-        todo = [number for number, tar in enumerate(self._tars) if not is_done(tar, self._retries)]
-        self.left: dict[int, Stamp | None] = {number: index_stamp(self._tars[number]) for number in todo}
+        self.left = self._not_done()
         self.done_by_others: list[int] = []
         self.given_up: list[int] = []
 
-        claims = claim_numbers(job.out)
+        claims, todo = claim_numbers(job.out), [*self.left]
         self._deaths_before = {n: self._deaths(self._watch.look(n, claims[n])) for n in todo if n in claims}
         self._order = self._starting_somewhere(todo) if claims else todo
 
@@ -75,6 +74,24 @@ class Remaining:
             if name.startswith(TEMPORARY) and name.removeprefix(TEMPORARY).partition(".")[0] in stems:
                 with suppress(OSError):  # one that was too late may still write there
                     remove(self._out / name)
+
+    def _not_done(self) -> dict[int, Stamp | None]:
+        names = self._names()
+        left: dict[int, Stamp | None] = {}
+        for number, tar in enumerate(self._tars):
+            if self._indexes[number] not in names:
+                left[number] = None
+                continue
+            stamp = index_stamp(tar)  # before the look at the shard, which may be done in that moment
+            if not is_done(tar, self._retries):
+                left[number] = stamp
+        return left
+
+    def _names(self) -> set[str]:
+        try:
+            return set(os.listdir(self._out))
+        except FileNotFoundError:
+            return set()
 
     def _next(self, offered: set[int]) -> Share | None:
         claims = claim_numbers(self._out)
@@ -110,7 +127,7 @@ class Remaining:
         return share if is_free else None
 
     def _drop_done(self) -> None:
-        names = set(os.listdir(self._out))
+        names = self._names()
         for number, before in [*self.left.items()]:
             is_there = self._indexes[number] in names
             if is_there and (before is None or index_stamp(self._tars[number]) != before):

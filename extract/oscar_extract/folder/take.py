@@ -136,7 +136,11 @@ def take(out: Path, tar: Path, share: Share, process: Process) -> Held | None:
     if not make_claim(out, share.shard, share.number, claim):
         return None
     held = Held(out, tar, share.shard, share.number, claim)
-    held.place.mkdir()
+    try:
+        held.place.mkdir()
+    except OSError:  # a full disk, say
+        held.give_back()
+        raise
     return held
 
 
