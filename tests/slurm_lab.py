@@ -14,6 +14,11 @@ def ask(*command: str) -> str:
     return subprocess.run(command, text=True, capture_output=True, check=True).stdout
 
 
+def queue() -> str:
+    """The jobs that wait or run."""
+    return ask("squeue", "--noheader", "--me", "--states=PENDING,RUNNING")
+
+
 def state_of(job: str) -> str:
     """RUNNING, PENDING, ...; nothing once the job is gone from the queue."""
     done = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format", "%T"], text=True, capture_output=True)
@@ -38,7 +43,13 @@ def end_time_limit_soon(job: str) -> None:
     elapsed = ask("squeue", "--noheader", "--jobs", job, "--format", "%M").strip()
     minutes, seconds = (int(part) for part in elapsed.split(":")[-2:])
     limit = minutes + (2 if seconds > 40 else 1)
-    ask("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    set_time_limit(job, limit)
+
+
+def set_time_limit(job: str, minutes: int) -> None:
+    """Change the time limit of a job, unless it has ended."""
+    if state_of(job):
+        ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
 
 
 def kill_node(folder: Path, node: str) -> None:
@@ -62,4 +73,4 @@ def _is_of_node(process: Path, node: str, log: Path) -> bool:
 def cancel_all() -> None:
     """Empty the queue."""
     ask("scancel", "--me")
-    wait_until(lambda: not ask("squeue", "--noheader", "--me"), "an empty queue")
+    wait_until(lambda: not queue(), "an empty queue")

@@ -17,6 +17,7 @@ from oscar_common.errors import UsageError, nearest
 from oscar_common.settings import AUTO, Catalog, Cluster, Expected, Extract, Pipeline, Train, TrainJob, WorkerJobs
 
 STAGES = ("extract", "train")
+START_SECONDS = 300  # that a job may need to begin, and SLURM's warning to come early
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +163,28 @@ def _check(request: Request) -> None:
                 f"{stage}.overwrite: a job that queues again would begin anew; remove {settings.out} yourself"
             )
 
+    cluster = request.cluster
+    for key, time in (("", cluster.time), ("extract.", cluster.extract.time), ("train.", cluster.train.time)):
+        if time is not None and _seconds(time) < cluster.warning_seconds + START_SECONDS:
+            raise UsageError(
+                f"clusters.{request.cluster_name}.{key}time {time}: a job would be told to end before it has begun; "
+                f"give at least {START_SECONDS // 60} minutes more than warning_seconds {cluster.warning_seconds}"
+            )
     if request.train is not None:
         _check_train(request, request.train)
+
+
+def _seconds(time: str) -> int:
+    """Return a time limit in seconds, of any form that sbatch takes."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:  # D-HH, D-HH:MM, D-HH:MM:SS
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:  # MM, MM:SS
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_train(request: Request, settings: Train) -> None:

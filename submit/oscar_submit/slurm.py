@@ -150,9 +150,9 @@ def cancel(jobs: Iterable[str]) -> None:
 
 
 def tell_to_end(jobs: Iterable[str]) -> None:
-    """Send TERM to the scripts of running jobs, which end their commands and take the time that these need."""
+    """Send USR2 to the scripts of running jobs, which end their commands and give these the time that they need."""
     for job in jobs:
-        _run("scancel", "--batch", "--signal=TERM", job)
+        _run("scancel", "--batch", "--signal=USR2", job)
 
 
 def _ask(*command: str) -> str:

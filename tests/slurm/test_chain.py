@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from running import rows
-from slurm_lab import ask, cancel_all, end_time_limit_soon, kill_node, node_of, state_of, wait_until
+from slurm_lab import ask, cancel_all, end_time_limit_soon, kill_node, node_of, set_time_limit, state_of, wait_until
 from support import contents, extract, photo, run_here
 
 from oscar_submit.__main__ import command as SUBMIT
@@ -18,6 +18,7 @@ from oscar_submit.folder import read_record
 
 pytestmark = pytest.mark.slurm
 
+LONG = 30  # minutes
 IMAGES, IMAGES_PER_SHARD = 200, 5
 PIPELINES = """
 datasets: {photos: {images: photos, captions: txt}}
@@ -51,6 +52,7 @@ class Story:
     submitted: str
     submitted_again: str
     at_work: dict
+    in_training: dict
     after: dict
     after_exit: int
     again_after: str
@@ -103,6 +105,8 @@ def tell(slurm: ModuleType, folder: Path) -> Story:
     wait_until(lambda: state_of(training) == "RUNNING", "training")
 
     assert submit("undisturbed", "--stage", "train").returncode == 0
+    wait_until(lambda: last_step(folder / "disturbed") >= 5, "the first steps")
+    in_training = look()
     disturb_training(folder, training)
     wait_until(lambda: not look()["at_work"] and not look("undisturbed")["at_work"], "the end of training")
 
@@ -112,6 +116,7 @@ def tell(slurm: ModuleType, folder: Path) -> Story:
         submitted=submitted.stdout,
         submitted_again=submitted_again,
         at_work=at_work,
+        in_training=in_training,
         after=json.loads(after.stdout),
         after_exit=after.returncode,
         again_after=submit("disturbed").stdout,
@@ -135,15 +140,15 @@ def disturb_workers(slurm: ModuleType, array: str) -> None:
     node = node_of(elements[2])
     kill_node(Path(os.environ["SLURM_CONF"]).parent, node)
     wait_until(lambda: state_of(elements[1]) != "RUNNING" or restarts(elements[1]) > 0, "the time limit's warning")
+    set_time_limit(elements[1], LONG)
     slurm.start_node(node)  # with which SLURM takes it for up again
 
 
 def disturb_training(folder: Path, job: str) -> None:
     """Take the time from a training, and when it runs again, requeue it."""
-    wait_until(lambda: last_step(folder / "disturbed") >= 5, "the first steps")
     end_time_limit_soon(job)
     wait_until(lambda: state_of(job) == "PENDING", "the time limit's warning")
-    ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    set_time_limit(job, LONG)
     stopped_at = last_step(folder / "disturbed")
     wait_until(lambda: last_step(folder / "disturbed") > stopped_at + 10, "steps after the time limit")
     ask("scontrol", "requeue", job)
@@ -176,6 +181,14 @@ def test_status_at_work_says_who_does_what(story: Story):
     assert story.at_work["at_work"]
     assert extraction["done"] + len(extraction["in_work"]) + extraction["left"] == 40
     assert extraction["jobs"]
+
+
+def test_status_in_training_has_its_numbers(story: Story):
+    training = story.in_training["training"]
+    assert story.in_training["extraction"]["complete"]
+    assert training["step"] >= 5
+    assert {"loss", "mlm_loss", "match_loss", "samples_per_second"} <= set(training["numbers"])
+    assert training["eta"] > 0
 
 
 def test_workers_that_come_and_go_write_the_bytes_of_one_process(story: Story, tmp_path: Path):

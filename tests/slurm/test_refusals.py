@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from slurm_lab import ask, state_of, wait_until
+from slurm_lab import ask, queue, state_of, wait_until
 from support import error_line, photo, run_here
 
 from oscar_submit.__main__ import command as SUBMIT
@@ -54,14 +54,14 @@ def test_what_is_refused_is_one_line_with_the_key_to_change(
     assert done.returncode == 2
     line = error_line(done)
     assert all(message in line for message in messages), line
-    assert not ask("squeue", "--noheader", "--me")
+    assert not queue()
 
 
 def test_a_chain_that_is_refused_in_the_middle_leaves_no_job(folder: Path):
     done = run_here(SUBMIT, "one", "--set", "cluster.train.memory=900G")
     assert done.returncode == 2
     assert "train.sh" in error_line(done)
-    assert not ask("squeue", "--noheader", "--me")
+    assert not queue()
 
 
 def test_jobs_that_wait_are_cancelled_and_can_be_submitted_again(folder: Path):
@@ -77,7 +77,7 @@ def test_jobs_that_wait_are_cancelled_and_can_be_submitted_again(folder: Path):
     assert "waits: PartitionDown" in waiting.stdout
     assert cancelled.stdout.count("out of the queue") == 1
     assert "stays: 0 of 1 shard in shards" in cancelled.stdout
-    assert not ask("squeue", "--noheader", "--me")
+    assert not queue()
 
     after = run_here(SUBMIT, "status", "one")
     assert after.returncode == 1

@@ -129,6 +129,8 @@ def test_set_and_flags_win_over_the_file(folder: Path):
         (("p", "--nodes", "5"), "train.batch_size 12: not a multiple of 10 ranks"),
         (("p", "--set", "train.overwrite=true"), "would begin anew"),
         (("p", "--set", "train.warmup_steps=1000"), "must be less than train.steps 1000"),
+        (("p", "--time", "0:05:30"), "clusters.mine.time 0:05:30: a job would be told to end before it has begun"),
+        (("p", "--set", "cluster.train.time=6"), "clusters.mine.train.time 6: a job would be told to end"),
         (("p", "--set", "cluster.time=soon"), "'soon' is not a time like"),
     ],
 )

@@ -8,11 +8,13 @@ note() {
 }
 
 # Run a command to its end. Some time before the time limit SLURM sends USR1: the command saves its work and ends, and
-# this job queues again. TERM says that the job is cancelled, or preempted; then SLURM itself lets it queue again.
+# this job queues again. USR2 comes from `oscar-submit cancel`. TERM, of a preemption or scancel, SLURM itself sends to
+# all processes of the job; what was preempted queues again.
 run() {
     local child code cause=
     trap 'cause=time; tell_to_end' USR1
-    trap 'cause=${cause:-end}; tell_to_end' TERM
+    trap tell_to_end USR2
+    trap : TERM
     note began
     "$@" &
     child=$!

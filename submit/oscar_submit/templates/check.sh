@@ -4,7 +4,7 @@
 
 {{begin}}
 tell_to_end() {
-    kill -TERM "$child"
+    kill -TERM "$child" 2>/dev/null
 }
 
 run {{command}}
