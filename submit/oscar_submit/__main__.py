@@ -36,8 +36,8 @@ class Group(cli.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments."""
-        own = {*self.commands, "-h", "--help", "--version"}
-        return super().parse_args(ctx, ["submit", *args] if args and args[0] not in own else args)
+        first_words = {*self.commands, "-h", "--help", "--version"}
+        return super().parse_args(ctx, ["submit", *args] if args and args[0] not in first_words else args)
 
 
 def of_a_pipeline(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ def of_a_pipeline(function: Callable[..., Any]) -> Callable[..., Any]:
 def _request(
     name: str, stage: str, cluster: str | None, changes: tuple[str, ...], pipelines: Path | None, **flags: Any
 ) -> Request:
-    short = [f"{SHORTHANDS[flag]}={given}" for flag, given in flags.items() if given is not None]
+    short = [f"{SHORTHANDS[flag]}={text}" for flag, text in flags.items() if text is not None]
     return make_request(load_catalog(pipelines), name, stage, cluster, [*changes, *short])
 
 

@@ -133,13 +133,13 @@ def job_ids(record: dict[str, Any]) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of this project and of what its numbers depend on."""
-    known = {"oscar-pretrain": __version__, "python": platform.python_version()}
+    numbers = {"oscar-pretrain": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            known[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             continue
-    return known
+    return numbers
 
 
 def now() -> str:

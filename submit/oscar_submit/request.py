@@ -54,10 +54,10 @@ def make_request(
         entry = _change(change, layers, entry)
 
     stages = [s for s in STAGES if layers[s]] if stage == "all" else [stage]
-    for wanted in stages:
-        if not layers[wanted]:
+    for stage_name in stages:
+        if not layers[stage_name]:
             raise UsageError(
-                f"--stage {wanted}: pipeline {name!r} has no key {wanted!r}; add it, or give another --stage"
+                f"--stage {stage_name}: pipeline {name!r} has no key {stage_name!r}; add it, or give another --stage"
             )
 
     extract = resolve(Extract, catalog, layers["extract"], {}) if "extract" in stages else None
@@ -87,12 +87,14 @@ def _pipeline(catalog: Catalog, name: str) -> Pipeline:
 
 
 def _cluster(catalog: Catalog, pipeline: str, name: str | None) -> tuple[str, Cluster]:
-    known = installed_catalog().clusters | catalog.clusters
+    clusters = installed_catalog().clusters | catalog.clusters
     if name is None:
-        raise UsageError(f"pipeline {pipeline!r} names no cluster; give --cluster (known: {', '.join(sorted(known))})")
-    if name not in known:
-        raise UsageError(f"--cluster: no cluster {name!r}{nearest(name, known)}")
-    return name, known[name]
+        raise UsageError(
+            f"pipeline {pipeline!r} names no cluster; give --cluster (known: {', '.join(sorted(clusters))})"
+        )
+    if name not in clusters:
+        raise UsageError(f"--cluster: no cluster {name!r}{nearest(name, clusters)}")
+    return name, clusters[name]
 
 
 def _change(change: str, layers: dict[str, dict[str, Any]], cluster: Cluster) -> Cluster:
@@ -163,18 +165,23 @@ def _check(request: Request) -> None:
                 f"{stage}.overwrite: a job that queues again would begin anew; remove {settings.out} yourself"
             )
 
-    cluster = request.cluster
-    for key, time in (("", cluster.time), ("extract.", cluster.extract.time), ("train.", cluster.train.time)):
-        if time is not None and _seconds(time) < cluster.warning_seconds + START_SECONDS:
-            raise UsageError(
-                f"clusters.{request.cluster_name}.{key}time {time}: a job would be told to end before it has begun; "
-                f"give at least {START_SECONDS // 60} minutes more than warning_seconds {cluster.warning_seconds}"
-            )
+    _check_times(request)
     if request.train is not None:
         _check_train(request, request.train)
 
 
-def _seconds(time: str) -> int:
+def _check_times(request: Request) -> None:
+    """Refuse time limits in which a job would never get to its work."""
+    cluster = request.cluster
+    for key, time in (("", cluster.time), ("extract.", cluster.extract.time), ("train.", cluster.train.time)):
+        if time is not None and seconds_of(time) < cluster.warning_seconds + START_SECONDS:
+            raise UsageError(
+                f"clusters.{request.cluster_name}.{key}time {time}: a job would be told to end before it has begun; "
+                f"give at least {START_SECONDS // 60} minutes more than warning_seconds {cluster.warning_seconds}"
+            )
+
+
+def seconds_of(time: str) -> int:
     """Return a time limit in seconds, of any form that sbatch takes."""
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]

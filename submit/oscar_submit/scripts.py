@@ -1,4 +1,4 @@
-"""The scripts that sbatch is given, made from templates that read like scripts."""
+"""The scripts that sbatch is setting_value, made from templates that read like scripts."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ def extract_script(request: Request, settings: Extract, workers: int) -> str:
         log="extract-%A_%a.log",
         time=jobs.time or cluster.time,
         partition=jobs.partition or cluster.partition,
-        own=[
+        resources=[
             f"--array=0-{workers - 1}{throttle}",
             "--ntasks=1",
             f"--cpus-per-task={jobs.cpus}",
@@ -49,7 +49,7 @@ def check_script(request: Request, settings: Extract) -> str:
         log="check-%j.log",
         time=CHECK_TIME,
         partition=cluster.extract.partition or cluster.partition,
-        own=["--ntasks=1", f"--cpus-per-task={CHECK_CPUS}", f"--mem={CHECK_MEMORY}"],
+        resources=["--ntasks=1", f"--cpus-per-task={CHECK_CPUS}", f"--mem={CHECK_MEMORY}"],
     )
     command = [*python(cluster), "-m", "oscar_submit.finish", "extract", str(output(settings))]
     return _filled("check.sh", cluster, directives=directives, command=shlex.join(command))
@@ -65,7 +65,7 @@ def train_script(request: Request, settings: Train) -> str:
         log="train-%j.log",
         time=job.time or cluster.time,
         partition=job.partition or cluster.partition,
-        own=[
+        resources=[
             f"--nodes={job.nodes}",
             "--ntasks-per-node=1",
             f"--cpus-per-task={job.cpus}",
@@ -98,10 +98,10 @@ def flags(settings: Extract | Train) -> list[str]:
     """Return the flags, quoted for a shell, of all settings that differ from their defaults."""
     quoted = []
     for field in dataclasses.fields(settings):
-        given = getattr(settings, field.name)
-        if field.name == "recipe" or given is None or given == _default(field):
+        setting_value = getattr(settings, field.name)
+        if field.name == "recipe" or setting_value is None or setting_value == _default(field):
             continue
-        quoted += [shlex.join(part) for part in _flag(field, given)]
+        quoted += [shlex.join(part) for part in _flag(field, setting_value)]
     return quoted
 
 
@@ -111,16 +111,16 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     return field.default
 
 
-def _flag(field: "dataclasses.Field[Any]", given: Any) -> list[list[str]]:
-    """Return a setting as it is given on a command line: a flag, or one for each item of a list."""
+def _flag(field: "dataclasses.Field[Any]", setting_value: Any) -> list[list[str]]:
+    """Return a setting as it is setting_value on a command line: a flag, or one for each item of a list."""
     name = f"--{field.name.replace('_', '-')}"
-    if isinstance(given, bool):
-        return [[name if given else f"--no-{name[2:]}"]]
-    if isinstance(given, list):
-        return [[name, str(item)] for item in given]
+    if isinstance(setting_value, bool):
+        return [[name if setting_value else f"--no-{name[2:]}"]]
+    if isinstance(setting_value, list):
+        return [[name, str(item)] for item in setting_value]
 
     words = {number: word for word, number in field.metadata["words"].items()}
-    return [[name, str(words.get(given, given))]]
+    return [[name, str(words.get(setting_value, setting_value))]]
 
 
 def _directives(
@@ -130,7 +130,7 @@ def _directives(
     log: str,
     time: str,
     partition: str | None,
-    own: list[str],
+    resources: list[str],
 ) -> str:
     """Return the #SBATCH lines of a script; the options of the user come last and win."""
     cluster = request.cluster
@@ -138,7 +138,7 @@ def _directives(
         f"--job-name={job_name(request, step, settings)}",
         *([f"--partition={partition}"] if partition else []),
         *([f"--account={cluster.account}"] if cluster.account else []),
-        *own,
+        *resources,
         f"--time={time}",
         f"--signal=B:USR1@{cluster.warning_seconds}",
         "--requeue",

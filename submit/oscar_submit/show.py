@@ -81,7 +81,7 @@ def _job_lines(jobs: tuple[QueuedJob, ...]) -> list[str]:
 def _failure_lines(failures: tuple[Failure, ...]) -> list[str]:
     lines = []
     for failure in failures[:NAMED]:
-        lines.append(f"  job {failure.job} {failure.what}" + (f"; {failure.log} ends:" if failure.lines else ""))
+        lines.append(f"  job {failure.job} {failure.reason}" + (f"; {failure.log} ends:" if failure.lines else ""))
         lines += [f"    {shorten(line)}" for line in failure.lines]
     if failures[NAMED:]:
         lines.append(f"  and {len(failures) - NAMED:,} more")
@@ -107,16 +107,16 @@ def _curve(extraction: Extraction) -> str:
     progress = extraction.progress
     if progress is None or not progress.done_at:
         return ""
-    first, last = progress.done_at[0], progress.done_at[-1]
-    span = max(last - first, 1.0)
+    start, end = progress.done_at[0], progress.done_at[-1]
+    span = max(end - start, 1.0)
 
     points = []
     for number, moment in enumerate(progress.done_at, start=1):
-        x = 40 + (WIDTH - 50) * (moment - first) / span
+        x = 40 + (WIDTH - 50) * (moment - start) / span
         y = HEIGHT - 30 - (HEIGHT - 50) * number / progress.shards
         points.append(f"{x:.1f},{y:.1f}")
 
-    ends = [datetime.fromtimestamp(moment).strftime("%d %b %H:%M:%S") for moment in (first, last)]
+    ends = [datetime.fromtimestamp(moment).strftime("%d %b %H:%M:%S") for moment in (start, end)]
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="shards done over time">'
         f'<polyline points="{" ".join(points)}"/>'

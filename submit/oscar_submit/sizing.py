@@ -188,10 +188,10 @@ def extract_job(request: Request, settings: Extract) -> Job:
 
 def _workers(request: Request) -> str:
     jobs, cluster = request.cluster.extract, request.cluster
-    most = f", at most {jobs.max_running} at once" if jobs.max_running else ""
+    limit = f", at most {jobs.max_running} at once" if jobs.max_running else ""
     gpus = f"{plural(jobs.gpus, 'GPU')}, " if jobs.gpus else ""
-    each = f"{gpus}{plural(jobs.cpus, 'core')}, {jobs.memory}, {jobs.time or cluster.time} each"
-    return f"{jobs.workers}{most}: {each}, on {request.cluster_name}"
+    worker = f"{gpus}{plural(jobs.cpus, 'core')}, {jobs.memory}, {jobs.time or cluster.time} each"
+    return f"{jobs.workers}{limit}: {worker}, on {request.cluster_name}"
 
 
 def _origin(rate: Rate) -> str:

@@ -78,10 +78,10 @@ def check_array(workers: int, cluster: str) -> None:
         UsageError: in one line.
     """
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"))
-    if match is not None and workers > (most := int(match[1]) - 1):
+    if match is not None and workers > (elements := int(match[1]) - 1):
         raise UsageError(
-            f"clusters.{cluster}.extract.workers {workers}: an array of this cluster has at most {most:,} elements; "
-            f"give --workers {most}, as each takes as many shards as it can"
+            f"clusters.{cluster}.extract.workers {workers}: arrays of this cluster have at most {elements:,} elements; "
+            f"give --workers {elements}, as each takes as many shards as it can"
         )
 
 

@@ -29,7 +29,7 @@ class Failure:
     """A job that ended badly: where its log is, and what it says at the end."""
 
     job: str
-    what: str
+    reason: str
     log: str
     lines: tuple[str, ...]
 
@@ -158,12 +158,12 @@ def _queue(request: Request) -> tuple[list[QueuedJob], str]:
 def _extraction(settings: Extract, jobs: list[QueuedJob]) -> Extraction:
     out = output(settings)
     progress = progress_of(out) if (out / JOB_FILE).exists() else None
-    own = tuple(job for job in jobs if "-extract-" in job.name or "-check-" in job.name)
+    stage_jobs = tuple(job for job in jobs if "-extract-" in job.name or "-check-" in job.name)
     rate = _rate(progress) if progress is not None else None
-    eta = (progress.images - progress.images_done) / rate if progress is not None and rate and own else None
+    eta = (progress.images - progress.images_done) / rate if progress is not None and rate and stage_jobs else None
     is_complete = progress is not None and progress.is_complete
-    failures = () if is_complete else _failures(out, own)
-    return Extraction(progress=progress, rate=rate, eta=eta, jobs=own, failures=failures)
+    failures = () if is_complete else _failures(out, stage_jobs)
+    return Extraction(progress=progress, rate=rate, eta=eta, jobs=stage_jobs, failures=failures)
 
 
 def _rate(progress: Progress) -> float | None:
@@ -177,29 +177,29 @@ def _rate(progress: Progress) -> float | None:
 
 def _training(settings: Train, jobs: list[QueuedJob]) -> Training:
     out = output(settings)
-    own = tuple(job for job in jobs if "-train-" in job.name)
+    stage_jobs = tuple(job for job in jobs if "-train-" in job.name)
     settings = _last_settings(settings, out)
     row = _last_row(out / METRICS)
     step = int(row.get("step", 0))
     checkpoint = last_step(out)
     rate = row.get("samples_per_second", 0.0)
-    left = (settings.steps - step) * settings.batch_size
+    triples = (settings.steps - step) * settings.batch_size
     return Training(
         step=step,
         steps=settings.steps,
         checkpoint=checkpoint,
         numbers={name: row[name] for name in COLUMNS if name in row},
-        eta=left / rate if rate and own else None,
-        jobs=own,
-        failures=() if checkpoint >= settings.steps else _failures(out, own),
+        eta=triples / rate if rate and stage_jobs else None,
+        jobs=stage_jobs,
+        failures=() if checkpoint >= settings.steps else _failures(out, stage_jobs),
     )
 
 
 def _last_settings(settings: Train, out: Path) -> Train:
     """Return settings with the steps and the batch that were submitted last."""
     submitted = read_record(out).get("settings", {})
-    known = {name: submitted[name] for name in ("steps", "batch_size") if name in submitted}
-    return dataclasses.replace(settings, **known)
+    values = {name: submitted[name] for name in ("steps", "batch_size") if name in submitted}
+    return dataclasses.replace(settings, **values)
 
 
 def _last_row(path: Path) -> dict[str, float]:
@@ -208,8 +208,8 @@ def _last_row(path: Path) -> dict[str, float]:
         return {}
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    last = rows[-1] if rows else {}
-    return {name: float(cell) for name, cell in last.items() if cell}
+    row = rows[-1] if rows else {}
+    return {name: float(cell) for name, cell in row.items() if cell}
 
 
 def _failures(out: Path, present: tuple[QueuedJob, ...]) -> tuple[Failure, ...]:
@@ -218,10 +218,10 @@ def _failures(out: Path, present: tuple[QueuedJob, ...]) -> tuple[Failure, ...]:
     submissions = record.get("submissions", [])
     if not submissions:
         return ()
-    last = list(submissions[-1]["jobs"].values())
-    failures = [*_failures_in_logs(out, last, present)]
+    job_ids = list(submissions[-1]["jobs"].values())
+    failures = [*_failures_in_logs(out, job_ids, present)]
     if not failures:
-        gone = [job for job in last if all(job != other.job for other in present)]
+        gone = [job for job in job_ids if all(job != other.job for other in present)]
         failures += [failure for job in gone for failure in _failures_without_log(out, job)]
     return tuple(failures)
 
@@ -235,10 +235,10 @@ def _failures_in_logs(out: Path, jobs: list[str], present: tuple[QueuedJob, ...]
         if is_present or (runs and runs[-1].code in STOPPED):
             continue
 
-        what = "ended before it began" if not runs else f"ended with exit code {runs[-1].code}"
+        reason = "ended before it began" if not runs else f"ended with exit code {runs[-1].code}"
         if runs and runs[-1].code is None:
-            what = f"was killed on {runs[-1].node}, or its node failed"
-        failures.append(Failure(job=name, what=what, log=str(log), lines=tuple(last_lines(log))))
+            reason = f"was killed on {runs[-1].node}, or its node failed"
+        failures.append(Failure(job=name, reason=reason, log=str(log), lines=tuple(last_lines(log))))
     return failures
 
 
@@ -248,8 +248,8 @@ def _failures_without_log(out: Path, job: str) -> list[Failure]:
     for end in slurm.ended(job):
         if end.state not in FAILED_STATES and end.code != slurm.LAUNCH_FAILED:
             continue
-        what = f"{end.state.lower()}, exit code {end.code}"
+        reason = f"{end.state.lower()}, exit code {end.code}"
         if end.code == slurm.LAUNCH_FAILED:
-            what += f": its node cannot write {jobs_folder(out)}; give an out on a disk that all nodes see"
-        failures.append(Failure(job=end.job, what=what, log="", lines=()))
+            reason += f": its node cannot write {jobs_folder(out)}; give an out on a disk that all nodes see"
+        failures.append(Failure(job=end.job, reason=reason, log="", lines=()))
     return failures

@@ -121,8 +121,8 @@ def _look_up(request: Request, step: str, settings: Extract | Train) -> Step:
         UsageError: other settings are at work in its folder.
     """
     name = job_name(request, step, settings)
-    last = recorded_name(request, step, settings)
-    if last != name and (present := slurm.queued([last])):
+    recorded = recorded_name(request, step, settings)
+    if recorded != name and (present := slurm.queued([recorded])):
         raise UsageError(
             f"{output(settings)}: job {present[0].job} works there with other settings; cancel it, wait for it, or "
             "give another out"
@@ -143,12 +143,12 @@ def _submit_extract(
     elif progress.is_complete:
         print(f"extraction: all {plural(progress.shards, 'shard')} are done")
     else:
-        left = progress.shards - progress.done
-        workers = min(request.cluster.extract.workers, left)
+        shards = progress.shards - progress.done
+        workers = min(request.cluster.extract.workers, shards)
         _withdraw(check, steps.get("train"))
         script = _write_script(out, "extract.sh", extract_script(request, settings, workers))
         submitted["extract"] = slurm.submit(script, request.cluster_name)
-        print(f"extraction: job {submitted['extract']}, {plural(workers, 'worker')} for {plural(left, 'shard')}")
+        print(f"extraction: job {submitted['extract']}, {plural(workers, 'worker')} for {plural(shards, 'shard')}")
 
     if "extract" not in submitted:
         if check.present:

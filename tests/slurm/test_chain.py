@@ -139,6 +139,7 @@ def disturb_workers(slurm: ModuleType, array: str) -> None:
 
     node = node_of(elements[2])
     kill_node(Path(os.environ["SLURM_CONF"]).parent, node)
+    wait_until(lambda: state_of(elements[2]) == "RUNNING" and node_of(elements[2]) != node, "the worker elsewhere")
     wait_until(lambda: state_of(elements[1]) != "RUNNING" or restarts(elements[1]) > 0, "the time limit's warning")
     set_time_limit(elements[1], LONG)
     slurm.start_node(node)  # with which SLURM takes it for up again

@@ -9,7 +9,7 @@ from oscar_common.config import installed_catalog, load_catalog
 from oscar_common.errors import UsageError
 from oscar_extract.summary import PAPER
 from oscar_submit.__main__ import command as SUBMIT
-from oscar_submit.request import make_request
+from oscar_submit.request import make_request, seconds_of
 
 SHIPPED = (
     *("demo", "coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa"),
@@ -159,3 +159,18 @@ def test_without_sbatch_it_says_where_to_go(folder: Path, monkeypatch: pytest.Mo
     done = run_here(SUBMIT, "p")
     assert done.returncode == 2
     assert error_line(done).startswith("error: sbatch: not on the PATH")
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 90 * 60),
+        ("90:30", 90 * 60 + 30),
+        ("1:30:00", 5400),
+        ("2-3", 51 * 3600),
+        ("2-03:30", 51.5 * 3600),
+        ("1-00:00:05", 86405),
+    ],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(time: str, seconds: float):
+    assert seconds_of(time) == seconds
