@@ -30,7 +30,7 @@ def node_of(job: str) -> str:
     return ask("squeue", "--noheader", "--jobs", job, "--format", "%N").strip()
 
 
-def wait_until(reached: Callable[[], object], what: str, seconds: float = 240) -> None:
+def wait_until(reached: Callable[[], object], what: str, seconds: float = 600) -> None:
     """Wait until something is reached; fail naming it if it is not."""
     deadline = time.monotonic() + seconds
     while not reached():

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,8 @@ def _failures_in_logs(out: Path, jobs: list[str], present: tuple[QueuedJob, ...]
     failures = []
     for log in logs_of(out, jobs):
         name = log.stem.partition("-")[2]
-        is_present = any(name == job.id or job.id.startswith(f"{name}_") for job in present)
+        waiting_elements = f"{name.partition('_')[0]}_["  # several of an array are one line of squeue
+        is_present = any(job.id == name or job.id.startswith(waiting_elements) for job in present)
         runs = runs_in(log)
         if is_present or (runs and runs[-1].code in STOPPED):
             continue
@@ -245,7 +247,7 @@ def _failures_in_logs(out: Path, jobs: list[str], present: tuple[QueuedJob, ...]
 def _failures_without_log(out: Path, job: str) -> list[Failure]:
     """Return what the controller still knows of a job that left no log: its nodes see other files."""
     failures = []
-    for end in slurm.ended(job):
+    for end in _ended(job):
         if end.state not in FAILED_STATES and end.code != slurm.LAUNCH_FAILED:
             continue
         reason = f"{end.state.lower()}, exit code {end.code}"
@@ -253,3 +255,9 @@ def _failures_without_log(out: Path, job: str) -> list[Failure]:
             reason += f": its node cannot write {jobs_folder(out)}; give an out on a disk that all nodes see"
         failures.append(Failure(job=end.job, reason=reason, log="", lines=()))
     return failures
+
+
+def _ended(job: str) -> list[slurm.EndedJob]:
+    with suppress(OperationError):
+        return slurm.ended(job)
+    return []

@@ -19,7 +19,7 @@ from oscar_submit.folder import read_record
 pytestmark = pytest.mark.slurm
 
 LONG = 30  # minutes
-IMAGES, IMAGES_PER_SHARD = 200, 5
+IMAGES, IMAGES_PER_SHARD = 120, 5
 PIPELINES = """
 datasets: {photos: {images: photos, captions: txt}}
 clusters:
@@ -36,9 +36,9 @@ pipelines:
       shards: shards
       out: disturbed
       init: random:tiny
-      steps: 60
+      steps: 40
       batch_size: 8
-      checkpoint_every: 10
+      checkpoint_every: 5
       device: cpu
   undisturbed: {cluster: lab, train: {<<: *train, out: undisturbed}}
 """
@@ -105,7 +105,7 @@ def tell(slurm: ModuleType, folder: Path) -> Story:
     wait_until(lambda: state_of(training) == "RUNNING", "training")
 
     assert submit("undisturbed", "--stage", "train").returncode == 0
-    wait_until(lambda: last_step(folder / "disturbed") >= 5, "the first steps")
+    wait_until(lambda: last_step(folder / "disturbed") >= 3, "the first steps")
     in_training = look()
     disturb_training(folder, training)
     wait_until(lambda: not look()["at_work"] and not look("undisturbed")["at_work"], "the end of training")
@@ -151,7 +151,7 @@ def disturb_training(folder: Path, job: str) -> None:
     wait_until(lambda: state_of(job) == "PENDING", "the time limit's warning")
     set_time_limit(job, LONG)
     stopped_at = last_step(folder / "disturbed")
-    wait_until(lambda: last_step(folder / "disturbed") > stopped_at + 10, "steps after the time limit")
+    wait_until(lambda: last_step(folder / "disturbed") > stopped_at + 3, "steps after the time limit")
     ask("scontrol", "requeue", job)
 
 
@@ -167,7 +167,7 @@ def last_step(out: Path) -> int:
 
 
 def test_it_says_what_it_submits(story: Story):
-    assert "3 workers for 40 shards" in story.submitted
+    assert "3 workers for 24 shards" in story.submitted
     assert "check: job" in story.submitted
     assert "training: job" in story.submitted
 
@@ -180,14 +180,14 @@ def test_submitted_twice_nothing_is_added(story: Story):
 def test_status_at_work_says_who_does_what(story: Story):
     extraction = story.at_work["extraction"]
     assert story.at_work["at_work"]
-    assert extraction["done"] + len(extraction["in_work"]) + extraction["left"] == 40
+    assert extraction["done"] + len(extraction["in_work"]) + extraction["left"] == 24
     assert extraction["jobs"]
 
 
 def test_status_in_training_has_its_numbers(story: Story):
     training = story.in_training["training"]
     assert story.in_training["extraction"]["complete"]
-    assert training["step"] >= 5
+    assert training["step"] >= 3
     assert {"loss", "mlm_loss", "match_loss", "samples_per_second"} <= set(training["numbers"])
     assert training["eta"] > 0
 
@@ -208,7 +208,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 def test_a_training_that_is_stopped_twice_has_the_curve_of_one_that_is_not(story: Story):
     disturbed, undisturbed = rows(story.folder / "disturbed"), rows(story.folder / "undisturbed")
-    assert len(disturbed) == 60
+    assert len(disturbed) == 40
     assert disturbed == undisturbed
 
 
@@ -221,7 +221,7 @@ def test_the_record_says_where_and_when_and_how_often(story: Story):
     assert max(run["restarts"] for run in workers) >= 3  # requeued, preempted, its node killed
 
     trained = read_record(story.folder / "disturbed")
-    assert trained["counts"] == {"step": 60}
+    assert trained["counts"] == {"step": 40}
     assert [run["restarts"] for run in trained["runs"]] == [0, 1, 2]
 
 
