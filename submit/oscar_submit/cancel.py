@@ -1,13 +1,11 @@
 """Cancelling a pipeline: its jobs end cleanly, and what they have done stays."""
 
 from oscar_common.progress import plural
-from oscar_common.settings import Extract
 from oscar_extract.folder.progress import progress_of
-from oscar_shards.manifest import JOB_FILE
 from oscar_submit import slurm
 from oscar_submit.folder import recorded_name
 from oscar_submit.request import Request, output
-from oscar_submit.submit import last_step, settings_of
+from oscar_submit.submit import is_planned, last_step, settings_of
 
 
 def cancel(request: Request) -> None:
@@ -29,13 +27,9 @@ def cancel(request: Request) -> None:
 
 
 def _print_what_stays(request: Request) -> None:
-    if request.extract is not None and _is_planned(request.extract):
+    if request.extract is not None and is_planned(request.extract):
         progress = progress_of(output(request.extract))
         print(f"stays: {progress.done:,} of {plural(progress.shards, 'shard')} in {request.extract.out}")
     if request.train is not None:
         print(f"stays: the checkpoint of step {last_step(output(request.train)):,} in {request.train.out}")
     print(f"`oscar-submit {request.name}` goes on from there")
-
-
-def _is_planned(settings: Extract) -> bool:
-    return (output(settings) / JOB_FILE).exists()

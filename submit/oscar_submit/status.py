@@ -11,12 +11,11 @@ from typing import Any
 from oscar_common.errors import OperationError
 from oscar_common.settings import Extract, Train
 from oscar_extract.folder.progress import Progress, progress_of
-from oscar_shards.manifest import JOB_FILE
 from oscar_submit import slurm
 from oscar_submit.folder import jobs_folder, last_lines, logs_of, read_record, recorded_name, runs_in
 from oscar_submit.request import Request, output
 from oscar_submit.slurm import QueuedJob
-from oscar_submit.submit import last_step
+from oscar_submit.submit import is_planned, last_step
 
 STOPPED = (0, 138, 143)  # exit codes of a job that ended well, or was told to end
 RECENT = 50  # shards whose pace the rest is expected to have
@@ -158,7 +157,7 @@ def _queue(request: Request) -> tuple[list[QueuedJob], str]:
 
 def _extraction(settings: Extract, jobs: list[QueuedJob]) -> Extraction:
     out = output(settings)
-    progress = progress_of(out) if (out / JOB_FILE).exists() else None
+    progress = progress_of(out) if is_planned(settings) else None
     stage_jobs = tuple(job for job in jobs if "-extract-" in job.name or "-check-" in job.name)
     rate = _rate(progress) if progress is not None else None
     eta = (progress.images - progress.images_done) / rate if progress is not None and rate and stage_jobs else None

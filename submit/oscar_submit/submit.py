@@ -9,6 +9,7 @@ from oscar_common.files import replacing
 from oscar_common.progress import plural, say_next
 from oscar_common.settings import Extract, Train
 from oscar_extract.folder.progress import progress_of
+from oscar_shards.manifest import JOB_FILE
 from oscar_submit import slurm
 from oscar_submit.folder import (
     add_submission,
@@ -39,9 +40,9 @@ class Step:
 
 def dry_run(request: Request, rate: float | None) -> None:
     """Print what a pipeline will take and the scripts that would be submitted; write nothing."""
-    show(request, rate)
+    shards = show(request, rate)
     if request.extract is not None:
-        workers = request.cluster.extract.workers
+        workers = min(request.cluster.extract.workers, max(shards, 1))
         _print_script("extract.sh", extract_script(request, request.extract, workers))
         _print_script("check.sh", check_script(request, request.extract))
     if request.train is not None:
@@ -49,15 +50,22 @@ def dry_run(request: Request, rate: float | None) -> None:
     print("next: the same command without --dry-run", file=sys.stderr)
 
 
-def show(request: Request, rate: float | None) -> None:
-    """Print what a pipeline will take."""
+def show(request: Request, rate: float | None) -> int:
+    """Print what a pipeline will take, and return how many shards stage 1 has to do."""
     from oscar_submit.sizing import extract_job, measure, print_extract, print_train
 
-    if (settings := request.extract) is not None:
-        job = extract_job(request, settings)
-        print_extract(request, settings, job, measure(request, settings), rate)
+    shards = 0
+    if request.extract is not None:
+        job = extract_job(request, request.extract)
+        corpus = measure(request, request.extract)
+        print_extract(request, request.extract, job, corpus, rate)
+        shards = corpus.record.num_shards
+        if is_planned(request.extract):
+            shards -= progress_of(output(request.extract)).done
+
     if request.train is not None:
         print_train(request, request.train)
+    return shards
 
 
 def submit(request: Request, rate: float | None) -> None:
@@ -182,6 +190,11 @@ def _submit_train(request: Request, settings: Train, train: Step, after: str | N
     submitted["train"] = slurm.submit(script, request.cluster_name, f"afterok:{after}" if after else None)
     begins = f"from step {step:,} to {settings.steps:,}" if step > 0 else f"{settings.steps:,} steps"
     print(f"training: job {submitted['train']}, {begins}" + (f", after job {after}" if after else ""))
+
+
+def is_planned(settings: Extract) -> bool:
+    """Whether the plan of stage 1 lies in its folder."""
+    return (output(settings) / JOB_FILE).exists()
 
 
 def last_step(out: Path) -> int:

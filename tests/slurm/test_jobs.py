@@ -1,4 +1,4 @@
-"""What SLURM itself refuses, and jobs that cannot begin, as a newcomer is told of them."""
+"""What SLURM itself refuses, jobs that cannot begin, and jobs that are cancelled."""
 
 import shutil
 from pathlib import Path
@@ -111,6 +111,23 @@ def test_a_worker_that_fails_is_shown_with_its_last_words(folder: Path):
     assert done.returncode == 1
     assert f"job {jobs['extract']}_0 ended with exit code 127" in done.stdout
     assert "no-python: No such file or directory" in done.stdout
+
+
+def test_a_running_job_is_told_to_save_its_work_and_takes_the_time_that_it_needs(folder: Path):
+    """In the place of a worker, something that takes longer to end than SLURM's KillWait would give it."""
+    worker = folder / "worker"
+    worker.write_text("#!/bin/bash\ntrap 'sleep 8; echo saved; exit 143' TERM\necho at work\nsleep 300 & wait\n")
+    worker.chmod(0o755)
+    assert run_here(SUBMIT, "one", "--set", f"cluster.python={worker}").returncode == 0
+    job = read_record(folder / "shards")["submissions"][0]["jobs"]["extract"]
+    log = folder / "shards.jobs" / "logs" / f"extract-{job}_0.log"
+    wait_until(lambda: log.exists() and "at work" in log.read_text(), "the worker's beginning")
+
+    cancelled = run_here(SUBMIT, "cancel", "one")
+    assert "told to save and end: " in cancelled.stdout
+    wait_until(lambda: not queue(), "an empty queue")
+    assert "saved\noscar-submit: ended 143" in log.read_text()
+    assert log.read_text().count("oscar-submit: began") == 1
 
 
 def test_status_goes_by_the_folder_where_there_is_no_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch):
