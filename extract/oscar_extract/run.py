@@ -70,15 +70,6 @@ def run(job: Job, plan: Plan, joins: bool = False) -> None:
         OperationError: too much is missing or was refused, or shards were given up.
         Stopped: SIGTERM or SIGUSR1 has arrived.
     """
-    try:
-        _run(job, plan, joins)
-    except Stopped:
-        with suppress(OSError):
-            give_back_for_the_dead(job.out)  # processes of a local cluster, which ended with this one
-        raise
-
-
-def _run(job: Job, plan: Plan, joins: bool) -> None:
     out, settings, record = job.out, job.settings, plan.record
     warn_of_damage(plan)
     check_missing(out, plan, settings.max_reject_fraction)
@@ -88,7 +79,7 @@ def _run(job: Job, plan: Plan, joins: bool) -> None:
         remaining = Remaining(job, record)
         left, todo = sum(map(record.images_in, remaining.left)), len(remaining.left)
 
-    with choose_workers(job, plan, left, todo) as workers:
+    with choose_workers(job, plan, left, todo) as workers, _giving_back(job, workers):
         found = workers.survey(job, trial_of(job, plan) if workers.tries else Trial(plan=record, roots=[], images=[]))
         prepare(job, plan, found.manifest)
         if settings.overwrite:
@@ -111,6 +102,18 @@ def _run(job: Job, plan: Plan, joins: bool) -> None:
     else:
         print_summary(out, plan, time, use, lost)
     check_rejects(out, plan, settings.max_reject_fraction)
+
+
+@contextmanager
+def _giving_back(job: Job, workers: Workers) -> Iterator[None]:
+    """Give back what the workers of this machine have in work if a signal ends the block."""
+    try:
+        yield
+    except Stopped:
+        workers.kill()
+        with suppress(OSError):
+            give_back_for_the_dead(job.out)
+        raise
 
 
 def trial_of(job: Job, plan: Plan, seconds: float = 0.0) -> Trial:

@@ -32,6 +32,7 @@ TELL_SECONDS = 0.5
 SHARE = 0.7  # of the free memory, which processes may fill
 DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 POLL = 5.0  # seconds between looks at whether there are still, or more, workers
+KILL_SECONDS = 5.0  # until a process that was killed is gone
 PATIENCE = 60.0  # seconds without any worker before that is said
 
 
@@ -49,6 +50,9 @@ class Workers(Protocol):
 
     def extract(self, job: Job, shares: Iterator[Share], tell: Tell) -> Iterator[Done]:
         """Do shards and yield what became of each, in any order. The next share is asked for when somebody is free."""
+
+    def kill(self) -> None:
+        """End those that would first finish their shards, so that these can be given back."""
 
     def describe(self) -> str:
         """Return how many they are."""
@@ -72,6 +76,9 @@ class Here:
 
         for share in shares:
             yield extract_shard(replace(job, threads=cores()), share, partial(tell, share.shard))
+
+    def kill(self) -> None:
+        """See `Workers`. This process has been stopped by then."""
 
     def describe(self) -> str:
         """See `Workers`."""
@@ -105,11 +112,21 @@ class Dask:
     threads: int = 0  # that detect in each worker; 0: as many as dask gave it
     size: int = 0  # how many workers there shall be; 0: as many as there are
     lost: int = 0
+    processes: Callable[[], list[int]] = list  # of this machine, which end with this one
 
     @property
     def tries(self) -> bool:
         """See `Workers`."""
         return self.grow is not None
+
+    def kill(self) -> None:
+        """See `Workers`."""
+        import psutil
+
+        killed = [psutil.Process(number) for number in self.processes() if psutil.pid_exists(number)]
+        for process in killed:
+            process.kill()
+        psutil.wait_procs(killed, timeout=KILL_SECONDS)
 
     def survey(self, job: Job, trial: Trial) -> Survey:
         """See `Workers`."""
@@ -288,7 +305,15 @@ def local_cluster(count: int, devices: list[str], shared_cores: int) -> Iterator
             cluster.scale(size)
             return size, max(1, shared_cores // size)
 
-        yield Dask(client=client, grow=grow)
+        yield Dask(client=client, grow=grow, processes=partial(_processes_of, cluster))
+
+
+def _processes_of(cluster: Any) -> list[int]:
+    """Return the ids of a local cluster's processes, which are not started anew from now on."""
+    for nanny in cluster.workers.values():
+        nanny.auto_restart = False
+    processes = [nanny.process for nanny in cluster.workers.values()]
+    return [process.pid for process in processes if process is not None and process.pid is not None]
 
 
 @contextmanager
