@@ -126,12 +126,14 @@ def settings_command(
     help: str,
     examples: str,
     resumed: Callable[[Path], S] | None = None,
+    fixed: Iterable[str] = ("recipe", "out", "overwrite"),
 ) -> Callable[[Callable[[S, Catalog], None]], click.Command]:
     """Make a click command of `function(settings, catalog)` whose flags are the fields of `schema`.
 
     A value is, in this order: the flag, the key under `pipelines.NAME.<stage>` (with `--pipeline NAME`), that of the
     recipe (where `schema` has such a field, and it is said), the default. With `resumed`, which returns the settings of
-    a folder that an earlier command wrote, `--resume FOLDER` takes the pipeline's place.
+    a folder that an earlier command wrote, `--resume FOLDER` takes the pipeline's place; the settings named in `fixed`
+    cannot be given with it.
     """
 
     def decorate(function: Callable[[S, Catalog], None]) -> click.Command:
@@ -139,12 +141,12 @@ def settings_command(
             catalog = load_catalog(pipelines)
             said = _said(schema, flags)
             if resume is not None and resumed is not None:
-                _refuse_with_resume({"pipeline": pipeline, **said})
+                _refuse_with_resume({"pipeline": pipeline, **said}, fixed)
                 layer = vars(resumed(resume))
             else:
                 layer = _pipeline(catalog, pipeline, stage) if pipeline is not None else {}
-            settings = _resolve(schema, catalog, layer, said)
-            _check_paths(settings)
+            settings = resolve(schema, catalog, layer, said)
+            check_paths(settings)
             function(settings, catalog)
 
         command = Command(
@@ -291,20 +293,22 @@ def _pipeline(catalog: Catalog, name: str, stage: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_with_resume(said: dict[str, Any]) -> None:
-    for name in ("pipeline", "recipe", "out", "overwrite"):
-        if said.get(name):
-            raise UsageError(f"--resume: the run has its own settings and folder; it cannot be given with --{name}")
+def _refuse_with_resume(said: dict[str, Any], fixed: Iterable[str]) -> None:
+    for name in ("pipeline", *fixed):
+        value = said.get(name)
+        if value is not None and value is not False:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"--resume: the run has its own settings and folder; it cannot be given with {flag}")
 
 
-def _resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dict[str, Any]) -> S:
+def resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dict[str, Any]) -> S:
     """Return settings of which a recipe's values are the lowest layer, a pipeline's the next, and flags the highest."""
     recipe = said.get("recipe") or layer.get("recipe")
     lowest = {} if recipe is None else vars(_recipe(catalog, recipe))
     return schema(**{**lowest, **layer, **said})
 
 
-def _check_paths(settings: Any) -> None:
+def check_paths(settings: Any) -> None:
     """Refuse URLs in settings that are paths of this machine, wherever they were said."""
     for field in dataclasses.fields(settings):
         given = getattr(settings, field.name)

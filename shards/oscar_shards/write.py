@@ -20,7 +20,7 @@ from oscar_common.files import TEMPORARY, rename, temporary, unfinished
 from oscar_common.sample import Regions, Sample
 from oscar_shards import manifest
 from oscar_shards.index import index_path, index_tar, size_said, write_unfinished_index
-from oscar_shards.manifest import LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE, Layout
+from oscar_shards.manifest import JOB_FILE, LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE, Layout
 from oscar_shards.quantise import FLOAT16_LIMIT, are_finite, quantise
 from oscar_shards.seal import write_sealed
 
@@ -201,7 +201,7 @@ def remove_shards(folder: Path) -> None:
 def _is_written(name: str, made: manifest.Manifest) -> bool:
     """Whether a file's name is one that a job gives to what it writes; of three shards `NAME-202401.parquet` is not."""
     name = name.removeprefix(TEMPORARY)
-    if name in (PLAN_FILE, LEFT_OUT_FILE, MISSING_FILE):
+    if name in (PLAN_FILE, JOB_FILE, LEFT_OUT_FILE, MISSING_FILE):
         return True
     of_shard = re.fullmatch(rf"{re.escape(made.name)}-([0-9]+)\.(tar|parquet|rejects\.parquet|decoding)", name)
     if of_shard is None or int(of_shard[1]) >= made.plan.num_shards:

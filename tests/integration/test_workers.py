@@ -14,6 +14,7 @@ import psutil
 import pytest
 from support import EXTRACT, contents, error_line, later_wins, oscar, rejects, until
 
+from oscar_extract.folder.claim import GIVEN_BACK, parse_claim, read_bytes
 from oscar_extract.messages import Survey
 from oscar_extract.workers import local_cluster
 
@@ -53,7 +54,8 @@ def launch() -> Iterator[Launch]:
     started = []
 
     def start(*more: object, fault: str = "", once: Path | None = None) -> "subprocess.Popen[str]":
-        environment = {**os.environ, "PYTHONPATH": str(FAULTS), "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
+        path = os.pathsep.join(filter(None, (str(FAULTS), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
         line = [sys.executable, "-m", "oscar_extract", *later_wins(EXTRACT, *more)]
         # Whoever runs the tests in the background has Ctrl-C ignored, and so would what they start.
         hears = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -128,6 +130,26 @@ def test_ctrl_c_ends_them_all_with_one_line(images: Path, undisturbed: Path, tmp
     assert "Traceback" not in errors
     assert psutil.wait_procs(below, timeout=10)[1] == []
     assert not [p.name for p in out.iterdir() if p.name == ".lock"]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_them_all_and_gives_their_shards_back_at_once(
+    images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
+):
+    out = tmp_path / "out"
+    process = launch(*arguments(images, out, "--workers", 2))
+    until(lambda: workers_at(out, process.pid), process)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert errors.splitlines()[-1] == "error: stopped by SIGTERM before all was done; the same command again continues"
+    assert psutil.wait_procs(below, timeout=10)[1] == []
+    claims = [parse_claim(read_bytes(path)) for path in (out / "_claims").glob("[0-9]*")]
+    assert [claim.state for claim in claims if claim] == [GIVEN_BACK] * len(claims)
+    again = oscar("oscar-extract", "--resume", out, "--workers", 1)
+    assert again.returncode == 0, again.stderr
+    assert contents(out) == contents(undisturbed)
 
 
 @pytest.mark.slow
