@@ -10,7 +10,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal # a process for each co
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium slurm demo test test-slow test-gpu test-slurm fuzz bench bench-store bench-scale bench-claims bench-corpus bench-stream bench-train bench-gpu bench-leaks check format clean
+.PHONY: help setup chromium slurm demo test docs-check test-slow test-gpu test-slurm fuzz bench bench-store bench-scale bench-claims bench-corpus bench-stream bench-train bench-gpu bench-leaks check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -53,6 +53,9 @@ demo: setup ## real photos -> regions -> shards -> a small pre-trained Oscar -> 
 
 test: setup ## run the tests, except the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not gpu and not slurm'
+
+docs-check: setup ## check the docs: command lines, flags, links, and examples in Python
+	$(BIN)/python -m pytest -q tests/common/test_docs.py tests/integration/test_python.py
 
 test-slow: setup ## run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m slow

@@ -36,7 +36,7 @@ from oscar_extract.plan import PlannedImage, read_shard_plan
 from oscar_extract.sizing import image_bytes
 from oscar_extract.sources.duplicates import locate
 from oscar_extract.sources.remote import Root, cache_of, opened
-from oscar_extract.steps.selection import Selection
+from oscar_extract.steps.selection import Selection, choose_selection
 from oscar_shards.manifest import Manifest, PlanRecord, read_manifest
 from oscar_shards.write import Reject, shard_path, unfit_numbers
 
@@ -116,18 +116,6 @@ def _equip(entry: Entry, key: EquipmentKey) -> Equipment:
         threshold=key.score_threshold,
     )
     return Equipment(detector=detector, selection=selection, limit=Limit(images=key.batch_size))
-
-
-def choose_selection(preset: Selection, *, least: int | None, most: int | None, threshold: float | None) -> Selection:
-    """Return how many regions are kept: what the preset keeps, but for what is given."""
-    return Selection(
-        **asdict(preset)
-        | {
-            "min_boxes": min(preset.min_boxes, most or preset.max_boxes) if least is None else least,
-            "max_boxes": max(preset.max_boxes, least or 0) if most is None else most,
-            "score_threshold": preset.score_threshold if threshold is None else threshold,
-        }
-    )
 
 
 @device_failures()

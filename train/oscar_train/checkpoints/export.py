@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig
 
+from oscar_common.device import choose_device
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import replacing_folder, restore_folder
 from oscar_common.progress import warn
@@ -34,7 +35,7 @@ from oscar_train.checkpoints.tensor_names import (
 )
 from oscar_train.data.texts.arrays import seal
 from oscar_train.data.texts.tokens import Tokenizer
-from oscar_train.model.oscar import oscar_config
+from oscar_train.model.oscar import OscarForPreTraining, oscar_config
 
 CONFIG = "config.json"
 SEALS = "export.json"  # size and XXH3-64 of each file of an export: what --overwrite may delete
@@ -110,6 +111,29 @@ def find(path: Path) -> Model:
         lost=[name for name in expected if name not in taken],
         extra=[name for name in weights if name not in taken or name == TIED],
     )
+
+
+def load_checkpoint(path: str | Path, device: str = "auto") -> tuple[OscarForPreTraining, Tokenizer]:
+    """Load a trained model from disk, in evaluation mode, with its tokenizer.
+
+    Args:
+        path: a checkpoint, a run folder (its newest whole checkpoint counts), an export, or a folder of an Oscar.
+        device: auto, cpu or cuda.
+
+    Returns:
+        the model, float32, which takes what `oscar_train.pack` returns; and the tokenizer.
+
+    Raises:
+        UsageError: neither is there, or it is no whole Oscar.
+        OperationError: it is a checkpoint that is damaged.
+    """
+    stored = find(Path(path))
+    if not stored.has_regions or stored.lost:
+        raise UsageError(f"{path}: no whole Oscar; it lacks {', '.join(modules(stored.lost))}")
+
+    model = OscarForPreTraining(stored.config)
+    model.load_state_dict(stored.tensors)
+    return model.eval().to(choose_device(device)), stored.tokenizer
 
 
 def describe(model: Model) -> list[str]:
