@@ -38,7 +38,7 @@ def estimate(job: Job, plan: Plan, rate: float) -> Estimate:
         UsageError: the detector has no such config.
     """
     from oscar_extract.detector import configure, load_config  # they load torch
-    from oscar_extract.shard_job import choose_selection
+    from oscar_extract.steps.selection import choose_selection
     from oscar_extract.steps.presets import PRESETS
 
     settings, record = job.settings, plan.record
