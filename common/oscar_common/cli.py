@@ -155,8 +155,8 @@ def settings_command(
                 layer = vars(resumed(resume))
             else:
                 layer = _pipeline(catalog, pipeline, stage) if pipeline is not None else {}
-            settings = _resolve(schema, catalog, layer, {**said, **fixed})
-            _check_paths(settings)
+            settings = resolve(schema, catalog, layer, {**said, **fixed})
+            check_paths(settings)
             function(settings, catalog)
 
         command = Command(
@@ -311,7 +311,7 @@ def _refuse_with_resume(said: dict[str, Any], settled: Iterable[str]) -> None:
             raise UsageError(f"--resume: the run has its own settings and folder; it cannot be given with {flag}")
 
 
-def _resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dict[str, Any]) -> S:
+def resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dict[str, Any]) -> S:
     """Return settings of which a recipe's values are the lowest layer, a pipeline's the next, and flags the highest."""
     recipe = said.get("recipe") or layer.get("recipe")
     lowest = {} if recipe is None else vars(_recipe(catalog, recipe, schema))
@@ -319,7 +319,7 @@ def _resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dic
     return schema(**{**lowest, **layer, **said})
 
 
-def _check_paths(settings: Any) -> None:
+def check_paths(settings: Any) -> None:
     """Refuse URLs in settings that are paths of this machine, wherever they were said."""
     for field in dataclasses.fields(settings):
         given = getattr(settings, field.name)

@@ -20,6 +20,11 @@ SCHEDULES = ("linear", "cosine", "constant")
 TASKS = ("retrieval", "vqa", "gqa", "nlvr2", "caption")
 ATTENTIONS = ("full", "text-image", "text-tags", "tags-image")
 LAYOUTS = ("coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa")
+ENGINES = ("slurm",)
+PATTERNS = {  # forms of texts, as regular expressions, and what they are called in messages
+    "time": (r"(\d+-)?\d+(:\d\d){0,2}", 'a time like "12:00:00" or "2-00:00:00" (two days)'),
+    "memory": (r"\d+[KMGT]?", "a size like 32G"),
+}
 AUTO = 0  # the batch size that `auto` stands for, until it is known
 
 
@@ -34,6 +39,7 @@ def setting(
     group: str = "",
     path: bool | None = None,
     url: bool = False,
+    pattern: str = "",
 ) -> Any:
     """Declare a field: its default, the sentence that `--help` shows, and the values allowed.
 
@@ -45,6 +51,7 @@ def setting(
         path: whether it names files or folders (it may be a URL or a name, too). Every setting of `Train` that is a
             text without `choices` says so.
         url: whether a path may also be a URL; all other paths are of this machine.
+        pattern: the form that a text must have, a name in `PATTERNS`.
     """
     metadata = {
         "help": help,
@@ -56,6 +63,7 @@ def setting(
         "decides": decides,
         "path": path,
         "url": url,
+        "pattern": pattern,
     }
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -653,12 +661,80 @@ def paths(schema: type[Train] = Train) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerJobs:
+    """What the jobs of stage 1 ask of a cluster: so many workers that share the shards of one folder."""
+
+    workers: int = setting(2, "Workers: elements of the job array. Each takes shards until none is left.", low=1)
+    max_running: int | None = setting(None, "Most workers that may run at once. [default: all]", low=1)
+    gpus: int = setting(0, "GPUs of a worker; it uses one.", low=0, high=1)
+    cpus: int = setting(2, "CPU cores of a worker.", low=1)
+    memory: str = setting("4G", "Memory of a worker, like 32G.", pattern="memory")
+    time: str | None = setting(None, "Time limit of a worker. [default: the cluster's]", pattern="time")
+    partition: str | None = setting(None, "Partition for workers. [default: the cluster's]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What the job of stage 2 asks of a cluster: one process for each GPU, on so many nodes."""
+
+    nodes: int = setting(1, "Nodes that train together.", low=1)
+    gpus: int = setting(0, "GPUs of a node, with one process each; 0 trains on CPUs.", low=0)
+    processes: int = setting(1, "Processes of a node where there are no GPUs.", low=1)
+    cpus: int = setting(2, "CPU cores of a node.", low=1)
+    memory: str = setting("8G", "Memory of a node, like 256G.", pattern="memory")
+    time: str | None = setting(
+        None, "Time limit of the job, which then queues again. [default: the cluster's]", pattern="time"
+    )
+    partition: str | None = setting(None, "Partition for training. [default: the cluster's]")
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes that torchrun starts on a node."""
+        return self.gpus or self.processes
+
+    @property
+    def ranks(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.processes_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """An entry of `clusters:` in pipelines.yaml: where and how `oscar-submit` has the stages done."""
+
+    engine: str = setting("slurm", "What starts the jobs.", choices=ENGINES)
+    partition: str | None = setting(None, "Partition of the jobs. [default: the scheduler's]")
+    account: str | None = setting(None, "Account that the jobs are charged to. [default: the scheduler's]")
+    time: str = setting("24:00:00", "Time limit of a job; one that reaches it queues again.", pattern="time")
+    warning_seconds: int = setting(
+        120, "Seconds before the time limit at which a job saves its work and queues again.", low=1, high=65535
+    )
+    options: list[str] = setting([], "Further options of sbatch, each as it would stand there: --constraint=a100.")
+    setup: list[str] = setting([], "Lines of shell that each job runs first: module load cuda.")
+    python: str | None = setting(
+        None, "Command that starts Python on the nodes. [default: the interpreter that runs oscar-submit]"
+    )
+    extract: WorkerJobs = field(default_factory=WorkerJobs)
+    train: TrainJob = field(default_factory=TrainJob)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a pipeline's corpus should come to, by the paper that describes it."""
+
+    images: int = setting(0, "Images, each counted once.", low=1)
+    texts: int = setting(0, "Captions, and questions with their answers.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """An entry of `pipelines:` in pipelines.yaml: of each stage the settings that it has, of the fields' types.
 
     They are a layer over a recipe's and under the flags', so those that it does not have are not filled in.
     """
 
+    cluster: str | None = setting(None, "Entry of `clusters:` that oscar-submit takes.")
+    expected: Expected | None = setting(None, "Counts of the paper, to compare with.")
     extract: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Extract})
     train: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Train})
     finetune: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Finetune})
@@ -672,5 +748,5 @@ class Catalog:
     detectors: dict[str, Detector] = field(default_factory=dict)
     recipes: dict[str, Train] = field(default_factory=dict)
     finetune: dict[str, Finetune] = field(default_factory=dict)
-    clusters: dict[str, dict[str, Any]] = field(default_factory=dict)  # reserved: their schema comes with the executors
+    clusters: dict[str, Cluster] = field(default_factory=dict)
     pipelines: dict[str, Pipeline] = field(default_factory=dict)

@@ -38,8 +38,8 @@ def estimate(job: Job, plan: Plan, rate: float) -> Estimate:
         UsageError: the detector has no such config.
     """
     from oscar_extract.detector import configure, load_config  # they load torch
-    from oscar_extract.shard_job import choose_selection
     from oscar_extract.steps.presets import PRESETS
+    from oscar_extract.steps.selection import choose_selection
 
     settings, record = job.settings, plan.record
     preset = PRESETS[job.entry.preset or OF_CONFIG.get(job.entry.config, "detectron2")]
