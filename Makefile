@@ -10,7 +10,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal # a process for each co
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium demo test test-slow test-gpu fuzz bench bench-store bench-scale bench-corpus bench-stream bench-train bench-gpu bench-leaks check format clean
+.PHONY: help setup chromium slurm demo test docs-check test-slow test-gpu test-slurm fuzz bench bench-store bench-scale bench-claims bench-corpus bench-stream bench-train bench-gpu bench-leaks check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -36,6 +36,10 @@ chromium: ## install Debian's Chromium for the tests of pages
 	$(if $(filter 0,$(shell id -u)),,sudo )apt-get update
 	$(if $(filter 0,$(shell id -u)),,sudo )apt-get install -y --no-install-recommends chromium fonts-dejavu-core
 
+slurm: ## install Debian's SLURM for the tests of clusters
+	$(if $(filter 0,$(shell id -u)),,sudo )apt-get update
+	$(if $(filter 0,$(shell id -u)),,sudo )apt-get install -y --no-install-recommends slurm-wlm munge
+
 demo: setup ## real photos -> regions -> shards -> a small pre-trained Oscar -> runs/demo/report.html
 	@echo "==> demo 1/4: photos and captions from installed packages into $(DEMO)"
 	@$(BIN)/python tools/demo_photos.py $(DEMO)
@@ -48,13 +52,21 @@ demo: setup ## real photos -> regions -> shards -> a small pre-trained Oscar -> 
 	@echo "done: open $(DEMO)/report.html in a browser"
 
 test: setup ## run the tests, except the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not gpu and not slurm'
+
+docs-check: setup ## check the docs: command lines, flags, links, and examples in Python
+	$(BIN)/python -m pytest -q tests/common/test_docs.py tests/integration/test_python.py
 
 test-slow: setup ## run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-gpu: setup ## run the tests that need a GPU; some minutes
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+# One after the other, as they share one cluster.
+test-slurm: setup ## run the tests on a real SLURM, which it installs and starts on this machine; some minutes
+	@command -v slurmctld >/dev/null || $(MAKE) slurm
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 fuzz: setup ## try 100,000 damaged tars, indexes and JSONs each; most of an hour
 	OSCAR_FUZZ=100000 $(BIN)/python -m pytest -q tests/shards/test_fuzz.py
@@ -70,6 +82,9 @@ bench-store: setup ## measure verify and index of shards beside plain reading; a
 
 bench-scale: setup ## plan and resume a job of 4.1M images and 6.5M texts; needs 20 GB of disk and some 20 minutes
 	$(BIN)/python bench/scale.py
+
+bench-claims: setup ## simulate 64 workers of one folder, some of which die, and count what they ask of its disk; some minutes
+	$(BIN)/python bench/claims.py
 
 bench-corpus: setup ## open a corpus of 4.1M images and 6.5M texts: time, memory, order; 4 GB of disk, some 10 minutes
 	$(BIN)/python bench/corpus.py

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -147,8 +147,12 @@ def merge(report: dict[str, Any], measured: dict[str, Any]) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(device: str, kind: str, arguments: tuple[str, ...]) -> None:
     """Measure one part, and print each result as a line of JSON."""
-    measure = {"training": measure_training, "profile": measure_profile, "extraction": measure_extraction}[kind]
-    for measured in measure(choose_device(device), *arguments):
+    kinds: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+        "training": measure_training,
+        "profile": measure_profile,
+        "extraction": measure_extraction,
+    }
+    for measured in kinds[kind](choose_device(device), *arguments):
         print(json.dumps(measured), flush=True)
 
 

@@ -158,6 +158,7 @@ def make_model(job: Job, feature_dim: int, dropout: float = 0.1) -> OscarForPreT
     """Make our model as `oscar-train` does, on the device."""
     start = open_init(f"random:{job.size}")
     start.config.hidden_dropout_prob = start.config.attention_probs_dropout_prob = dropout
+    model: OscarForPreTraining
     model, _ = build(start, feature_dim, 0, classes=choose_objective(Train()).classes)
     return model.to(job.device)
 

@@ -1,19 +1,22 @@
 """Fixtures that several tests share."""
 
+import fcntl
 import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # without a GPU its kernels are interpreted; counts while Triton is imported
 
 import numpy as np
 import pytest
-import torch
-from small_detectors import state_of
 from support import photo
+
+if TYPE_CHECKING:
+    import torch
 
 CACHE = tempfile.TemporaryDirectory(prefix="oscar-test-cache-")
 
@@ -42,9 +45,32 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def states() -> dict[str, dict[str, torch.Tensor]]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Has a file made by one process of those that share out the tests, for all of them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def path_of(name: str, make: Callable[[Path], object]) -> Path:
+        path = folder / name
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                make(path)
+        return path
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
+def states(once: Callable[[str, Callable[[Path], object]], Path]) -> "dict[str, dict[str, torch.Tensor]]":
     """Random state dicts of the published detectors' families, in their own names; not to be changed."""
-    return {family: state_of(family) for family in ("milvlg-caffe", "milvlg-r152", "airsplay", "milvlg-d2", "vinvl")}
+    import torch  # here, as the process that shares out the tests needs none of it
+    from small_detectors import state_of
+
+    families = ("milvlg-caffe", "milvlg-r152", "airsplay", "milvlg-d2", "vinvl")
+    path = once("states.pt", lambda path: torch.save({family: state_of(family) for family in families}, path))
+    return torch.load(path)
 
 
 @pytest.fixture

@@ -2,35 +2,52 @@
 
 import csv
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import warm
 from support import TRAIN, later_wins
 
 from oscar_train.logs.log import MEASURED
 
-# One thread: on a busy machine two that wait for each other take many times as long, and sums may round differently.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, **warm.SETTLED}
+Running = warm.Process | subprocess.Popen[str]
 
 
-def launch(*arguments: object, ranks: int = 1, **keywords: object) -> "subprocess.Popen[str]":
-    """Start `oscar-train`, or as many of it as ranks by torchrun."""
+def launch(*arguments: object, **keywords: Any) -> warm.Process:
+    """Start `oscar-train`."""
+    return warm.Process("oscar_train", *later_wins(TRAIN, *arguments), **keywords)
+
+
+def launch_ranks(*arguments: object, ranks: int) -> list[warm.Process]:
+    """Start as many of `oscar-train` as ranks, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [launch(*arguments, env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+
+
+def launch_fresh(*arguments: object, ranks: int = 1, env: Mapping[str, str] = ENVIRONMENT) -> "subprocess.Popen[str]":
+    """Start `oscar-train` in a fresh process, or in as many of them as ranks by torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     line = [sys.executable, *torchrun, "-m", "oscar_train", *later_wins(TRAIN, *arguments)]
-    return subprocess.Popen(line, text=True, stdout=-1, stderr=-1, **{"env": ENVIRONMENT, **keywords})
+    return subprocess.Popen(line, text=True, stdout=-1, stderr=-1, env=env)
 
 
-def finish(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
+def finish(process: Running, code: int = 0) -> tuple[str, str]:
     """Wait for the end, see that it is the one expected, and return what was printed on stdout and stderr."""
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     return printed, errors
 
 
-def wait(process: "subprocess.Popen[str]", reached: Callable[[], bool]) -> None:
+def wait(process: Running, reached: Callable[[], bool]) -> None:
     """Wait until something is reached; fails if the process ends before."""
     deadline = time.monotonic() + 120
     while not reached():

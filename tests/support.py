@@ -2,7 +2,6 @@
 
 import io
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,6 +12,7 @@ from typing import Any
 import click
 import pyarrow.parquet as pq
 import pytest
+import warm
 from PIL import Image
 
 import oscar_extract.__main__
@@ -61,13 +61,19 @@ def later_wins(command: click.Command, *arguments: object) -> list[str]:
     return words
 
 
-def oscar(*arguments: object, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
+def oscar(*arguments: object, timeout: float = 300, **keywords: Any) -> "subprocess.CompletedProcess[str]":
     """Run `oscar-extract ...` or `oscar-train ...` in a process of its own."""
-    module = str(arguments[0])
+    process = start(*arguments, **keywords)
+    printed, errors = process.communicate(timeout)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
+
+
+def start(*arguments: object, **keywords: Any) -> warm.Process:
+    """Begin `oscar-extract ...` or `oscar-train ...` in a process of its own."""
+    command = str(arguments[0])
     commands = {"oscar-extract": EXTRACT, "oscar-train": TRAIN, "oscar-shards": SHARDS}
-    rest = later_wins(commands[module], *arguments[1:])
-    line = [sys.executable, "-m", module.replace("-", "_"), *rest]
-    return subprocess.run(line, text=True, capture_output=True, timeout=timeout)
+    return warm.Process(command.replace("-", "_"), *later_wins(commands[command], *arguments[1:]), **keywords)
 
 
 def run_here(command: click.Command, *arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -78,6 +84,12 @@ def run_here(command: click.Command, *arguments: object) -> "subprocess.Complete
     code = left.value.code
     assert isinstance(code, int)
     return subprocess.CompletedProcess([str(command.name), *map(str, arguments)], code, out.getvalue(), err.getvalue())
+
+
+def shards(subcommand: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run `oscar-shards ...` in this process; it starts others, each of which takes seconds, if told how many."""
+    several = any(option.name == "workers" for option in SHARDS.commands[subcommand].params)
+    return run_here(SHARDS, subcommand, *(("--workers", 1) if several else ()), *arguments)
 
 
 extract = partial(run_here, EXTRACT)
@@ -103,7 +115,7 @@ def rejects(folder: Path) -> list[dict[str, str]]:
     return [row for p in sorted(folder.glob("*.rejects.parquet")) for row in pq.read_table(p).to_pylist()]
 
 
-def until(reached: Callable[[], Any], process: "subprocess.Popen[str]", seconds: float = 120) -> Any:
+def until(reached: Callable[[], Any], process: "warm.Process | subprocess.Popen[str]", seconds: float = 120) -> Any:
     """Wait for `reached` to say something true, and return that; fails if the process ends before."""
     deadline = time.monotonic() + seconds
     while not (found := reached()):

@@ -8,7 +8,7 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from oscar_common import __version__
 from oscar_common.config import load_catalog, meaning, parse, read_yaml
 from oscar_common.errors import Stopped, UsageError, nearest, reason
 from oscar_common.memory import lacks_memory
-from oscar_common.settings import Catalog, Train
+from oscar_common.settings import Catalog, Finetune
 
 S = TypeVar("S")
 
@@ -126,12 +126,24 @@ def settings_command(
     help: str,
     examples: str,
     resumed: Callable[[Path], S] | None = None,
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+    without: Collection[str] = (),
+    settled: Iterable[str] = ("recipe", "out", "overwrite"),
 ) -> Callable[[Callable[[S, Catalog], None]], click.Command]:
     """Make a click command of `function(settings, catalog)` whose flags are the fields of `schema`.
 
     A value is, in this order: the flag, the key under `pipelines.NAME.<stage>` (with `--pipeline NAME`), that of the
     recipe (where `schema` has such a field, and it is said), the default. With `resumed`, which returns the settings of
     a folder that an earlier command wrote, `--resume FOLDER` takes the pipeline's place.
+
+    Args:
+        stage: `train` for oscar-train.
+        schema: the settings.
+        help, examples: what `--help` says.
+        resumed: reads the settings of a folder.
+        fixed: values that the command itself stands for.
+        without: settings that have no flag, as they mean nothing here.
+        settled: settings that cannot be given with `--resume`.
     """
 
     def decorate(function: Callable[[S, Catalog], None]) -> click.Command:
@@ -139,18 +151,18 @@ def settings_command(
             catalog = load_catalog(pipelines)
             said = _said(schema, flags)
             if resume is not None and resumed is not None:
-                _refuse_with_resume({"pipeline": pipeline, **said})
+                _refuse_with_resume({"pipeline": pipeline, **said}, settled)
                 layer = vars(resumed(resume))
             else:
                 layer = _pipeline(catalog, pipeline, stage) if pipeline is not None else {}
-            settings = _resolve(schema, catalog, layer, said)
-            _check_paths(settings)
+            settings = resolve(schema, catalog, layer, {**said, **fixed})
+            check_paths(settings)
             function(settings, catalog)
 
         command = Command(
             name=f"oscar-{stage}",
             callback=callback,
-            params=[*_PIPELINE_OPTIONS, *([_RESUME_OPTION] if resumed else []), *_options(schema)],
+            params=[*_PIPELINE_OPTIONS, *([_RESUME_OPTION] if resumed else []), *_options(schema, {*fixed, *without})],
             help=help,
             epilog="\b\nExamples:\n" + examples,
             context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
@@ -244,9 +256,9 @@ _RESUME_OPTION = click.Option(
 )
 
 
-def _options(schema: type[Any]) -> list[click.Option]:
+def _options(schema: type[Any], without: Collection[str] = ()) -> list[click.Option]:
     hints = typing.get_type_hints(schema)
-    return [_option(f, hints[f.name]) for f in dataclasses.fields(schema)]
+    return [_option(f, hints[f.name]) for f in dataclasses.fields(schema) if f.name not in without]
 
 
 def _option(field: "dataclasses.Field[Any]", hint: Any) -> click.Option:
@@ -291,20 +303,23 @@ def _pipeline(catalog: Catalog, name: str, stage: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_with_resume(said: dict[str, Any]) -> None:
-    for name in ("pipeline", "recipe", "out", "overwrite"):
-        if said.get(name):
-            raise UsageError(f"--resume: the run has its own settings and folder; it cannot be given with --{name}")
+def _refuse_with_resume(said: dict[str, Any], settled: Iterable[str]) -> None:
+    for name in ("pipeline", *settled):
+        value = said.get(name)
+        if value is not None and value is not False:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"--resume: the run has its own settings and folder; it cannot be given with {flag}")
 
 
-def _resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dict[str, Any]) -> S:
+def resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dict[str, Any]) -> S:
     """Return settings of which a recipe's values are the lowest layer, a pipeline's the next, and flags the highest."""
     recipe = said.get("recipe") or layer.get("recipe")
-    lowest = {} if recipe is None else vars(_recipe(catalog, recipe))
+    lowest = {} if recipe is None else vars(_recipe(catalog, recipe, schema))
+    _check_task(recipe, lowest, said)
     return schema(**{**lowest, **layer, **said})
 
 
-def _check_paths(settings: Any) -> None:
+def check_paths(settings: Any) -> None:
     """Refuse URLs in settings that are paths of this machine, wherever they were said."""
     for field in dataclasses.fields(settings):
         given = getattr(settings, field.name)
@@ -313,17 +328,25 @@ def _check_paths(settings: Any) -> None:
                 check_local(path, f"--{field.name.replace('_', '-')}")
 
 
-def _recipe(catalog: Catalog, name: str) -> Any:
+def _check_task(recipe: str | None, values: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """Refuse the recipe of another task."""
+    task = said.get("task")
+    if task is not None and values.get("task", task) != task:
+        raise UsageError(f"--recipe {recipe}: it is for task {values['task']}; give one for {task}")
+
+
+def _recipe(catalog: Catalog, name: str, schema: type[Any]) -> Any:
     """Return the settings of a recipe: an entry of pipelines.yaml, or a file."""
-    if name in catalog.recipes:
-        recipe = catalog.recipes[name]
+    recipes: Mapping[str, Any] = catalog.finetune if schema is Finetune else catalog.recipes
+    if name in recipes:
+        recipe = recipes[name]
     elif Path(name).is_file():
         content = read_yaml(Path(name), "--recipe")
         if not content:
             raise UsageError(f"--recipe {name}: the file is empty; give a YAML file of settings")
-        recipe = parse(Train, content, name)
+        recipe = parse(schema, content, name)
     else:
-        raise UsageError(f"--recipe {name}: no such file, and no recipe of this name{nearest(name, catalog.recipes)}")
+        raise UsageError(f"--recipe {name}: no such file, and no recipe of this name{nearest(name, recipes)}")
     if recipe.recipe is not None:
         raise UsageError(f"--recipe {name}: it names another recipe, {recipe.recipe!r}; copy what it should have")
     return recipe

@@ -1,6 +1,7 @@
 """pipelines.yaml to frozen dataclasses: typed, and every mistake named with its place."""
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from oscar_common.errors import UsageError, nearest, shorten
-from oscar_common.settings import Catalog
+from oscar_common.settings import PATTERNS, Catalog
 from oscar_common.text_files import read_text
 
 FILE = "pipelines.yaml"
@@ -119,6 +120,10 @@ def check_range(given: Any, place: str, field: "dataclasses.Field[Any]") -> None
         for item in given:
             check_range(item, place, field)
         return
+    if given is None:
+        return
+    if (form := field.metadata.get("pattern")) and not re.fullmatch(PATTERNS[form][0], str(given)):
+        raise UsageError(f"{place}: {shown(given)} is not {PATTERNS[form][1]}")
     choices, low, high = (field.metadata.get(k) for k in ("choices", "low", "high"))
     if choices and given not in choices:
         raise UsageError(

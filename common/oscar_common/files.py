@@ -141,6 +141,12 @@ def rename(*paths: Path) -> None:
     _sync(paths[0].parent)  # the names, too, outlive a power cut, before anything that relies on them is written
 
 
+def move(source: Path, path: Path) -> None:
+    """Give a file, which must be on disk, the name `path`, in any folder of the same file system."""
+    source.replace(path)
+    _sync(path.parent)
+
+
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the name `path` only if the block ends without an exception.

@@ -17,7 +17,14 @@ TAG_ORDERS = ("detector", "score", "random")
 REGION_INITS = ("tags", "random")
 REGION_POSITIONS = (4, 6)
 SCHEDULES = ("linear", "cosine", "constant")
+TASKS = ("retrieval", "vqa", "gqa", "nlvr2", "caption")
+ATTENTIONS = ("full", "text-image", "text-tags", "tags-image")
 LAYOUTS = ("coco", "cc", "sbu", "flickr30k", "gqa", "vqa", "vg-qa")
+ENGINES = ("slurm",)
+PATTERNS = {  # forms of texts, as regular expressions, and what they are called in messages
+    "time": (r"(\d+-)?\d+(:\d\d){0,2}", 'a time like "12:00:00" or "2-00:00:00" (two days)'),
+    "memory": (r"\d+[KMGT]?", "a size like 32G"),
+}
 AUTO = 0  # the batch size that `auto` stands for, until it is known
 
 
@@ -32,6 +39,7 @@ def setting(
     group: str = "",
     path: bool | None = None,
     url: bool = False,
+    pattern: str = "",
 ) -> Any:
     """Declare a field: its default, the sentence that `--help` shows, and the values allowed.
 
@@ -43,6 +51,7 @@ def setting(
         path: whether it names files or folders (it may be a URL or a name, too). Every setting of `Train` that is a
             text without `choices` says so.
         url: whether a path may also be a URL; all other paths are of this machine.
+        pattern: the form that a text must have, a name in `PATTERNS`.
     """
     metadata = {
         "help": help,
@@ -54,6 +63,7 @@ def setting(
         "decides": decides,
         "path": path,
         "url": url,
+        "pattern": pattern,
     }
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -148,6 +158,24 @@ class Extract:
         "Print the corpus and the plan, and from a short sample the hours and bytes; write nothing.",
         group="Output",
     )
+    rate: float | None = setting(
+        None,
+        "With --dry-run: images a second that one GPU does. Then hours and bytes are worked out, and the detector's "
+        "weights are not needed.",
+        low=1e-6,
+        group="Output",
+    )
+    plan_only: bool = setting(
+        False,
+        "Write the plan to --out and nothing else; then oscar-extract --resume OUT does the work.",
+        group="Output",
+    )
+    check: bool = setting(
+        False,
+        "With --resume: count the shards that are done, in work and left, and the rejects; exit 1 unless all are done.",
+        group="Output",
+    )
+    json: bool = setting(False, "With --check: print one JSON object.", group="Output")
     out: str | None = setting(
         None, "Folder for the shards. The same command again continues what is there.", path=True, group="Output"
     )
@@ -561,16 +589,149 @@ class Train:
     )
 
 
-def decisive() -> list[str]:
-    """Return the settings of `Train` on which the numbers of a run depend."""
-    unsaid = [field.name for field in fields(Train) if field.metadata["decides"] is None]
+def _again(name: str, default: Any) -> Any:
+    """Declare a field of `Train` with another default."""
+    return field(default=default, metadata=Train.__dataclass_fields__[name].metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Train):
+    """Shards and a pre-trained model to a model for a task. Also an entry of `finetune:` in pipelines.yaml."""
+
+    task: str = setting("retrieval", "What the model is fine-tuned for.", choices=TASKS, decides=True, group="Task")
+    text_length: int = setting(
+        70,
+        "Most text tokens of a row: caption or question, tags, [CLS] and each [SEP].",
+        low=8,
+        high=512,
+        decides=True,
+        group="Task",
+    )
+    regions: int = setting(50, "Most regions of an image, the first.", low=1, high=1000, decides=True, group="Task")
+    attention: str = setting(
+        "full",
+        "What sees what: full; or the text and the image only each other (text-image), the text and the tags "
+        "(text-tags), the tags and the image (tags-image), each block always itself. The paper's ablation.",
+        choices=ATTENTIONS,
+        decides=True,
+        group="Task",
+    )
+    dropout: float | None = setting(
+        None,
+        "Share of hidden numbers that dropout sets to 0. [default: that of --init, 0.1 in BERT]",
+        low=0,
+        high=0.9,
+        decides=True,
+        group="Task",
+    )
+    annotations: list[str] = setting(
+        [],
+        "VQA's annotations (.json): what all people answered to the questions of the shards. May be given again.",
+        decides=False,
+        path=True,
+        group="Task",
+    )
+    min_answers: int = setting(
+        9, "Answers that were given at least so often are classes.", low=1, decides=True, group="Task"
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "Share of the label of a masked token that is spread over all other tokens.",
+        low=0,
+        high=0.9,
+        decides=True,
+        group="Task",
+    )
+    self_critical: bool = setting(
+        False,
+        "Train on captions that the model draws itself, by how much better than its greedy ones they are in CIDEr-D; "
+        "--init is then a run that was trained without.",
+        decides=True,
+        group="Task",
+    )
+    batch_size: int = _again("batch_size", 64)
+    lr: float = _again("lr", 2e-5)
+    weight_decay: float = _again("weight_decay", 0.05)
+    max_grad_norm: float = _again("max_grad_norm", 1.0)
+    eval_images: int = _again("eval_images", 50)
+
+
+def decisive(schema: type[Train] = Train) -> list[str]:
+    """Return the settings of a schema on which the numbers of a run depend."""
+    unsaid = [field.name for field in fields(schema) if field.metadata["decides"] is None]
     assert not unsaid, f"say for {unsaid} whether the numbers of a run depend on it: decides="
-    return [field.name for field in fields(Train) if field.metadata["decides"]]
+    return [field.name for field in fields(schema) if field.metadata["decides"]]
 
 
-def paths() -> list[str]:
-    """Return the settings of `Train` that may name files and folders."""
-    return [field.name for field in fields(Train) if field.metadata["path"]]
+def paths(schema: type[Train] = Train) -> list[str]:
+    """Return the settings of a schema that may name files and folders."""
+    return [field.name for field in fields(schema) if field.metadata["path"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerJobs:
+    """What the jobs of stage 1 ask of a cluster: so many workers that share the shards of one folder."""
+
+    workers: int = setting(2, "Workers: elements of the job array. Each takes shards until none is left.", low=1)
+    max_running: int | None = setting(None, "Most workers that may run at once. [default: all]", low=1)
+    gpus: int = setting(0, "GPUs of a worker; it uses one.", low=0, high=1)
+    cpus: int = setting(2, "CPU cores of a worker.", low=1)
+    memory: str = setting("4G", "Memory of a worker, like 32G.", pattern="memory")
+    time: str | None = setting(None, "Time limit of a worker. [default: the cluster's]", pattern="time")
+    partition: str | None = setting(None, "Partition for workers. [default: the cluster's]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What the job of stage 2 asks of a cluster: one process for each GPU, on so many nodes."""
+
+    nodes: int = setting(1, "Nodes that train together.", low=1)
+    gpus: int = setting(0, "GPUs of a node, with one process each; 0 trains on CPUs.", low=0)
+    processes: int = setting(1, "Processes of a node where there are no GPUs.", low=1)
+    cpus: int = setting(2, "CPU cores of a node.", low=1)
+    memory: str = setting("8G", "Memory of a node, like 256G.", pattern="memory")
+    time: str | None = setting(
+        None, "Time limit of the job, which then queues again. [default: the cluster's]", pattern="time"
+    )
+    partition: str | None = setting(None, "Partition for training. [default: the cluster's]")
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes that torchrun starts on a node."""
+        return self.gpus or self.processes
+
+    @property
+    def ranks(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.processes_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """An entry of `clusters:` in pipelines.yaml: where and how `oscar-submit` has the stages done."""
+
+    engine: str = setting("slurm", "What starts the jobs.", choices=ENGINES)
+    partition: str | None = setting(None, "Partition of the jobs. [default: the scheduler's]")
+    account: str | None = setting(None, "Account that the jobs are charged to. [default: the scheduler's]")
+    time: str = setting("24:00:00", "Time limit of a job; one that reaches it queues again.", pattern="time")
+    warning_seconds: int = setting(
+        120, "Seconds before the time limit at which a job saves its work and queues again.", low=1, high=65535
+    )
+    options: list[str] = setting([], "Further options of sbatch, each as it would stand there: --constraint=a100.")
+    setup: list[str] = setting([], "Lines of shell that each job runs first: module load cuda.")
+    python: str | None = setting(
+        None, "Command that starts Python on the nodes. [default: the interpreter that runs oscar-submit]"
+    )
+    extract: WorkerJobs = field(default_factory=WorkerJobs)
+    train: TrainJob = field(default_factory=TrainJob)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a pipeline's corpus should come to, by the paper that describes it."""
+
+    images: int = setting(0, "Images, each counted once.", low=1)
+    texts: int = setting(0, "Captions, and questions with their answers.", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -580,8 +741,11 @@ class Pipeline:
     They are a layer over a recipe's and under the flags', so those that it does not have are not filled in.
     """
 
+    cluster: str | None = setting(None, "Entry of `clusters:` that oscar-submit takes.")
+    expected: Expected | None = setting(None, "Counts of the paper, to compare with.")
     extract: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Extract})
     train: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Train})
+    finetune: dict[str, Any] = field(default_factory=dict, metadata={"values_of": Finetune})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -591,5 +755,6 @@ class Catalog:
     datasets: dict[str, Dataset] = field(default_factory=dict)
     detectors: dict[str, Detector] = field(default_factory=dict)
     recipes: dict[str, Train] = field(default_factory=dict)
-    clusters: dict[str, dict[str, Any]] = field(default_factory=dict)  # reserved: their schema comes with the executors
+    finetune: dict[str, Finetune] = field(default_factory=dict)
+    clusters: dict[str, Cluster] = field(default_factory=dict)
     pipelines: dict[str, Pipeline] = field(default_factory=dict)

@@ -6,6 +6,7 @@ again decodes these images in processes of their own, so that an image that brin
 
 import os
 import queue
+import secrets
 import struct
 import threading
 import time
@@ -19,9 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from oscar_common.files import TEMPORARY, hold, release
+from oscar_common.files import TEMPORARY
 
 SLOT = struct.Struct("<q")
+LONGEST = 1 << 16  # bytes of a journal that are read
 POLL = 1.0  # seconds
 
 
@@ -29,7 +31,7 @@ class Journal:
     """The file of one shard that says which of its images are being decoded, and which were when a worker died."""
 
     def __init__(self, handle: int) -> None:
-        content = os.pread(handle, 1 << 16, 0)
+        content = os.pread(handle, LONGEST, 0)
         numbers = [SLOT.unpack_from(content, at)[0] - 1 for at in range(0, len(content) - SLOT.size + 1, SLOT.size)]
         self.suspects = frozenset(n for n in numbers if n >= 0)
         self._handle: int | None = handle
@@ -53,16 +55,25 @@ class Journal:
 
 @contextmanager
 def journal(tar: Path) -> Iterator[Journal]:
-    """Hold a shard for this process alone while the block runs, waiting for another that does."""
+    """Keep a journal of a shard while the block runs; what an earlier one says of its owner's end is in it.
+
+    It is a new file that takes the earlier one's name, so that an owner that comes back writes into none of others.
+    """
     path = tar.with_name(TEMPORARY + tar.with_suffix(".decoding").name)
-    while (handle := hold(path)) is None:
-        time.sleep(POLL)
+    own = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
+    handle = os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with suppress(FileNotFoundError), path.open("rb") as earlier:
+        os.pwrite(handle, earlier.read(LONGEST), 0)
     record = Journal(handle)
+    own.replace(path)
     try:
         yield record
     finally:  # a process that comes here has been killed by no image
         record.close()
-        release(handle, path)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                path.unlink()
+        os.close(handle)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -6,6 +6,7 @@ give alone. Between the pixels going in and the kept regions coming out, everyth
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from oscar_common.sample import Attribute, Regions
 from oscar_extract.detector import Detector
-from oscar_extract.images import RefusedImage
+from oscar_extract.images import RefusedImage, decode, read_bytes
 from oscar_extract.steps.nms import pad
 from oscar_extract.steps.proposals import Proposals
 from oscar_extract.steps.resize import Target, normalize, shrink, target_of
-from oscar_extract.steps.selection import Candidates, Kept, Selection
+from oscar_extract.steps.selection import Candidates, Kept, Selection, choose_selection
 
 CHUNK = {"cpu": 30, "cuda": 300}  # regions that go through res5 at once: bounds the memory, and divides 300 proposals
 
@@ -48,6 +49,44 @@ def make_input(detector: Detector, pixels: npt.NDArray[np.uint8]) -> Input:
     height, width = pixels.shape[:2]
     target = target_of(detector.preset.resize, detector.cfg, height, width)
     return Input(pixels=shrink(detector.preset.resize, pixels, target), target=target, height=height, width=width)
+
+
+def detect_regions(
+    detector: Detector,
+    image: str | Path | npt.NDArray[np.uint8],
+    *,
+    min_boxes: int | None = None,
+    max_boxes: int | None = None,
+    score_threshold: float | None = None,
+) -> Regions:
+    """Find the regions of one image, as `oscar-extract` does.
+
+    Args:
+        detector: made by `open_detector`.
+        image: a file of any format that oscar-extract reads, or decoded pixels, uint8 RGB [H, W, 3].
+        min_boxes, max_boxes: how many regions are kept; None is what the detector's preset keeps.
+        score_threshold: between the two, regions of at least this score are kept; None is the preset's.
+
+    Returns:
+        boxes float32 [K, 4] (xyxy, pixels of the upright image), features float16 [K, P], K tags and scores, and
+        attributes if the detector has them.
+
+    Raises:
+        RefusedImage: the file cannot be read or decoded, the image is too thin, or the network's numbers are not
+            finite.
+        ValueError: the pixels have another shape or type, or `min_boxes` is more than `max_boxes`.
+    """
+    if min_boxes is not None and max_boxes is not None and min_boxes > max_boxes:
+        raise ValueError(f"min_boxes {min_boxes} is more than max_boxes {max_boxes}")
+    pixels = image if isinstance(image, np.ndarray) else decode(read_bytes(image))
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}; give uint8 RGB [H, W, 3]")
+    selection = choose_selection(detector.preset.selection, least=min_boxes, most=max_boxes, threshold=score_threshold)
+
+    regions = detect(detector, [make_input(detector, pixels)], selection)[0]
+    if isinstance(regions, RefusedImage):
+        raise regions
+    return regions
 
 
 @torch.inference_mode()

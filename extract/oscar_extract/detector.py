@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import oscar_extract.network.backbone  # noqa: F401  (registers the built-in detector's backbone)
 from oscar_common import settings
-from oscar_common.errors import UsageError, reason
+from oscar_common.config import installed_catalog
+from oscar_common.device import choose_device
+from oscar_common.errors import UsageError, nearest, reason
 from oscar_common.files import sha256
 from oscar_common.vocabulary import NAMES, read_names
 from oscar_extract.network.architecture import add_config
@@ -41,6 +43,35 @@ class Detector:
     preset: Preset
     precision: str
     record: DetectorRecord
+
+
+def open_detector(
+    name: str = "builtin",
+    *,
+    weights: str | Path | None = None,
+    classes: str | Path | None = None,
+    attributes: str | Path | None = None,
+    preset: str | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+) -> Detector:
+    """Build a detector by name, as `oscar-extract --detector NAME` does.
+
+    Args:
+        name: builtin, vg-r101, vg-r152 or vinvl-x152; a name in detectron2's model zoo; or a detectron2 config file.
+        weights: their file, or hf://OWNER/NAME/FILE; None is what belongs to the name.
+        classes, attributes: files of names, one a line.
+        preset: whose extractor to follow (docs/numerics.md); None is the one that goes with the weights.
+        device: auto, cpu or cuda.
+        precision: fp32, tf32 or bf16.
+
+    Raises:
+        UsageError: no such detector or weights, or they do not belong together.
+    """
+    overrides = {"weights": weights, "classes": classes, "attributes": attributes, "preset": preset}
+    entry = installed_catalog().detectors.get(name, settings.Detector(config=name))
+    entry = replace(entry, **{key: str(value) for key, value in overrides.items() if value is not None})
+    return load_detector(name, entry, choose_device(device), precision)
 
 
 def load_detector(name: str, entry: settings.Detector, device: str, precision: str = "fp32") -> Detector:
@@ -130,6 +161,8 @@ def choose_preset(name: str | None, family: Family, path: Path) -> Preset:
     """
     if name is None:
         return PRESETS[family.presets[0]]
+    if name not in PRESETS:
+        raise UsageError(f"--preset {name}: no such preset{nearest(name, PRESETS)}")
     if name not in family.presets and family is not DETECTRON2:
         allowed = " or ".join(family.presets)
         raise UsageError(f"--preset {name}: --weights {path} is of family {family.name}, which goes with {allowed}")

@@ -7,6 +7,7 @@ from oscar_common.errors import OperationError
 from oscar_common.settings import Detector, Extract
 from oscar_extract.plan import PlannedImage
 from oscar_extract.sources.remote import Root
+from oscar_shards.index import index_path
 from oscar_shards.manifest import Manifest, PlanRecord
 from oscar_shards.read import is_whole
 from oscar_shards.write import rejects_path
@@ -51,16 +52,47 @@ class Survey:
     memory: int
 
 
+Stamp = tuple[int, int]  # of a file: its inode, and when it was changed, in nanoseconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A shard that a worker may take.
+
+    number: of the claim that it is to make on it; see oscar_extract.folder.claim.
+    deaths: how many owners have died with it in hand.
+    before: what its index was when the job was looked at; another one means that it was done since.
+    """
+
+    shard: int
+    number: int = 1
+    deaths: int = 0
+    before: Stamp | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What a worker says of a shard: its number, images and rejects, and the most memory it has had, in bytes."""
+    """What a worker says of a shard: its number, images and rejects, and the most memory it has had, in bytes.
+
+    taken: whether it was this worker that did the shard; another process may have been faster.
+    """
 
     shard: int
     images: int
     rejects: int
     memory: int
+    taken: bool = True
 
 
 def is_done(tar: Path, retry_rejects: bool) -> bool:
     """Whether nothing is left to do for a shard."""
     return is_whole(tar) and not (retry_rejects and rejects_path(tar).exists())
+
+
+def index_stamp(tar: Path) -> Stamp | None:
+    """Return what tells the index of a shard from another that takes its place, or None if there is none."""
+    try:
+        status = index_path(tar).stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from oscar_common.errors import UsageError, reason
 from oscar_common.files import replacing
 from oscar_common.progress import phase
 from oscar_common.sample import KEY_BYTES, Text, make_key
@@ -42,6 +43,7 @@ PLAN = pa.schema(
     ]
 )
 CONTENT = ("key", "source", "id", "path", "also", "texts")  # what decides the shards, wherever the files lie
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, pa.ArrowException)  # what a damaged plan raises
 GROUP = 1000  # rows that are read together, at least
 
 
@@ -266,24 +268,57 @@ def _roots(said: dict[str, Any], cache: Cache) -> list[Root]:
 def saved_plan(out: Path, inputs: str, cache: Cache) -> Plan | None:
     """Return the plan that lies in `out` if it was made from the same, without the table, which workers read."""
     try:
-        said = _said(out)
-        if said["inputs"] != inputs:
-            return None
-        return Plan(
-            roots=_roots(said, cache),
-            table=PLAN.empty_table(),
-            counts=[Count(**c) for c in said["counts"]],
-            left_out=LEFT_OUT.empty_table(),
-            record=PlanRecord(**said["record"]),
-            inputs=inputs,
-        )
-    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException):
+        plan = _read_plan(out, cache)
+    except UNREADABLE:
         return None  # none yet, or damaged: it is made again
+    return plan if plan.inputs == inputs else None
+
+
+def joined_plan(out: Path, cache: Cache) -> Plan:
+    """Return the plan that lies in `out`, whatever it was made from, without the table, which workers read.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    try:
+        return _read_plan(out, cache)
+    except UNREADABLE as error:
+        raise _no_plan(out, error) from None
+
+
+def _read_plan(out: Path, cache: Cache) -> Plan:
+    said = _said(out)
+    return Plan(
+        roots=_roots(said, cache),
+        table=PLAN.empty_table(),
+        counts=[Count(**c) for c in said["counts"]],
+        left_out=LEFT_OUT.empty_table(),
+        record=PlanRecord(**said["record"]),
+        inputs=said["inputs"],
+    )
+
+
+def _no_plan(out: Path, error: Exception) -> UsageError:
+    return UsageError(
+        f"{out / PLAN_FILE}: cannot be read ({reason(error)}); give the command that began the job, which makes it anew"
+    )
 
 
 def _said(out: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(pq.read_schema(out / PLAN_FILE).metadata[b"oscar.plan"])
     return content
+
+
+def planned_record(out: Path) -> PlanRecord:
+    """Return the record of the plan that lies in `out`.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    try:
+        return PlanRecord(**_said(out)["record"])
+    except UNREADABLE as error:
+        raise _no_plan(out, error) from None
 
 
 def read_shard_plan(out: Path, number: int, cache: Cache) -> tuple[list[Root], list[PlannedImage]]:

@@ -1,32 +1,34 @@
 """A run: what is left of a plan is handed to workers, and people are told how it goes."""
 
-import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from threading import Lock
+from time import sleep
 
-from oscar_common.errors import UsageError
-from oscar_common.files import TEMPORARY, locked
-from oscar_common.progress import Meter, meter
-from oscar_extract.messages import Done, Job, Trial, is_done
-from oscar_extract.plan import Plan, planned_images, read_shard_plan, write_plan
+from oscar_common.errors import Stopped
+from oscar_common.progress import Meter, meter, plural
+from oscar_extract.folder.prepare import prepare
+from oscar_extract.folder.remaining import Remaining
+from oscar_extract.folder.take import give_back_for_the_dead
+from oscar_extract.messages import Done, Job, Trial
+from oscar_extract.plan import Plan, planned_images, read_shard_plan
+from oscar_extract.sizing import estimate
 from oscar_extract.sources.remote import cache_of
 from oscar_extract.summary import (
     check_missing,
     check_rejects,
     print_corpus,
     print_estimate,
+    print_size,
     print_start,
     print_summary,
     warn_of_damage,
 )
-from oscar_extract.workers import Dask, Here, Workers, cores, gpus, local_cluster, remote_cluster
-from oscar_shards.manifest import FILE, MISSING_FILE, Manifest, read_manifest, write_manifest
-from oscar_shards.write import finish_shards, remove_shards, shard_path
+from oscar_extract.workers import Dask, Here, Workers, cores, given_up, gpus, local_cluster, remote_cluster
+from oscar_shards.manifest import PlanRecord
 
+POLL = 2.0  # seconds between looks at shards that others have in work
 SAMPLE = 64  # images to try the detector with, at most
 DRY_SECONDS = 10.0
 WORTH = 100  # images for which another process is worth its start
@@ -36,40 +38,82 @@ def dry_run(job: Job, plan: Plan) -> None:
     """Print the corpus and the plan, and from a short sample what it will take; write nothing."""
     warn_of_damage(plan)
     print_corpus(plan)
+    if job.settings.rate is not None:
+        print_size(estimate(job, plan, job.settings.rate), job.settings.rate)
+        return
     with choose_workers(job, plan, plan.record.num_images, plan.record.num_shards) as workers:
         found = workers.survey(job, trial_of(job, plan, DRY_SECONDS))
         print_estimate(plan, found, workers.describe(), speedup(job, workers))
 
 
-def run(job: Job, plan: Plan) -> None:
-    """Write all shards of the plan that are not there yet.
+def write_job(job: Job, plan: Plan) -> None:
+    """Write the plan and the settings of a job, for processes that join it; the work is theirs.
+
+    Raises:
+        UsageError: `out` holds shards, or the plan, of another job, or cannot be written.
+        OperationError: too much is missing.
+    """
+    record = plan.record
+    warn_of_damage(plan)
+    check_missing(job.out, plan, job.settings.max_reject_fraction)
+    prepare(job, plan)
+    print(f"planned {plural(record.num_images, 'image')} in {plural(record.num_shards, 'shard')}", flush=True)
+
+
+def run(job: Job, plan: Plan, joins: bool = False) -> None:
+    """Write all shards of the plan that are not there yet, beside whoever else works in the folder.
+
+    joins: whether the job is another command's; then what lies in the folder at the end is not counted by each.
 
     Raises:
         UsageError: `out` holds shards of another detector, plan or settings, or cannot be written.
-        OperationError: another process works there, too much is missing or was refused, or shards were given up.
+        OperationError: too much is missing or was refused, or shards were given up.
+        Stopped: SIGTERM or SIGUSR1 has arrived.
     """
     out, settings, record = job.out, job.settings, plan.record
     warn_of_damage(plan)
     check_missing(out, plan, settings.max_reject_fraction)
-    tars = [shard_path(out, settings.name, n) for n in range(record.num_shards)]
-    if not settings.overwrite and any(out.glob(f"{TEMPORARY}*.parquet")):
-        with locked(out, "--out"):
-            finish_shards(out)
-    todo = [n for n, tar in enumerate(tars) if settings.overwrite or not is_done(tar, settings.retry_rejects)]
-    left = sum(record.images_in(n) for n in todo)
-    with choose_workers(job, plan, left, len(todo)) as workers:
+    if settings.overwrite:
+        left, todo = record.num_images, record.num_shards
+    else:
+        remaining = Remaining(job, record)
+        left, todo = sum(map(record.images_in, remaining.left)), len(remaining.left)
+
+    with choose_workers(job, plan, left, todo) as workers, _giving_back(job, workers):
         found = workers.survey(job, trial_of(job, plan) if workers.tries else Trial(plan=record, roots=[], images=[]))
-        with locked(out, "--out"):
-            prepare(out, found.manifest, plan, settings.overwrite)
-            sweep(out, {tars[n].stem for n in {*range(len(tars))} - {*todo}})
-            print_start(plan, found, out, workers.describe())
-            with meter("images", record.num_images, record.num_images - left) as progress:
-                done = list(follow(workers, job, todo, progress))
-            time = f"{progress.seconds:,.0f} s, {progress.rate:.1f} images/s" if todo else "nothing was left to do"
-            memory = max([found.memory, *(d.memory for d in done)])
-            told = f"at most {memory / 1e9:.2f} GB a process; {workers.describe()}"
-            refused = print_summary(out, plan, time, told, workers.lost)
-    check_rejects(out, plan, refused, settings.max_reject_fraction)
+        prepare(job, plan, found.manifest)
+        if settings.overwrite:
+            remaining = Remaining(job, record)
+        remaining.sweep()
+        print_start(plan, found, out, workers.describe())
+
+        with meter("images", record.num_images, record.num_images - left) as progress:
+            done = list(follow(workers, job, record, remaining, progress))
+        is_last = remaining.finish()
+        time = f"{progress.seconds:,.0f} s, {progress.rate:.1f} images/s" if todo else "nothing was left to do"
+        memory = max([found.memory, *(d.memory for d in done)])
+        use = f"at most {memory / 1e9:.2f} GB a process; {workers.describe()}"
+        lost = workers.lost
+
+    if remaining.given_up:
+        raise given_up(remaining.given_up)
+    if joins and not is_last:
+        print(f"all shards are done, {len(done):,} of them by this command; {time}; {use}", flush=True)
+    else:
+        print_summary(out, plan, time, use, lost)
+    check_rejects(out, plan, settings.max_reject_fraction)
+
+
+@contextmanager
+def _giving_back(job: Job, workers: Workers) -> Iterator[None]:
+    """Give back what the workers of this machine have in work if a signal ends the block."""
+    try:
+        yield
+    except Stopped:
+        workers.kill()
+        with suppress(OSError):
+            give_back_for_the_dead(job.out)
+        raise
 
 
 def trial_of(job: Job, plan: Plan, seconds: float = 0.0) -> Trial:
@@ -113,9 +157,12 @@ def speedup(job: Job, workers: Workers) -> int:
     return max(1, len(gpus())) if job.settings.device != "cpu" else 1
 
 
-def follow(workers: Workers, job: Job, todo: list[int], progress: Meter) -> Iterator[Done]:
-    """Have shards done, showing the progress of all of them together."""
-    start, so_far, whole = progress.done, dict.fromkeys(todo, (0, 0)), set[int]()
+def follow(workers: Workers, job: Job, record: PlanRecord, remaining: Remaining, progress: Meter) -> Iterator[Done]:
+    """Have all shards done that are left, and yield those that `workers` did; wait for those that others have in work.
+
+    The progress of all workers is shown together.
+    """
+    start, so_far, whole = progress.done, dict.fromkeys(remaining.left, (0, 0)), set[int]()
     lock, total = Lock(), [0, 0]
 
     def tell(number: int, images: int, rejects: int) -> None:
@@ -125,57 +172,23 @@ def follow(workers: Workers, job: Job, todo: list[int], progress: Meter) -> Iter
                 total[:] = total[0] + images - before[0], total[1] + rejects - before[1]
                 progress.show(start + total[0], total[1])
 
-    for done in workers.extract(job, todo, tell):
-        tell(done.shard, done.images, done.rejects)
-        whole.add(done.shard)
-        yield done
+    waits = False
+    while remaining.left:
+        got_on = False
+        for done in workers.extract(job, remaining.shares(), tell):
+            if done.taken:
+                tell(done.shard, done.images, done.rejects)
+                whole.add(done.shard)
+                remaining.left.pop(done.shard, None)
+                got_on = True
+                yield done
+        for number in remaining.done_by_others:
+            tell(number, record.images_in(number), 0)
+        whole.update(remaining.done_by_others)
 
-
-def sweep(out: Path, whole: set[str]) -> None:
-    """Remove what a killed worker left of shards that are whole: it had finished, but not tidied up."""
-    for path in sorted(out.glob(f"{TEMPORARY}*")):  # the index first, for it says that the others are whole
-        if path.name.removeprefix(TEMPORARY).partition(".")[0] in whole:
-            path.unlink(missing_ok=True)
-
-
-def prepare(out: Path, manifest: Manifest, plan: Plan, overwrite: bool) -> None:
-    """Make `out` ready: new, continued, or (with `overwrite`) emptied of its shards."""
-    if overwrite:
-        remove_shards(out)
-    if (out / FILE).exists():
-        _check_same(out, read_manifest(out, "--out"), manifest)
-    else:
-        write_manifest(out, manifest)
-    if len(plan.table):  # else it is the one that lies there
-        write_plan(out, plan)
-    (out / MISSING_FILE).unlink(missing_ok=True)  # of a job that was refused before
-
-
-def _check_same(out: Path, there: Manifest, here: Manifest) -> None:
-    """Refuse to mix shards of two detectors, plans or settings, naming both sides."""
-
-    def refuse(what: str, old: object, new: object) -> None:
-        raise UsageError(
-            f"--out {out}: holds shards of {what} {old}, this is {new}; give another --out, or --overwrite"
-        )
-
-    if there.name != here.name:
-        refuse("name", there.name, here.name)
-    if there.detector.dtype != here.detector.dtype:
-        refuse("dtype", there.detector.dtype, here.detector.dtype)
-    if there.detector != here.detector:
-        refuse("detector", _describe(there), _describe(here))
-    for name, value in here.settings.items():
-        if there.settings.get(name) != value:
-            refuse(name, there.settings.get(name), value)
-    for name, value in asdict(here.plan).items():
-        old = asdict(there.plan)[name]
-        if old != value and name not in ("images", "captions"):  # the same content may lie elsewhere now
-            refuse(f"plan: {name}", old, value)
-
-
-def _describe(manifest: Manifest) -> str:
-    detector = manifest.detector
-    config = hashlib.sha256(detector.config.encode()).hexdigest()
-    hashes = f"{detector.weights} {detector.weights_sha256[:12]}, config {config[:12]}, preset {detector.preset}"
-    return f"{detector.name} ({hashes})"
+        if remaining.left and not got_on:
+            if not waits:
+                waits = True
+                shards = plural(len(remaining.left), "shard")
+                print(f"waiting for {shards} that others have in work", file=sys.stderr, flush=True)
+            sleep(POLL)

@@ -27,15 +27,18 @@ from oscar_common.settings import Extract
 from oscar_extract.decoding import Decoders, Journal, journal
 from oscar_extract.detect import Input, make_input
 from oscar_extract.detector import Detector, compile_network, load_detector
+from oscar_extract.folder.finish import TakenOver, finish_shard
+from oscar_extract.folder.take import holding
 from oscar_extract.images import RefusedImage, decode, decode_apart, read_bytes
-from oscar_extract.messages import DeviceFailure, Done, Job, Survey, Trial, is_done
+from oscar_extract.messages import DeviceFailure, Done, Job, Share, Survey, Trial
 from oscar_extract.out_of_memory import Limit, detect_within
 from oscar_extract.plan import PlannedImage, read_shard_plan
+from oscar_extract.sizing import image_bytes
 from oscar_extract.sources.duplicates import locate
 from oscar_extract.sources.remote import Root, cache_of, opened
-from oscar_extract.steps.selection import Selection
+from oscar_extract.steps.selection import Selection, choose_selection
 from oscar_shards.manifest import Manifest, PlanRecord, read_manifest
-from oscar_shards.write import Reject, shard_path, unfit_numbers, write_shard
+from oscar_shards.write import Reject, shard_path, unfit_numbers
 
 T = TypeVar("T")
 PENDING_BATCHES = 16  # images of odd shapes that may wait for company, in batches ...
@@ -115,18 +118,6 @@ def _equip(entry: Entry, key: EquipmentKey) -> Equipment:
     return Equipment(detector=detector, selection=selection, limit=Limit(images=key.batch_size))
 
 
-def choose_selection(preset: Selection, *, least: int | None, most: int | None, threshold: float | None) -> Selection:
-    """Return how many regions are kept: what the preset keeps, but for what is given."""
-    return Selection(
-        **asdict(preset)
-        | {
-            "min_boxes": min(preset.min_boxes, most or preset.max_boxes) if least is None else least,
-            "max_boxes": max(preset.max_boxes, least or 0) if most is None else most,
-            "score_threshold": preset.score_threshold if threshold is None else threshold,
-        }
-    )
-
-
 @device_failures()
 def survey(job: Job, trial: Trial) -> Survey:
     """Load the detector and find regions in some of the images, in this process."""
@@ -147,8 +138,7 @@ def survey(job: Job, trial: Trial) -> Survey:
         manifest=make_manifest(trial.plan, tools, job.settings),
         device=str(tools.detector.model.device.type),
         images_per_second=pace(marks, job.threads),
-        bytes_per_image=regions / max(images, 1) * (record.feature_dim * (1 if record.dtype == "int8" else 2) + 16 + 24)
-        + 4096,
+        bytes_per_image=image_bytes(regions / max(images, 1), record.feature_dim, record.dtype),
         memory=peak_memory(),
     )
 
@@ -186,8 +176,8 @@ def make_manifest(plan: PlanRecord, tools: Equipment, settings: Extract) -> Mani
 
 
 @device_failures()
-def extract_shard(job: Job, number: int, tell: Callable[[int, int], None]) -> Done:
-    """Write one shard, and tell how many images, and rejects among them, are done so far.
+def extract_shard(job: Job, share: Share, tell: Callable[[int, int], None]) -> Done:
+    """Take a shard and write it, and tell how many images, and rejects among them, are done so far.
 
     Raises:
         OperationError: this worker's detector is not the manifest's.
@@ -201,25 +191,27 @@ def extract_shard(job: Job, number: int, tell: Callable[[int, int], None]) -> Do
             f"{platform.node()} has another detector than {job.out}/manifest.json says; give all workers the same "
             "software and weights"
         )
-    tar = shard_path(job.out, job.settings.name, number)
+    tar = shard_path(job.out, job.settings.name, share.shard)
     images = rejects = 0
+    with holding(job.out, tar, share) as held:
+        if held is None:
+            return Done(shard=share.shard, images=0, rejects=0, memory=peak_memory(), taken=False)
 
-    def counted(items: Iterable[Sample | Reject]) -> Iterator[Sample | Reject]:
-        nonlocal images, rejects
-        for item in items:
-            rejects += isinstance(item, Reject)
-            images += 1
-            tell(images, rejects)
-            yield item
+        def counted(items: Iterable[Sample | Reject]) -> Iterator[Sample | Reject]:
+            nonlocal images, rejects
+            for item in items:
+                if held.is_lost:
+                    raise TakenOver
+                rejects += isinstance(item, Reject)
+                images += 1
+                tell(images, rejects)
+                yield item
 
-    with journal(tar) as record:
-        roots, planned = read_shard_plan(job.out, number, cache_of(job.settings))
-        if is_done(tar, job.settings.retry_rejects):  # somebody else was faster
-            images = len(planned)
-        else:
+        roots, planned = read_shard_plan(job.out, share.shard, cache_of(job.settings))
+        with journal(tar) as record:
             items = with_twins(counted(extract(job, tools, roots, planned, record)), planned)
-            write_shard(tar, items, manifest.layout)
-    return Done(shard=number, images=images, rejects=rejects, memory=peak_memory())
+            taken = finish_shard(held, share, items, manifest.layout)
+    return Done(shard=share.shard, images=images, rejects=rejects, memory=peak_memory(), taken=taken)
 
 
 def extract(
@@ -272,12 +264,15 @@ def ahead(
     """Yield `work` of each item in turn, done by threads that are so many items ahead."""
     with ThreadPoolExecutor(threads, initializer=prepare) as pool:
         pending: deque[Future[T]] = deque()
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) > threads:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > threads:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # if nobody takes them any more
 
 
 def detect_batch(tools: Equipment, batch: list[Loaded] | Reject) -> list[Sample | Reject]:

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from oscar_common.errors import OperationError
-from oscar_common.files import locked, replacing
+from oscar_common.files import replacing
 from oscar_common.progress import duration, plural
 from oscar_extract.messages import Survey
 from oscar_extract.plan import Plan
+from oscar_extract.sizing import Estimate
 from oscar_extract.sources.corpus import MISSING
 from oscar_shards.manifest import LEFT_OUT_FILE, MISSING_FILE
 from oscar_shards.read import find_shards
@@ -68,6 +70,20 @@ def print_estimate(plan: Plan, found: Survey, workers: str, speedup: int) -> Non
     _print(table)
 
 
+def print_size(size: Estimate, rate: float) -> None:
+    """Print what a job takes at `rate` images a second."""
+    low, high = size.regions
+    spread = f"{low}" if low == high else f"{low} to {high}"
+    room = f"about {_bytes(size.size[1])}" if low == high else " to ".join(_bytes(count) for count in size.size)
+    hours = size.gpu_hours
+
+    table = Table("", "", title="plan", title_justify="left", show_header=False)
+    table.add_row("images", f"{size.images:,} in {plural(size.shards, 'shard')}")
+    table.add_row("bytes", f"{room} ({spread} regions an image, P = {size.feature_dim})")
+    table.add_row("GPU-hours", f"{hours:,.1f} at {rate:g} images/s ({duration(hours * 3600)} of one GPU)")
+    _print(table)
+
+
 def warn_of_damage(plan: Plan) -> None:
     """Name damaged tars, a few of them, on standard error; the list of what is left out has all."""
     damaged = plan.left_out.filter(pc.equal(plan.left_out["reason"], "damaged-tar")).to_pylist()
@@ -89,8 +105,8 @@ def print_start(plan: Plan, found: Survey, out: Path, workers: str) -> None:
     )
 
 
-def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> int:
-    """Print a table of what lies in the folder now, and return how many images were refused."""
+def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> None:
+    """Print a table of what lies in the folder now."""
     stats = count(find_shards(out, "--out")[1])
     spread = f"{stats.regions_min}-{stats.regions_max} an image, mean {stats.regions_mean:.1f}"
     table = Table("", out.as_posix(), title="oscar-extract", title_justify="left")
@@ -108,7 +124,6 @@ def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> i
     if lost:
         table.add_row("workers lost", f"{lost:,}; their shards were done again")
     _print(table)
-    return stats.rejects.total()
 
 
 def check_missing(out: Path, plan: Plan, allowed: float) -> None:
@@ -121,10 +136,10 @@ def check_missing(out: Path, plan: Plan, allowed: float) -> None:
         return
     found = plan.left_out.filter(pc.is_in(plan.left_out["reason"], value_set=pa.array(MISSING)))
     list_file = out / (MISSING_FILE if len(found) else LEFT_OUT_FILE)  # the second of a plan that lies there
-    with locked(out, "--out"):
-        if len(found):
-            with replacing(list_file) as file:
-                write_sealed(plan.left_out, file, compression="zstd")
+    if len(found):
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(list_file) as file:
+            write_sealed(plan.left_out, file, compression="zstd")
     like = ", ".join(found["image"][:3].to_pylist())
     raise OperationError(
         f"{missing} of {total} images are missing ({missing / total:.3f}{f', like {like}' if like else ''}), more than "
@@ -132,8 +147,9 @@ def check_missing(out: Path, plan: Plan, allowed: float) -> None:
     )
 
 
-def check_rejects(out: Path, plan: Plan, refused: int, allowed: float) -> None:
+def check_rejects(out: Path, plan: Plan, allowed: float) -> None:
     """Raise an OperationError if more than the allowed fraction of the images was refused or is missing."""
+    refused = sum(pq.read_metadata(path).num_rows for path in out.glob("*.rejects.parquet"))
     missing, total = plan.record.num_missing, _total(plan)
     if refused + missing > allowed * total:
         gone = f" and {missing} are missing" if missing else ""

@@ -9,7 +9,6 @@ import os
 import queue
 import signal
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from distributed import KilledWorker, WorkerPlugin, get_worker
 
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.memory import free_memory
-from oscar_extract.messages import DeviceFailure, Done, Job, Survey, Trial
+from oscar_extract.messages import DeviceFailure, Done, Job, Share, Survey, Trial
 
 Tell = Callable[[int, int, int], None]  # a shard, its images done so far, and the rejects among them
 TOPIC = "oscar-extract"
@@ -33,6 +32,7 @@ TELL_SECONDS = 0.5
 SHARE = 0.7  # of the free memory, which processes may fill
 DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 POLL = 5.0  # seconds between looks at whether there are still, or more, workers
+KILL_SECONDS = 5.0  # until a process that was killed is gone
 PATIENCE = 60.0  # seconds without any worker before that is said
 
 
@@ -48,8 +48,11 @@ class Workers(Protocol):
     def survey(self, job: Job, trial: Trial) -> Survey:
         """Have one of them load the detector and try it."""
 
-    def extract(self, job: Job, shards: list[int], tell: Tell) -> Iterator[Done]:
-        """Do shards and yield what became of each, in any order."""
+    def extract(self, job: Job, shares: Iterator[Share], tell: Tell) -> Iterator[Done]:
+        """Do shards and yield what became of each, in any order. The next share is asked for when somebody is free."""
+
+    def kill(self) -> None:
+        """End those that would first finish their shards, so that these can be given back."""
 
     def describe(self) -> str:
         """Return how many they are."""
@@ -67,12 +70,15 @@ class Here:
 
         return survey(replace(job, threads=cores()), trial)
 
-    def extract(self, job: Job, shards: list[int], tell: Tell) -> Iterator[Done]:
+    def extract(self, job: Job, shares: Iterator[Share], tell: Tell) -> Iterator[Done]:
         """See `Workers`."""
         from oscar_extract.shard_job import extract_shard
 
-        for number in shards:
-            yield extract_shard(replace(job, threads=cores()), number, partial(tell, number))
+        for share in shares:
+            yield extract_shard(replace(job, threads=cores()), share, partial(tell, share.shard))
+
+    def kill(self) -> None:
+        """See `Workers`. This process has been stopped by then."""
 
     def describe(self) -> str:
         """See `Workers`."""
@@ -106,16 +112,26 @@ class Dask:
     threads: int = 0  # that detect in each worker; 0: as many as dask gave it
     size: int = 0  # how many workers there shall be; 0: as many as there are
     lost: int = 0
+    processes: Callable[[], list[int]] = list  # of this machine, which end with this one
 
     @property
     def tries(self) -> bool:
         """See `Workers`."""
         return self.grow is not None
 
+    def kill(self) -> None:
+        """See `Workers`."""
+        import psutil
+
+        killed = [psutil.Process(number) for number in self.processes() if psutil.pid_exists(number)]
+        for process in killed:
+            process.kill()
+        psutil.wait_procs(killed, timeout=KILL_SECONDS)
+
     def survey(self, job: Job, trial: Trial) -> Survey:
         """See `Workers`."""
         with self._listening(lambda *_: None):
-            ((_, future),) = self._done([(_survey_task, anywhere(job), trial)])
+            ((_, future),) = self._done(iter([(_survey_task, anywhere(job), trial)]))
             try:
                 found: Survey = future.result()
             except KilledWorker:
@@ -126,40 +142,43 @@ class Dask:
             self.size, self.threads = self.grow(found)
         return found
 
-    def extract(self, job: Job, shards: list[int], tell: Tell) -> Iterator[Done]:
+    def extract(self, job: Job, shares: Iterator[Share], tell: Tell) -> Iterator[Done]:
         """See `Workers`. A shard that kills its workers again and again is given up; the others go on.
 
         Raises:
             OperationError: the cluster is gone, or, at the end, shards were given up.
         """
-        job, given_up = replace(anywhere(job), threads=self.threads), []
+        job, killers = replace(anywhere(job), threads=self.threads), []
         with self._listening(tell):
-            for number, future in self._done([(_extract_task, job, shard) for shard in shards]):
+            for (_, _, share), future in self._done((_extract_task, job, share) for share in shares):
                 try:
                     yield future.result()
                 except KilledWorker:
-                    given_up.append(f"{shards[number]:06d}")
-        if given_up:
-            raise OperationError(
-                f"shards {', '.join(sorted(given_up))} were given up: all workers that tried them died (out of memory? "
-                "see the workers' logs); the others are done, and the same command again tries these"
-            )
+                    killers.append(share.shard)
+        if killers:
+            raise given_up(killers)
 
-    def _done(self, calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Have functions called on the workers, one at a time on each, and yield (which call, its future) when done."""
-        waiting = deque(enumerate(calls))
-        running: dict[str, int] = {}
+    def _done(self, calls: Iterator[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+        """Have functions called on the workers, one at a time on each, and yield (the call, its future) when done."""
+        waiting = True
+        running: dict[str, tuple[Any, ...]] = {}
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         since = monotonic()
         try:
             while waiting or running:
                 while waiting and len(running) < max(1, self.count()):
-                    number, (function, *arguments) = waiting.popleft()
+                    call = next(calls, None)
+                    if call is None:
+                        waiting = False
+                        break
+                    function, *arguments = call
                     # A task of the same name that still runs for a client that was killed is joined, not done twice.
                     key = f"{TOPIC}-{sha256(repr(arguments).encode()).hexdigest()}"
                     future = self.client.submit(function, *arguments, key=key, pure=False)
-                    running[future.key] = number
+                    running[future.key] = call
                     future.add_done_callback(done.put)
+                if not running:
+                    return
                 try:
                     future = done.get(timeout=POLL)
                 except queue.Empty:
@@ -211,6 +230,15 @@ class Dask:
         return f"{self.count()} processes" if self.count() != 1 else "1 process"
 
 
+def given_up(shards: list[int]) -> OperationError:
+    """Return the error of shards that killed one worker after the other."""
+    names = ", ".join(f"{number:06d}" for number in sorted(shards))
+    return OperationError(
+        f"shards {names} were given up: all workers that tried them died (out of memory? see the workers' logs); the "
+        "others are done, and the same command again tries these"
+    )
+
+
 def anywhere(job: Job) -> Job:
     """Return the job with the detector's files by paths that hold in any working folder."""
     files = {name: given for name, given in vars(job.entry).items() if given and Path(given).is_file()}
@@ -227,7 +255,7 @@ def _survey_task(job: Job, trial: Trial) -> Survey:
         return survey(replace(job, threads=job.threads or get_worker().state.nthreads), trial)
 
 
-def _extract_task(job: Job, number: int) -> Done:
+def _extract_task(job: Job, share: Share) -> Done:
     from oscar_extract.shard_job import extract_shard
 
     worker, told = get_worker(), 0.0
@@ -236,10 +264,10 @@ def _extract_task(job: Job, number: int) -> Done:
         nonlocal told
         if monotonic() - told > TELL_SECONDS:
             told = monotonic()
-            worker.log_event(TOPIC, (number, images, rejects))
+            worker.log_event(TOPIC, (share.shard, images, rejects))
 
     with _giving_way():
-        return extract_shard(replace(job, threads=job.threads or worker.state.nthreads), number, tell)
+        return extract_shard(replace(job, threads=job.threads or worker.state.nthreads), share, tell)
 
 
 @contextmanager
@@ -277,7 +305,15 @@ def local_cluster(count: int, devices: list[str], shared_cores: int) -> Iterator
             cluster.scale(size)
             return size, max(1, shared_cores // size)
 
-        yield Dask(client=client, grow=grow)
+        yield Dask(client=client, grow=grow, processes=partial(_processes_of, cluster))
+
+
+def _processes_of(cluster: Any) -> list[int]:
+    """Return the ids of a local cluster's processes, which are not started anew from now on."""
+    for nanny in cluster.workers.values():
+        nanny.auto_restart = False
+    processes = [nanny.process for nanny in cluster.workers.values()]
+    return [process.pid for process in processes if process is not None and process.pid is not None]
 
 
 @contextmanager

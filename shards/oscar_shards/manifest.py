@@ -16,6 +16,7 @@ from oscar_shards.seal import sealed_json
 FILE = "manifest.json"
 FORMAT = 1
 PLAN_FILE = "_plan.parquet"  # what oscar-extract is to do; readers of Parquet folders pass over names with _
+JOB_FILE = "_job.json"  # its settings, for processes that join it with nothing but the folder
 LEFT_OUT_FILE = "_left-out.parquet"  # what it could not even begin with: missing images, texts without an image, ...
 MISSING_FILE = "_missing.parquet"  # the same of a job that was refused because too much of it was missing
 

@@ -54,12 +54,17 @@ def find_shards(folder: Path, flag: str = "--shards") -> tuple[Manifest, list[Pa
     return manifest, tars
 
 
-def open_folder(folder: Path, flag: str = "--shards") -> ShardFolder:
+def open_folder(folder: str | Path, flag: str = "--shards") -> ShardFolder:
     """Open all shards of a folder.
+
+    Args:
+        folder: the folder.
+        flag: what messages call it by.
 
     Raises:
         UsageError: in one line, a folder that is missing, empty, unfinished, or has a damaged shard.
     """
+    folder = Path(folder)
     manifest, tars = find_shards(folder, flag)
     tables = [_read_index(tar, flag) for tar in tars]
     numbered = [t.append_column("shard", pa.array(np.full(len(t), n, np.int32))) for n, t in enumerate(tables)]

@@ -30,7 +30,7 @@ from oscar_shards.index import (
     read_row,
     size_said,
 )
-from oscar_shards.manifest import FILE, LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE, Manifest
+from oscar_shards.manifest import FILE, JOB_FILE, LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE, Manifest
 from oscar_shards.pages.page import size
 from oscar_shards.quantise import are_finite
 from oscar_shards.read import manifest_of, tars_at
@@ -295,6 +295,8 @@ def check_folder(folder: Path, reports: dict[Path, Report], unsealed: list[Path]
         yield f"{FILE}: {seal.BROKEN}"
     elif broken is None:
         unsealed.append(folder / FILE)
+    if (folder / JOB_FILE).exists() and seal.broken_json((folder / JOB_FILE).read_bytes()) is not False:
+        yield f"{JOB_FILE}: {seal.BROKEN}"
     for name in (PLAN_FILE, LEFT_OUT_FILE, MISSING_FILE):
         if (folder / name).exists() and (message := _check_seal(folder / name, manifest.seal is not None, unsealed)):
             yield f"{name}: {message}"

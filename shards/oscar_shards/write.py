@@ -1,12 +1,14 @@
 """Samples to a shard: a plain webdataset tar, its Parquet index, and the rejects, each whole or absent."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,23 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from oscar_common import __version__
 from oscar_common.errors import UsageError
-from oscar_common.files import TEMPORARY, rename, temporary, unfinished
-from oscar_common.sample import Regions, Sample
+from oscar_common.files import TEMPORARY, check_output_folder, rename, temporary, unfinished
+from oscar_common.sample import KEY_BYTES, Regions, Sample
 from oscar_shards import manifest
 from oscar_shards.index import index_path, index_tar, size_said, write_unfinished_index
-from oscar_shards.manifest import LEFT_OUT_FILE, MISSING_FILE, PLAN_FILE, Layout
+from oscar_shards.manifest import (
+    JOB_FILE,
+    LEFT_OUT_FILE,
+    MISSING_FILE,
+    PLAN_FILE,
+    DetectorRecord,
+    Layout,
+    Manifest,
+    PlanRecord,
+    write_manifest,
+)
 from oscar_shards.quantise import FLOAT16_LIMIT, are_finite, quantise
 from oscar_shards.seal import write_sealed
 
@@ -106,6 +119,87 @@ def finish_shards(folder: Path) -> None:
         with suppress(OSError, ValueError, pa.ArrowException):  # another file, or one that a power cut hit
             if size_said(pq.read_schema(unnamed)) == tar.stat().st_size:
                 _finish(tar)
+
+
+def write_folder(
+    folder: str | Path,
+    samples: Iterable[Sample],
+    detector: DetectorRecord,
+    *,
+    name: str = "shard",
+    images_per_shard: int = 1000,
+) -> Manifest:
+    """Write samples to a new folder of shards, with its manifest.
+
+    The samples are taken one at a time, so a generator may make them. The manifest is written last, and `open_folder`
+    and oscar-train refuse a folder that has none. If a sample is refused, delete the folder and write it again.
+
+    Args:
+        folder: a new or an empty folder.
+        samples: each with a key of its own, made by `oscar_common.make_key`.
+        detector: what the features come from. Its `feature_dim` is P; its `dtype` says how features are stored.
+        name: the first part of the shards' names.
+        images_per_shard: how many samples a shard has; the last one may have fewer.
+
+    Raises:
+        UsageError: the folder holds other files, or cannot be written.
+        ValueError: there is no sample, a key is unsafe or occurs twice, a sample does not fit (see `write_shard`), or
+            `name` or `images_per_shard` cannot be.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"name {name!r}: allowed are letters, digits, - and _")
+    if images_per_shard < 1:
+        raise ValueError(f"images_per_shard {images_per_shard}: at least 1")
+
+    folder = Path(folder)
+    check_output_folder(folder, "folder", ())
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = Layout(feature_dim=detector.feature_dim, dtype=detector.dtype)
+    digest = hashlib.sha256()
+    keys: set[str] = set()
+    num_texts = num_shards = 0
+
+    def checked_samples() -> Iterator[Sample]:
+        nonlocal num_texts
+        for sample in samples:
+            _check_key(sample.key, keys)
+            keys.add(sample.key)
+            num_texts += len(sample.texts)
+            digest.update(f"{sample.key}\0".encode() + sample_json(sample))
+            yield sample
+
+    unwritten = checked_samples()
+    for first in unwritten:
+        of_shard = chain([first], islice(unwritten, images_per_shard - 1))
+        write_shard(shard_path(folder, name, num_shards), of_shard, layout)
+        num_shards += 1
+    if not keys:
+        raise ValueError(f"{folder}: there is no sample to write")
+
+    plan = PlanRecord(
+        images="",
+        captions=None,
+        num_images=len(keys),
+        num_texts=num_texts,
+        images_per_shard=images_per_shard,
+        num_shards=num_shards,
+        sha256=digest.hexdigest(),
+    )
+    record = Manifest(name=name, detector=detector, settings={}, plan=plan, software={"oscar_shards": __version__})
+    write_manifest(folder, record)
+    return record
+
+
+def _check_key(key: str, others: set[str]) -> None:
+    """Refuse a key that is not one of a sample's own, or that readers would take for another one's.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if not re.fullmatch(rf"[A-Za-z0-9_%-]{{1,{KEY_BYTES}}}", key):
+        raise ValueError(f"key {key!r}: allowed are letters, digits, _, - and %; make it with oscar_common.make_key")
+    if key in others:
+        raise ValueError(f"key {key!r}: another sample has it; two images never share a key")
 
 
 def _write_sample(writer: Any, sample: Sample, layout: Layout) -> None:
@@ -201,7 +295,7 @@ def remove_shards(folder: Path) -> None:
 def _is_written(name: str, made: manifest.Manifest) -> bool:
     """Whether a file's name is one that a job gives to what it writes; of three shards `NAME-202401.parquet` is not."""
     name = name.removeprefix(TEMPORARY)
-    if name in (PLAN_FILE, LEFT_OUT_FILE, MISSING_FILE):
+    if name in (PLAN_FILE, JOB_FILE, LEFT_OUT_FILE, MISSING_FILE):
         return True
     of_shard = re.fullmatch(rf"{re.escape(made.name)}-([0-9]+)\.(tar|parquet|rejects\.parquet|decoding)", name)
     if of_shard is None or int(of_shard[1]) >= made.plan.num_shards:

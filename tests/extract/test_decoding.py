@@ -152,24 +152,17 @@ def test_a_thread_that_was_left_behind_keeps_no_process_alive(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_never_hold_one_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "POLL", 0.05)
+def test_an_owner_that_comes_back_leaves_the_journal_of_the_next_one_alone(tmp_path):
     tar = tmp_path / "shard-000007.tar"
-    held = threading.Event()
-
-    def second() -> None:
-        with journal(tar):
-            held.set()
-
-    with child(tar, "hang", 60, 0) as process:
-        assert process.stdout.readline().strip() == "began"
-        waiting = threading.Thread(target=second)
-        waiting.start()
-        with journal(tmp_path / "shard-000008.tar"):  # another shard is free
-            assert not held.wait(0.5)
-        process.kill()
-        waiting.join(10)
-    assert held.is_set()
+    with journal(tar) as earlier:
+        earlier.note(0, 3)
+        with journal(tar) as later:
+            assert later.suspects == {3}
+            earlier.note(0, 5)
+            earlier.close()
+            handle = os.open(tmp_path / ".tmp-shard-000007.decoding", os.O_RDWR)
+            assert Journal(handle).suspects == {3}
+            os.close(handle)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,6 +13,7 @@ from peers.states import airsplay_from_caffe
 from small_detectors import SIZES, small_detector
 from support import photo
 
+from oscar_extract import detect as detect_module
 from oscar_extract.detect import detect, feature_maps, load_batch, make_input, pool
 from oscar_extract.steps.presets import PRESETS
 from oscar_extract.steps.selection import Selection
@@ -89,20 +90,40 @@ def test_a_preset_finds_what_its_extractor_finds(detectors, states, preset, name
     assert len(set(ours.tags)) > 1
 
 
+def pool_once(monkeypatch, *modules):
+    """Let modules remember the features of boxes: most of the work, and the same for every selection."""
+    for module in modules:
+        monkeypatch.setattr(module, "pool", remembering(module.pool))
+
+
+def remembering(pool):
+    features = {}
+
+    def remembered(network, maps, boxes, *more):
+        key = torch.stack([*boxes]).numpy().tobytes()
+        if key not in features:
+            features[key] = pool(network, maps, boxes, *more)
+        return features[key]
+
+    return remembered
+
+
 # The threshold decides, the least decides, the most decides.
 SELECTIONS = [(1, 300, 0.2), (150, 300, 0.5), (36, 36, 0.2), (5, 20, 0.05)]
 
 
-@pytest.mark.parametrize("numbers", SELECTIONS)
 @pytest.mark.parametrize("preset", ["bua", "vinvl", "lxmert"])
-def test_the_numbers_of_regions_are_kept_as_the_extractor_keeps_them(detectors, states, preset, numbers):
-    selection = Selection(**dict(zip(("min_boxes", "max_boxes", "score_threshold"), numbers, strict=True)))
+def test_the_numbers_of_regions_are_kept_as_the_extractor_keeps_them(detectors, states, preset, monkeypatch):
     detector, picture = detectors[preset], image("cat")
-    ours = found_by(detector, picture, selection)
-    assert_same(detector, ours, expected_of(preset, states[NATIVE[preset]], picture, selection))
+    pool_once(monkeypatch, detect_module, PEERS[preset])
+    for numbers in SELECTIONS:
+        selection = Selection(**dict(zip(("min_boxes", "max_boxes", "score_threshold"), numbers, strict=True)))
+        ours = found_by(detector, picture, selection)
+        assert_same(detector, ours, expected_of(preset, states[NATIVE[preset]], picture, selection))
 
 
-def test_bottom_up_regions_come_in_the_rpns_order_only_between_the_limits(detectors):
+def test_bottom_up_regions_come_in_the_rpns_order_only_between_the_limits(detectors, monkeypatch):
+    pool_once(monkeypatch, detect_module)
     detector, picture = detectors["bua"], image("cat")
     between = found_by(detector, picture, Selection(min_boxes=1, max_boxes=300, score_threshold=0.05))
     assert 10 < len(between.tags) < 300
@@ -113,17 +134,24 @@ def test_bottom_up_regions_come_in_the_rpns_order_only_between_the_limits(detect
 
 
 @pytest.mark.parametrize("preset", ["bua", "lxmert"])
-def test_one_network_gives_one_result_from_caffes_files_and_from_the_ports(states, tmp_path, preset):
+def test_one_network_gives_one_result_from_caffes_files_and_from_the_ports(states, tmp_path, preset, monkeypatch):
     """The same weights under MILVLG's and under airsplay's names, in the order of anchors that each has."""
     caffe = states["milvlg-caffe"]
     (tmp_path / "caffe").mkdir()
     first = small_detector("milvlg-caffe", tmp_path / "caffe", caffe, preset)
     second = small_detector("airsplay", tmp_path, airsplay_from_caffe(caffe), preset, name="weights.pkl")
+    propose_few(monkeypatch, first, second)
     one, other = (found_by(d, image("rocket")) for d in (first, second))
     np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
     assert one.tags == other.tags
     assert one.attributes == other.attributes
     np.testing.assert_allclose(one.features.astype(float), other.features.astype(float), rtol=2e-3, atol=2e-3)
+
+
+def propose_few(monkeypatch, *detectors):
+    """Let detectors propose a fifth of what their extractors do: what follows is most of the work."""
+    for detector in detectors:
+        monkeypatch.setattr(detector.model.proposal_generator, "post_nms_topk", {False: 60})
 
 
 def turned(picture, count):
@@ -134,8 +162,9 @@ def turned(picture, count):
 
 
 @pytest.mark.parametrize("preset", NATIVE)
-def test_a_batch_of_eight_gives_what_each_image_gives_alone(detectors, preset):
+def test_a_batch_of_eight_gives_what_each_image_gives_alone(detectors, preset, monkeypatch):
     detector = detectors[preset]
+    propose_few(monkeypatch, detector)
     inputs = [make_input(detector, pixels) for pixels in turned(image("cat"), 8)]
     selection = detector.preset.selection
     together = detect(detector, inputs, selection)
@@ -150,12 +179,11 @@ def test_a_batch_of_eight_gives_what_each_image_gives_alone(detectors, preset):
 
 
 @pytest.mark.parametrize("preset", NATIVE)
-def test_bf16_stays_near(states, detectors, tmp_path, preset):
+def test_bf16_stays_near(states, detectors, tmp_path, preset, monkeypatch):
     """The same regions by and large: most boxes have a twin of the same tag whose feature points the same way."""
-    exact, picture = found_by(detectors[preset], image("cat")), image("cat")
-    rough = found_by(
-        small_detector(NATIVE[preset], tmp_path, states[NATIVE[preset]], preset, precision="bf16"), picture
-    )
+    in_bf16 = small_detector(NATIVE[preset], tmp_path, states[NATIVE[preset]], preset, precision="bf16")
+    propose_few(monkeypatch, detectors[preset], in_bf16)
+    exact, rough = (found_by(detector, image("cat")) for detector in (detectors[preset], in_bf16))
     middle = lambda boxes: (boxes[:, :2] + boxes[:, 2:]) / 2  # noqa: E731
     apart = np.linalg.norm(middle(exact.boxes)[:, None] - middle(rough.boxes)[None], axis=2)
     twin = apart.argmin(axis=1)
@@ -188,7 +216,8 @@ def test_norms_have_the_extractors_epsilon(states, tmp_path, preset, eps):
     torch.testing.assert_close(stem.bias, state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale)
 
 
-def test_bua_d2_lowers_its_threshold_until_enough_come(detectors):
+def test_bua_d2_lowers_its_threshold_until_enough_come(detectors, monkeypatch):
+    pool_once(monkeypatch, detect_module)
     detector, picture = detectors["bua-d2"], image("cat")
     few = found_by(detector, picture, Selection(min_boxes=0, max_boxes=100, score_threshold=0.9))
     more = found_by(detector, picture, Selection(min_boxes=40, max_boxes=100, score_threshold=0.9))

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from remotes import Fault, s3, serve
-from support import contents, error_line, extract, oscar, photo, until
+from support import contents, error_line, extract, oscar, photo, start, until
 
 from oscar_shards import retries
 from oscar_shards.cache import cost
@@ -174,11 +172,11 @@ def test_killed_workers_that_share_a_cache_leave_what_the_same_command_completes
     with serve(tars.parent) as server:
         url = f"{server.url}/cc3/{{00000..00001}}.tar"
         arguments = ("--images", url, "--out", tmp_path / "out", "--cache", tmp_path / "cache", *ARGUMENTS[:-1], 2)
-        line = [sys.executable, "-m", "oscar_extract", *map(str, arguments)]
         server.faults["00001.tar"] = Fault.STALL  # the process is killed while it waits for half of a tar
-        with subprocess.Popen(line, start_new_session=True, stderr=subprocess.DEVNULL) as process:
-            until(lambda: server.gets("00001.tar"), process)
-            os.killpg(process.pid, signal.SIGKILL)
+        process = start("oscar-extract", *arguments, new_session=True)
+        until(lambda: server.gets("00001.tar"), process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         server.faults.clear()
         done = oscar("oscar-extract", *arguments)
         assert done.returncode == 0, done.stderr
@@ -189,12 +187,12 @@ def test_killed_workers_that_share_a_cache_leave_what_the_same_command_completes
 def test_a_worker_process_that_cannot_fetch_ends_the_command_in_a_line(tars: Path, tmp_path: Path):
     with serve(tars.parent) as server:
         arguments = ("--images", f"{server.url}/cc3", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
-        arguments = (*arguments, *ARGUMENTS[:-1], 2)
+        arguments = (*arguments, *ARGUMENTS)
         assert extract(*arguments).returncode == 0
         for path in [*(tmp_path / "out").glob("shard-*"), *(tmp_path / "cache").rglob("*.tar")]:
             path.unlink()
         server.faults = {"00000.tar": Fault.CUT, "00001.tar": Fault.CUT}
-        failed = oscar("oscar-extract", *arguments)
+        failed = oscar("oscar-extract", *arguments, "--workers", 2)
     assert failed.returncode == 1, failed.stderr
     assert "gave up after 5 tries" in error_line(failed)
     assert not shards(tmp_path / "out")

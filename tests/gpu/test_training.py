@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import ENVIRONMENT, finish, has_row, launch, rows, wait
+from running import ENVIRONMENT, finish, has_row, launch_fresh, rows, wait
 from small_shards import P, make_samples, write_folder
 
 from oscar_common.settings import Train
@@ -148,31 +148,31 @@ def final_weights(run: Path) -> bytes:
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(launch("--shards", shards, "--out", out, *COMMAND))
+    finish(launch_fresh("--shards", shards, "--out", out, *COMMAND))
     return out
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(shards: Path, undisturbed: Path, tmp_path: Path):
     out = tmp_path / "run"
-    process = launch("--shards", shards, "--out", out, *COMMAND)
+    process = launch_fresh("--shards", shards, "--out", out, *COMMAND)
     wait(process, lambda: has_row(out, 60))
     process.send_signal(signal.SIGTERM)
     finish(process, 143)
 
-    finish(launch("--resume", out))
+    finish(launch_fresh("--resume", out))
     assert rows(out) == rows(undisturbed)
     assert final_weights(out) == final_weights(undisturbed)
 
 
 def test_a_run_with_graphs_that_was_stopped_ends_with_the_same_bytes(shards: Path, tmp_path: Path):
     whole, out = tmp_path / "whole", tmp_path / "run"
-    finish(launch("--shards", shards, "--out", whole, *COMMAND, "--cuda-graphs"))
-    process = launch("--shards", shards, "--out", out, *COMMAND, "--cuda-graphs")
+    finish(launch_fresh("--shards", shards, "--out", whole, *COMMAND, "--cuda-graphs"))
+    process = launch_fresh("--shards", shards, "--out", out, *COMMAND, "--cuda-graphs")
     wait(process, lambda: has_row(out, 60))
     process.send_signal(signal.SIGTERM)
     finish(process, 143)
 
-    finish(launch("--resume", out))
+    finish(launch_fresh("--resume", out))
     assert rows(out) == rows(whole)
     assert final_weights(out) == final_weights(whole)
 
@@ -188,5 +188,5 @@ def test_a_rank_of_nccl_does_the_same(shards: Path, undisturbed: Path, tmp_path:
 def test_the_largest_batch_is_one_that_fits(shards: Path, tmp_path: Path):
     out = tmp_path / "run"
     line = ("--shards", shards, "--out", out, *TINY, "--batch-size", "auto", "--steps", "3")
-    printed = "".join(finish(launch(*line)))
+    printed = "".join(finish(launch_fresh(*line)))
     assert has_row(out, 3), printed

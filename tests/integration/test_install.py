@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SOURCES = ["pyproject.toml", "README.md", "LICENSE", "pipelines.yaml", "common", "shards", "extract", "train"]
+SOURCES = ["pyproject.toml", "README.md", "LICENSE", "pipelines.yaml", "common", "shards", "extract", "train", "submit"]
 
 
 def run(*command: str | Path) -> str:
@@ -61,7 +61,7 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_packages_come_from_the_wheel(bin_folder: Path) -> None:
-    names = ["oscar_common", "oscar_shards", "oscar_extract", "oscar_train"]
+    names = ["oscar_common", "oscar_shards", "oscar_extract", "oscar_train", "oscar_submit"]
     statement = f"import {', '.join(names)}; print({', '.join(f'{name}.__file__' for name in names)}, sep='\\n')"
     for path in run(bin_folder / "python", "-c", statement).splitlines():
         assert Path(path).is_relative_to(bin_folder.parent)
@@ -81,6 +81,8 @@ def test_packages_come_from_the_wheel(bin_folder: Path) -> None:
         "oscar_extract/builtin/model.safetensors",
         "oscar_extract/builtin/MODEL_CARD.md",
         "oscar_train/py.typed",
+        "oscar_submit/py.typed",
+        "oscar_submit/templates/train.sh",
     ],
 )
 def test_wheel_carries_the_file(wheel: Path, member: str) -> None:

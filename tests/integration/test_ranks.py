@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import xxhash
-from running import finish, has_row, launch, rows, wait
+from running import finish, has_row, launch_fresh, launch_ranks, rows, wait
 from small_shards import make_samples, write_folder
 from support import error_line, train
 
@@ -59,7 +59,7 @@ def poisoned(shards: Path, folder: Path, number: int) -> tuple[Path, str]:
 def run(ranks: int, code: int, *arguments: object) -> str:
     """Train to the end expected, here or by torchrun, and return what was said on stderr."""
     if ranks > 1:
-        return finish(launch(*arguments, ranks=ranks), code)[1]
+        return finish(launch_fresh(*arguments, ranks=ranks), code)[1]
     done = train(*arguments)
     assert done.returncode == code, done.stderr
     return done.stderr
@@ -69,8 +69,8 @@ def test_ranks_and_parts_change_only_the_rounding(shards: Path, tmp_path: Path):
     arguments = ("--shards", shards, *COMMON, "--steps", "8", "--checkpoint-every", "4")
     assert train(*arguments, "--out", tmp_path / "one").returncode == 0
     assert train(*arguments, "--out", tmp_path / "parts", "--accumulate", "4").returncode == 0
-    _, errors = finish(launch(*arguments, "--out", tmp_path / "two", "--accumulate", "2", ranks=2))
-    assert "warning" not in errors
+    for process in launch_ranks(*arguments, "--out", tmp_path / "two", "--accumulate", "2", ranks=2):
+        assert "warning" not in finish(process)[1]
     assert_alike(tmp_path / "parts", tmp_path / "one")
     assert_alike(tmp_path / "two", tmp_path / "one")
     shutil.rmtree(tmp_path / "two" / "checkpoint-000008")
@@ -83,17 +83,17 @@ def test_ranks_and_parts_change_only_the_rounding(shards: Path, tmp_path: Path):
 def test_fifty_steps_on_one_two_and_four_ranks_are_alike_and_go_on_as_each_other(shards: Path, tmp_path: Path):
     arguments = ("--shards", shards, *COMMON, "--steps", "50", "--checkpoint-every", "25")
     for name, ranks, parts in (("one", 1, 1), ("parts", 1, 4), ("two", 2, 1), ("four", 4, 2)):
-        finish(launch(*arguments, "--out", tmp_path / name, "--accumulate", parts, ranks=ranks))
+        finish(launch_fresh(*arguments, "--out", tmp_path / name, "--accumulate", parts, ranks=ranks))
     for name in ("parts", "two", "four"):
         assert_alike(tmp_path / name, tmp_path / "one", tolerance=1e-4)
     shutil.rmtree(tmp_path / "one" / "checkpoint-000050")
-    finish(launch("--resume", tmp_path / "one", ranks=2))
+    finish(launch_fresh("--resume", tmp_path / "one", ranks=2))
     assert_alike(tmp_path / "one", tmp_path / "two", tolerance=1e-4)
 
 
 def test_all_ranks_stop_after_the_same_step_and_say_so_once(shards: Path, tmp_path: Path):
     arguments = ("--shards", shards, *COMMON, "--steps", "4000", "--out", tmp_path / "run")
-    process = launch(*arguments, ranks=2)
+    process = launch_fresh(*arguments, ranks=2)
     wait(process, lambda: has_row(tmp_path / "run", 3))
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=120)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import ENVIRONMENT, finish, has_row, launch, rows, wait
+from running import ENVIRONMENT, finish, has_row, launch, launch_fresh, rows, wait
 from small_shards import make_samples, write_folder
 from support import train
 
@@ -80,8 +80,8 @@ def test_a_signal_in_a_step_or_a_checkpoint_saves_and_goes_on_exactly(
 
 def test_a_signal_while_token_ids_are_made_leaves_nothing_half(shards: Path, undisturbed: Path, tmp_path: Path):
     cache, out = tmp_path / "cache", tmp_path / "run"
-    environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(cache)}
-    process = launch("--shards", shards, "--out", out, *SETTINGS, "--checkpoint-every", "4", env=environment)
+    changes = {"XDG_CACHE_HOME": str(cache)}
+    process = launch("--shards", shards, "--out", out, *SETTINGS, "--checkpoint-every", "4", env=changes)
     corpora = cache / "oscar-pretrain" / "corpus"
     wait(process, lambda: any(corpora.glob(".tmp-*")))
     process.send_signal(signal.SIGTERM)
@@ -114,7 +114,7 @@ def test_kills_between_a_save_and_each_removal_cost_no_step(shards: Path, undist
     arguments = ("--shards", shards, "--out", out, *SETTINGS, "--checkpoint-every", "1", "--keep", "1")
     for change in (2, 3, 4):
         faults = {"OSCAR_FAULT": "kill", "OSCAR_FAULT_CHANGE": str(change), "PYTHONPATH": FAULTS}
-        finish(launch(*arguments, env={**ENVIRONMENT, **faults}), -signal.SIGKILL)
+        finish(launch_fresh(*arguments, env={**ENVIRONMENT, **faults}), -signal.SIGKILL)
         last, damages = checkpoint.newest(out)
         assert last is not None
         assert damages == []

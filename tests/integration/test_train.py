@@ -112,7 +112,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_half(shards: Path, 
     out = tmp_path / "run"
     process = launch(
         "--shards", shards, "--out", out, *SETTINGS, "--steps", "2",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        limits={resource.RLIMIT_FSIZE: limit},
     )  # fmt: skip
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 1, errors

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import EXTRACT, contents, error_line, later_wins, oscar, rejects, until
+from running import Running
+from support import EXTRACT, contents, error_line, later_wins, oscar, rejects, start, until
 
+from oscar_extract.folder.claim import GIVEN_BACK, parse_claim, read_bytes
 from oscar_extract.messages import Survey
 from oscar_extract.workers import local_cluster
 
@@ -44,7 +46,7 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-Launch = Callable[..., "subprocess.Popen[str]"]
+Launch = Callable[..., Running]
 
 
 @pytest.fixture
@@ -52,15 +54,19 @@ def launch() -> Iterator[Launch]:
     """Starts the command, with a fault put into all its processes; none of them outlives the test."""
     started = []
 
-    def start(*more: object, fault: str = "", once: Path | None = None) -> "subprocess.Popen[str]":
-        environment = {**os.environ, "PYTHONPATH": str(FAULTS), "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
+    def begin(*more: object, fault: str = "", once: Path | None = None) -> Running:
+        if not fault:
+            started.append(start("oscar-extract", *more, new_session=True))
+            return started[-1]
+        path = os.pathsep.join(filter(None, (str(FAULTS), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "OSCAR_FAULT": fault, "OSCAR_FAULT_ONCE": str(once)}
         line = [sys.executable, "-m", "oscar_extract", *later_wins(EXTRACT, *more)]
         # Whoever runs the tests in the background has Ctrl-C ignored, and so would what they start.
         hears = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
         started.append(subprocess.Popen(line, text=True, stdout=-1, stderr=-1, env=environment, **hears))
         return started[-1]
 
-    yield start
+    yield begin
     for process in started:
         process.kill()
         process.communicate()
@@ -80,7 +86,7 @@ def workers_at(out: Path, pid: int) -> list[psutil.Process]:
     return found
 
 
-def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
+def finish(process: Running) -> tuple[str, str]:
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
@@ -128,6 +134,26 @@ def test_ctrl_c_ends_them_all_with_one_line(images: Path, undisturbed: Path, tmp
     assert "Traceback" not in errors
     assert psutil.wait_procs(below, timeout=10)[1] == []
     assert not [p.name for p in out.iterdir() if p.name == ".lock"]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_them_all_and_gives_their_shards_back_at_once(
+    images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
+):
+    out = tmp_path / "out"
+    process = launch(*arguments(images, out, "--workers", 2))
+    until(lambda: workers_at(out, process.pid), process)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert errors.splitlines()[-1] == "error: stopped by SIGTERM before all was done; the same command again continues"
+    assert psutil.wait_procs(below, timeout=10)[1] == []
+    claims = [parse_claim(read_bytes(path)) for path in (out / "_claims").glob("[0-9]*")]
+    assert [claim.state for claim in claims if claim] == [GIVEN_BACK] * len(claims)
+    again = oscar("oscar-extract", "--resume", out, "--workers", 1)
+    assert again.returncode == 0, again.stderr
+    assert contents(out) == contents(undisturbed)
 
 
 @pytest.mark.slow
@@ -227,15 +253,21 @@ def test_a_full_disk_ends_all_of_them_and_then_the_work_goes_on(
     assert contents(out) == contents(undisturbed)
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]]:
-    """A dask scheduler and three workers, started as their users start them."""
+    """A dask scheduler and two workers, started as their users start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     log = (tmp_path / "dask.log").open("wb")
     dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard", "--no-show"]
     scheduler = subprocess.Popen([*dask, "--host", address], stdout=log, stderr=log, cwd=tmp_path)
+    until(lambda: listens(int(address.rpartition(":")[2])), scheduler)
     line = [
         sys.executable,
         "-m",
@@ -246,7 +278,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list["subprocess.Popen[bytes]
         "1",
         "--no-nanny",
     ]
-    workers = [subprocess.Popen(line, stdout=log, stderr=log, cwd=tmp_path) for _ in range(3)]
+    workers = [subprocess.Popen(line, stdout=log, stderr=log, cwd=tmp_path) for _ in range(2)]
     yield address, workers
     for process in (*workers, scheduler):
         process.kill()

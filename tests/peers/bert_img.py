@@ -55,8 +55,9 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(s.type_vocab_size, s.hidden_size)
         self.LayerNorm = Norm(s.hidden_size, s.layer_norm_eps)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        positions = torch.arange(input_ids.shape[1]).repeat(len(input_ids), 1)
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1]).repeat(len(input_ids), 1)
         words = self.word_embeddings(input_ids) + self.position_embeddings(positions)
         return self.LayerNorm(words + self.token_type_embeddings(token_type_ids))
 
@@ -73,7 +74,7 @@ class SelfAttention(nn.Module):
         queries, keys, values = (part(hidden).chunk(self.heads, -1) for part in (self.query, self.key, self.value))
         contexts = []
         for query, key, value in zip(queries, keys, values, strict=True):
-            scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1]) + mask[:, None, :]
+            scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1]) + mask
             contexts.append(scores.softmax(-1) @ value)
         return torch.cat(contexts, -1)
 
@@ -131,13 +132,22 @@ class ImageBert(nn.Module):
         if s.use_img_layernorm:
             self.LayerNorm = Norm(s.hidden_size, s.img_layer_norm_eps)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor, img_feats: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        attention_mask: Tensor,
+        img_feats: Tensor,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """attention_mask: [B, L], or [B, L, L] where not all tokens see the same ones."""
         regions = self.img_embedding(img_feats)
         if hasattr(self, "LayerNorm"):
             regions = self.LayerNorm(regions)
-        hidden = torch.cat([self.embeddings(input_ids, token_type_ids), regions], 1)
+        hidden = torch.cat([self.embeddings(input_ids, token_type_ids, position_ids), regions], 1)
+        seen = attention_mask if attention_mask.dim() == 3 else attention_mask[:, None, :]
         for layer in self.encoder.layer:
-            hidden = layer(hidden, (1.0 - attention_mask) * UNSEEN)
+            hidden = layer(hidden, (1.0 - seen) * UNSEEN)
         return hidden
 
 

@@ -3,8 +3,6 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import warm
 from support import until
 from watching import taken, watched
 
@@ -53,15 +52,14 @@ def names(cache: ShardCache) -> list[str]:
     return sorted(path.name for path in cache.folder.iterdir() if path.name != ".lock")
 
 
-def run(code: str, *arguments: object) -> "subprocess.Popen[str]":
+def run(code: str, *arguments: object) -> warm.Process:
     """Start a Python process that knows this module's helpers."""
-    line = [sys.executable, "-c", f"import sys\nfrom test_cache import *\n{code}", *map(str, arguments)]
     places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
-    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    helpers = f"import sys\nsys.path[:0] = {places}\nfrom test_cache import *\n"
+    return warm.Process("-c", helpers + code, *arguments)
 
 
-def finished(process: "subprocess.Popen[str]") -> str:
+def finished(process: warm.Process) -> str:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     return out
@@ -316,12 +314,11 @@ ShardCache(Path(sys.argv[1]), 2 * SIZE).hold("a", SIZE, fetch)
 
 
 @contextmanager
-def hanging(folder: Path) -> Iterator["subprocess.Popen[str]"]:
+def hanging(folder: Path) -> Iterator[warm.Process]:
     """A process that has fetched half of file "a"."""
     process = run(FETCH_AND_HANG, folder)
-    assert process.stdout
     try:
-        assert process.stdout.readline() == "half\n"
+        until(lambda: process.printed() == "half\n", process)
         yield process
     finally:
         process.kill()
@@ -367,8 +364,7 @@ time.sleep(60)
     process = run(code, tmp_path)
     cache = ShardCache(tmp_path, SIZE)
     until(lambda: names(cache) == ["a"], process)
-    assert process.stdout
-    assert process.stdout.readline() == "held\n"
+    until(lambda: process.printed() == "held\n", process)
     assert not cache.ahead("b", SIZE, never, ())
     process.kill()
     process.communicate()

@@ -15,15 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_shards import CLASSES, P, make_samples, write_folder
-from support import contents, error_line, rejects, run_here, until
+from support import contents, error_line, rejects, shards, until
 
 from oscar_common.sample import Attribute, Text
-from oscar_shards.__main__ import command
 from oscar_shards.manifest import read_manifest
 from oscar_shards.read import open_folder, read_samples
 from oscar_shards.write import Reject, shard_path, write_shard
 
-shards = partial(run_here, command)
 FORMATS = ["oscar", "lxmert", "bottom-up", "npz"]
 csv.field_size_limit(sys.maxsize)
 LXMERT = ["img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes", "boxes",

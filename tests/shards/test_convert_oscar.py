@@ -6,7 +6,6 @@ import os
 import random
 import sys
 import types
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,11 @@ import torch
 import yaml
 from peers.oscar_tsv import TextLines, read_triples
 from small_shards import P, make_samples, write_folder
-from support import contents, error_line, rejects, run_here
+from support import contents, error_line, rejects, shards
 
 from oscar_common.sample import Text
-from oscar_shards.__main__ import command
 from oscar_shards.read import read_samples
 
-shards = partial(run_here, command)
 WIDTH = P + 6
 
 

@@ -14,16 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from foreign_shards import content, joined, npy, sample, write_tar
-from support import run_here
+from support import shards
 
 from oscar_common.errors import UsageError
-from oscar_shards.__main__ import command
 from oscar_shards.index import index_path, index_tar
 from oscar_shards.read import open_folder, read_boxes, read_features, read_index, read_samples
 from oscar_shards.tar import TarFault
 from oscar_shards.verify import check
-
-shards = partial(run_here, command)
 
 
 def by_webdataset(folder: Path) -> None:

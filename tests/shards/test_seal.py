@@ -10,10 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_shards import P, make_samples, write_folder
-from support import run_here
+from support import shards
 
 from oscar_shards import seal
-from oscar_shards.__main__ import command
 from oscar_shards.manifest import FILE, LEFT_OUT_FILE, PLAN_FILE, Layout, read_manifest
 from oscar_shards.seal import write_sealed
 from oscar_shards.verify import check, check_folder
@@ -116,22 +115,22 @@ def test_a_folder_of_an_older_version_is_read_and_what_is_not_covered_is_said(fo
 
     faults, unsealed = faults_of(folder)
     assert (faults, sorted(unsealed)) == ([], beside(folder))
-    done = run_here(command, "verify", folder)
+    done = shards("verify", folder)
     assert done.returncode == 0
     assert "not covered: 6 files of an older version without a seal" in done.stdout
 
 
 def test_a_file_alone_is_verified_too(folder: Path):
     path = rejects_path(shard_path(folder, "shard", 1))
-    assert run_here(command, "verify", path).returncode == 0
+    assert shards("verify", path).returncode == 0
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
-    done = run_here(command, "verify", path)
+    done = shards("verify", path)
     assert done.returncode == 1
     assert "its seal does not fit its bytes" in done.stdout
     path.write_bytes(bytes(damaged)[:-100])
-    assert run_here(command, "verify", path).returncode == 1
+    assert shards("verify", path).returncode == 1
 
 
 def test_shards_come_by_number_and_those_of_another_set_do_not_belong_to_them(tmp_path: Path):

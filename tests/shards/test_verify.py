@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from foreign_shards import joined, npy, sample, write_tar
 from small_shards import make_samples, write_folder
-from support import run_here
+from support import shards
 
 from oscar_common.sample import ImageRecord, Regions, Sample
-from oscar_shards.__main__ import command
 from oscar_shards.index import index_path, write_index
 from oscar_shards.manifest import Layout
 from oscar_shards.reindex import reindex
 from oscar_shards.verify import check
 from oscar_shards.write import Reject, write_shard
-
-shards = partial(run_here, command)
 
 
 def faults(tar: Path, quick: bool = False) -> list[tuple[str, str]]:

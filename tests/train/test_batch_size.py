@@ -2,14 +2,12 @@
 
 import resource
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from running import ENVIRONMENT
-from support import error_line, train
+from support import error_line, oscar, train
 
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.settings import AUTO, Train
@@ -108,14 +106,7 @@ def test_auto_may_stand_wherever_settings_do(tmp_path: Path):
 
 def limited(gigabytes: float, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """Run `oscar-train` with so much address space."""
-    limit = round(gigabytes * GB)
-    return subprocess.run(
-        [sys.executable, "-m", "oscar_train", *map(str, arguments)],
-        text=True,
-        capture_output=True,
-        env=ENVIRONMENT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
+    return oscar("oscar-train", *arguments, limits={resource.RLIMIT_AS: round(gigabytes * GB)})
 
 
 @pytest.mark.parametrize(

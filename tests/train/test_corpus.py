@@ -5,13 +5,12 @@ import errno
 import fcntl
 import os
 import shutil
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from small_shards import make_samples, write_folder
 from support import until
 
@@ -160,9 +159,8 @@ print(open_corpus([open_source(sys.argv[1], False)], load_tokenizer(None), Path(
 """
 
 
-def make(shards: Path, cache: Path) -> "subprocess.Popen[str]":
-    line = [sys.executable, "-c", MAKE, shards, cache]
-    return subprocess.Popen(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def make(shards: Path, cache: Path) -> warm.Process:
+    return warm.Process("-c", MAKE, shards, cache)
 
 
 def test_processes_that_begin_together_make_it_once_and_a_killed_one_leaves_nothing(tmp_path: Path):

@@ -33,34 +33,47 @@ def rows() -> tuple[Tensor, Tensor]:
     return places.to(DEVICE), token_bits(torch.tensor([5, 77, 2**31 + 9]), 21).to(DEVICE)
 
 
-def written_out(query: Tensor, key: Tensor, value: Tensor, places: Tensor, bits: Tensor, p: float) -> Tensor:
+def written_out(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, bits: Tensor, groups: Tensor, p: float
+) -> Tensor:
     """Attention of packed tokens, one row after the other."""
     hidden = torch.zeros_like(query)
-    for row, of_row in zip(places, bits, strict=True):
+    for number, (row, of_row) in enumerate(zip(places, bits, strict=True)):
         tokens = row[row >= 0].long()
         length = len(tokens)
         scores = torch.einsum("ihd,jhd->hij", query[tokens], key[tokens]) * SCALING
+        if groups.shape[2]:
+            sees = [
+                [i == j or bool(groups[0, number, i] & groups[1, number, j]) for j in range(length)]
+                for i in range(length)
+            ]
+            scores = scores.masked_fill(~torch.tensor(sees, device=scores.device), -torch.inf)
         kept = keep(by_head(of_row[None], HEADS), SITE, len(row), p)[0, :, :length, :length]
         weights = torch.where(kept, scores.softmax(-1) / (1 - p), 0.0)
         hidden = hidden.index_add(0, tokens, torch.einsum("hij,jhd->ihd", weights, value[tokens]))
     return hidden
 
 
+@pytest.mark.parametrize("grouped", [False, True], ids=["all see all", "in groups"])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
-def test_attention_and_its_gradients_are_those_written_out(kernels: ModuleType, rows: tuple[Tensor, Tensor], p: float):
+def test_attention_and_its_gradients_are_those_written_out(
+    kernels: ModuleType, rows: tuple[Tensor, Tensor], p: float, grouped: bool
+):
+    """Groups are random: some tokens see themselves alone, and bits above the 32nd count."""
     places, bits = rows
+    groups = (torch.randint(8, (2, *places.shape)) << 31).to(DEVICE) if grouped else places.new_zeros(2, 3, 0).long()
     site = TripleDropout(p, Tokens(), SITE, 24).to(DEVICE).offset
     tokens = int(places.max()) + 1
     query, key, value, gradient = (torch.randn(tokens, HEADS, SIZE, device=DEVICE) for _ in range(4))
 
     exact = [tensor.double().requires_grad_() for tensor in (query, key, value)]
-    expected = written_out(*exact, places, bits, p)
+    expected = written_out(*exact, places, bits, groups, p)
     expected.backward(gradient.double())
 
-    hidden = kernels.attention(query, key, value, places, bits, site, p, SCALING)
+    hidden = kernels.attention(query, key, value, places, bits, site, groups, p, SCALING)
     torch.testing.assert_close(hidden, expected.float(), rtol=1e-5, atol=1e-5)
 
-    gradients = kernels.attention_backward(gradient, query, key, value, places, bits, site, p, SCALING)
+    gradients = kernels.attention_backward(gradient, query, key, value, places, bits, site, groups, p, SCALING)
     for ours, reference in zip(gradients, exact, strict=True):
         torch.testing.assert_close(ours, reference.grad.float(), rtol=1e-5, atol=1e-5)
 

@@ -10,6 +10,7 @@ import torch
 from oscar_common.errors import OperationError
 from oscar_common.settings import Train
 from oscar_train.ranks import Ranks
+from oscar_train.tasks import pretraining
 from oscar_train.training.loss_guard import FEW, NAMES, Guard
 from oscar_train.training.step import Workshop, make_optimizer, set_rate, update
 
@@ -79,6 +80,7 @@ def test_a_fault_leaves_weights_moments_and_counts_as_they_are():
         guard=Guard(0, 0),
         settings=Train(),
         ranks=Ranks(0, 1, torch.device("cpu")),
+        task=pretraining.make_task(Train()),
     )
 
     def state() -> list[torch.Tensor]:

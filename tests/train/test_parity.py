@@ -1,7 +1,7 @@
 """The released model, re-created from its facts (tests/peers/bert_img.py), and ours on its weights are one model."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from peers import bert_img
 from peers.bert_img import BertImgForPreTraining, Sizes
+from random_batches import FEATURES, REGIONS, VOCABULARY, random_batch
 from torch import Tensor
 
 from oscar_common.settings import Train
@@ -20,10 +21,8 @@ from oscar_train.model.losses import evaluate
 from oscar_train.model.oscar import OscarForPreTraining
 from oscar_train.model.packing import pack
 
-FEATURES, TOKENS, REGIONS = 18, 35, 50
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(395))]
 CASES = [
     pytest.param(
         size, norm, classes, position, id=f"{name}-{'LayerNorm' if norm else 'plain'}-{classes} classes-{position}-d"
@@ -58,31 +57,6 @@ def write(folder: Path, model: BertImgForPreTraining, sizes: Sizes) -> Path:
     (folder / "config.json").write_text(json.dumps({**asdict(sizes), "hidden_act": "gelu", "torchscript": False}))
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in VOCABULARY))
     return folder
-
-
-def random_batch(classes: int, rows: int = 6) -> Batch:
-    """Texts and regions of all lengths: the first row is full, the second as short as can be."""
-    draw = torch.Generator().manual_seed(3)
-
-    def numbers(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=draw)
-
-    words, regions = numbers(TOKENS, rows) + 1, numbers(REGIONS, rows) + 1
-    words[0], regions[0], words[1], regions[1] = TOKENS, REGIONS, 3, 1
-    seen = torch.arange(TOKENS) < words[:, None]
-    chosen = seen & (torch.rand(rows, TOKENS, generator=draw) < 0.2)
-    chosen[:, 1] = seen[:, 1]
-    batch = {
-        "input_ids": numbers(len(VOCABULARY), rows, TOKENS) * seen,
-        "token_type_ids": numbers(2, rows, TOKENS) * seen,
-        "attention_mask": seen,
-        "mlm_labels": numbers(len(VOCABULARY), rows, TOKENS).where(chosen, torch.tensor(IGNORED)),
-        "features": torch.randn(rows, REGIONS, FEATURES, generator=draw).half(),
-        "z": torch.rand(rows, REGIONS, 6, generator=draw),
-        "region_mask": torch.arange(REGIONS) < regions[:, None],
-        "match_labels": torch.arange(rows) % classes,
-    }
-    return Batch(**{f.name: batch.get(f.name, torch.zeros(rows, dtype=torch.int64)) for f in fields(Batch)})
 
 
 def reference_scores(model: BertImgForPreTraining, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

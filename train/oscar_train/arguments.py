@@ -107,7 +107,7 @@ def _check_init(init: str) -> None:
         return
     path = Path(init)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not checkpoints(path):
             raise UsageError(f"--init {init}: {path} has no config.json; give the folder of a BERT model")
         return
     if path.exists():
@@ -120,14 +120,14 @@ def _check_init(init: str) -> None:
     hub.check(init)
 
 
-def check_model(path: Path) -> None:
-    """Refuse a FOLDER that is not that of a model, nor that of a run with checkpoints.
+def check_model(path: Path, flag: str = "FOLDER") -> None:
+    """Refuse a folder that is not that of a model, nor that of a run with checkpoints.
 
     Raises:
         UsageError: in one line.
     """
     if not path.is_dir():
-        raise UsageError(f"FOLDER {path}: {no_folder(path)}; give that of a model or of a run")
+        raise UsageError(f"{flag} {path}: {no_folder(path)}; give that of a model or of a run")
     if not any((path / name).is_file() for name in ("config.json", RECORD)) and not checkpoints(path):
         what = "a run without any checkpoint yet" if (path / RUN_FILE).is_file() else "neither a model nor a run"
-        raise UsageError(f"FOLDER {path}: {what}; give a folder with config.json or {CHECKPOINT}*")
+        raise UsageError(f"{flag} {path}: {what}; give a folder with config.json or {CHECKPOINT}*")

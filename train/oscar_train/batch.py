@@ -20,6 +20,8 @@ class Batch:
     features: float16 [B, 50, P]. z: float32 [B, 50, 6]. region_mask: bool [B, 50]. match_labels: int64 [B], of the
     objective's classes. dropout_seeds: int64 [B] in [0, 2^32). triples: int64 [B], their numbers in the corpus.
 
+    Tasks other than pre-training may have other lengths, several rows for a triple, and labels of their own.
+
     A triple whose image was skipped is in no loss: it has no regions and no text but [CLS], and its labels are -100.
     """
 

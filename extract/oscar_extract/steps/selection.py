@@ -4,7 +4,7 @@ All images of a batch are treated together, padded to the same number of proposa
 are padded as well, to `max_boxes`; how many of them count is a tensor, so that a GPU need not be waited for here.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,18 @@ class Selection:
     min_boxes: int
     max_boxes: int
     score_threshold: float
+
+
+def choose_selection(preset: Selection, *, least: int | None, most: int | None, threshold: float | None) -> Selection:
+    """Return how many regions are kept: what the preset keeps, but for what is given."""
+    return Selection(
+        **asdict(preset)
+        | {
+            "min_boxes": min(preset.min_boxes, most or preset.max_boxes) if least is None else least,
+            "max_boxes": max(preset.max_boxes, least or 0) if most is None else most,
+            "score_threshold": preset.score_threshold if threshold is None else threshold,
+        }
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

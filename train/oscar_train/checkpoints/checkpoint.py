@@ -25,7 +25,6 @@ from oscar_train.arguments import CHECKPOINT, LOGS, RECORD, checkpoints, step_of
 from oscar_train.data.texts.tokens import Tokenizer
 from oscar_train.model.oscar import OscarForPreTraining
 from oscar_train.objectives import choose_objective, choose_region_init
-from oscar_train.training.loss_guard import Guard
 
 ENTRIES = {"step", "run", "ranks", "threads", "guard", "about", "files", "seal"}  # of the record
 NEEDED = ("config.json", "model.safetensors", "optimizer.pt")  # a run cannot go on without them
@@ -39,7 +38,7 @@ class Checkpoint:
 
     run: the decisive settings and the fingerprint of the corpus. ranks, threads: how many there were, and torch had;
     another number adds up in another order and rounds differently. guard: its state. about: what an evaluation must
-    know: `tags`, the rule of the run (`oscar_train.data.texts.tags.TagRule`), and `shards`, the hashes of their manifests.
+    know: `tags`, the rule of the run (`TagRule`), and `shards`, the hashes of their manifests.
     """
 
     folder: Path
@@ -58,7 +57,7 @@ def folder(out: Path, step: int) -> Path:
 
 def identity(settings: Train) -> dict[str, Any]:
     """Return the settings that decide the numbers of a run; the others may change from one start to the next."""
-    values = {name: getattr(settings, name) for name in decisive()}
+    values = {name: getattr(settings, name) for name in decisive(type(settings))}
     values["mix"] = " ".join(map(str, settings.mix))
     values["negatives"] = choose_objective(settings).negatives
     values["region_init"] = choose_region_init(settings)
@@ -89,7 +88,7 @@ def save(
         "run": run,
         "ranks": ranks,
         "threads": torch.get_num_threads(),
-        "guard": guard or Guard(0, 0).state(),
+        "guard": guard or {"skipped": 0, "losses": []},
         "about": about or {},
     }
     with replacing_folder(place) as unfinished:

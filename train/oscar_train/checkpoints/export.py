@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig
 
+from oscar_common.device import choose_device
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.files import replacing_folder, restore_folder
 from oscar_common.progress import warn
@@ -34,7 +35,8 @@ from oscar_train.checkpoints.tensor_names import (
 )
 from oscar_train.data.texts.arrays import seal
 from oscar_train.data.texts.tokens import Tokenizer
-from oscar_train.model.oscar import oscar_config
+from oscar_train.model.oscar import OscarForPreTraining, oscar_config
+from oscar_train.tasks.classifier import head_shapes, is_classifier
 
 CONFIG = "config.json"
 SEALS = "export.json"  # size and XXH3-64 of each file of an export: what --overwrite may delete
@@ -54,6 +56,7 @@ FIXED: dict[str, object] = {
     "torchscript": False,
 }
 INSTEAD = "free some space, or give another --out"
+HEAD_FIELDS = ("num_labels", "loss_type", "classifier", "cls_hidden_scale", "num_choice")  # of a fine-tuned model
 ACTIVATIONS = ("gelu", "relu", "swish")  # that its code knows
 
 
@@ -85,22 +88,24 @@ class Model:
         return f"{REGIONS}.weight" in self.tensors
 
 
-def find(path: Path) -> Model:
-    """Read a model folder, or the newest whole checkpoint of a run folder.
+def find(path: Path, place: str = "") -> Model:
+    """Read a model folder, or the newest whole checkpoint of a run folder. place: what messages begin with.
 
     Raises:
         UsageError: neither is there, or it is no BERT.
         OperationError: it is a checkpoint that is not whole.
     """
-    made, place = _checkpoint(path), f"FOLDER {path}"
+    made, place = checkpoint_at(path), place or f"FOLDER {path}"
     folder = path if made is None else made.folder
     start = open_folder(str(path), folder, place)
     config, weights = read(start)
     position = position_of(config) if f"{REGIONS}.weight" in weights else BOX
     features = config.img_feature_dim - position if f"{REGIONS}.weight" in weights else RELEASED
     config = oscar_config(config, features, position)
-    expected = shapes(config)
-    taken = fitting(weights, expected, place) | {TIED: weights[WORDS]}
+    expected = head_shapes(config, weights) if is_classifier(weights) else shapes(config)
+    taken = fitting(weights, expected, place)
+    if TIED in expected:
+        taken[TIED] = weights[WORDS]
     return Model(
         folder=folder,
         made=made,
@@ -110,6 +115,29 @@ def find(path: Path) -> Model:
         lost=[name for name in expected if name not in taken],
         extra=[name for name in weights if name not in taken or name == TIED],
     )
+
+
+def load_checkpoint(path: str | Path, device: str = "auto") -> tuple[OscarForPreTraining, Tokenizer]:
+    """Load a trained model from disk, in evaluation mode, with its tokenizer.
+
+    Args:
+        path: a checkpoint, a run folder (its newest whole checkpoint counts), an export, or a folder of an Oscar.
+        device: auto, cpu or cuda.
+
+    Returns:
+        the model, float32, which takes what `oscar_train.pack` returns; and the tokenizer.
+
+    Raises:
+        UsageError: neither is there, or it is no whole Oscar.
+        OperationError: it is a checkpoint that is damaged.
+    """
+    stored = find(Path(path))
+    if not stored.has_regions or stored.lost:
+        raise UsageError(f"{path}: no whole Oscar; it lacks {', '.join(modules(stored.lost))}")
+
+    model = OscarForPreTraining(stored.config)
+    model.load_state_dict(stored.tensors)
+    return model.eval().to(choose_device(device)), stored.tokenizer
 
 
 def describe(model: Model) -> list[str]:
@@ -154,7 +182,8 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
         raise UsageError(f"--format oscar: microsoft/Oscar has no {model.config.hidden_act} (known: {known}); give hf")
     # Copies, as torch saves all of a memory of which a tensor may be a part
     tensors = OrderedDict((name, tensor.float().contiguous().clone()) for name, tensor in model.tensors.items())
-    tensors[TIED] = tensors[WORDS]
+    if TIED in tensors:
+        tensors[TIED] = tensors[WORDS]
     write = {"oscar": _write_oscar, "hf": _write_hf}[format]
     try:
         with replacing_folder(out) as folder:
@@ -169,7 +198,7 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
     return model
 
 
-def _checkpoint(path: Path) -> Checkpoint | None:
+def checkpoint_at(path: Path) -> Checkpoint | None:
     """Return the checkpoint that a folder is, or the newest whole one that it has; None if it is another model's."""
     check_model(path)
     if (path / CONFIG).is_file() or (path / RECORD).is_file():
@@ -223,9 +252,11 @@ def _is_foreign(out: Path) -> str:
 def _write_oscar(folder: Path, model: Model, tensors: "OrderedDict[str, Tensor]") -> None:
     """Write what microsoft/Oscar's `from_pretrained` reads. Tied weights are written once, as torch saves them."""
     config = {name: getattr(model.config, name) for name in (*BERT, *OSCAR)}
-    if named := getattr(model.config, "contrast_classes", None):
+    if is_classifier(model.tensors):
+        config |= {name: getattr(model.config, name) for name in HEAD_FIELDS}
+    elif named := getattr(model.config, "contrast_classes", None):
         config["contrast_classes"] = named
-    (folder / CONFIG).write_text(json.dumps({**config, **FIXED}, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).write_text(json.dumps({**FIXED, **config}, indent=2, sort_keys=True) + "\n")
     _write_vocabulary(folder, model.tokenizer)
     torch.save(tensors, folder / PICKLED, pickle_protocol=2, _use_new_zipfile_serialization=False)
 
@@ -242,7 +273,8 @@ def _write_hf(folder: Path, model: Model, tensors: "OrderedDict[str, Tensor]") -
     """Write what a checkpoint has but for its optimizer. Tied weights are written twice: shared ones are refused."""
     model.config.to_json_file(folder / CONFIG, use_diff=False)
     model.tokenizer.save(folder)
-    save_file(tensors | {TIED: tensors[TIED].clone()}, folder / SAFETENSORS, metadata={"format": "pt"})
+    tied = {TIED: tensors[TIED].clone()} if TIED in tensors else {}
+    save_file(tensors | tied, folder / SAFETENSORS, metadata={"format": "pt"})
 
 
 def _format(model: Model) -> str:
@@ -253,6 +285,8 @@ def _format(model: Model) -> str:
 
 
 def _classes(config: Any) -> str:
+    if hasattr(config, "loss_type"):
+        return f"{config.num_labels:,} of a fine-tuned head ({config.classifier}, {config.loss_type})"
     names = ", ".join(classes_of(config)) or "of unknown names"
     told = "" if getattr(config, "contrast_classes", None) else ", as in the releases"
     return f"{config.num_contrast_classes} ({names}{told})"

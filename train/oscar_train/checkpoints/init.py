@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig
 
 from oscar_common.errors import UsageError, reason
-from oscar_train.arguments import RANDOM
+from oscar_train.arguments import RANDOM, checkpoints
 from oscar_train.batch import BOX, MAX_TOKENS
+from oscar_train.checkpoints.checkpoint import whole
 from oscar_train.checkpoints.hub import fetch
 from oscar_train.checkpoints.tensor_names import (
     HEAD,
@@ -58,7 +59,25 @@ def open_init(init: str) -> Start:
         tokenizer = load_tokenizer(None)
         config = random_config(init[len(RANDOM) :], tokenizer.size)
         return Start(name=init, place=place, folder=None, config=config, tokenizer=tokenizer)
-    return open_folder(init, Path(init) if Path(init).is_dir() else fetch(init, (SAFETENSORS, PICKLED), FILES), place)
+    folder = Path(init) if Path(init).is_dir() else fetch(init, (SAFETENSORS, PICKLED), FILES)
+    return open_folder(init, newest_model(folder, place), place)
+
+
+def newest_model(folder: Path, place: str) -> Path:
+    """Return the folder of a model: the one given, or the newest whole checkpoint of a run.
+
+    Raises:
+        UsageError: it is a run without any whole checkpoint.
+    """
+    if (folder / "config.json").is_file() or not checkpoints(folder):
+        return folder
+    damages: list[str] = []
+    for checkpoint in checkpoints(folder):
+        try:
+            return whole(checkpoint).folder
+        except ValueError as error:
+            damages.append(f"{checkpoint} is damaged ({error})")
+    raise UsageError(f"{place}: {damages[0]} and no other checkpoint is whole")
 
 
 def open_folder(name: str, folder: Path, place: str) -> Start:
@@ -87,8 +106,9 @@ def build(
     image_layernorm: bool = False,
     position: int | None = None,
     attention_dropout: float | None = None,
-    begin: Callable[[OscarForPreTraining], str] | None = None,
-) -> tuple[OscarForPreTraining, str]:
+    begin: Callable[[Any], str] | None = None,
+    network: Callable[[BertConfig], Any] = OscarForPreTraining,
+) -> tuple[Any, str]:
     """Make the model, and say in one line what was filled from where, what is random and what was not used.
 
     Args:
@@ -101,6 +121,7 @@ def build(
         position: how many numbers of z the model takes, 4 or 6; None is what the folder's does, else 6.
         attention_dropout: share of attention weights that are set to 0 in training; None is the folder's.
         begin: sets the embedding of regions, where the folder has none for these, and says to what.
+        network: makes the model of a configuration, with random weights.
 
     Raises:
         UsageError: the weights cannot be read, have other shapes than the configuration says, or take another number
@@ -114,7 +135,7 @@ def build(
     if attention_dropout is not None:
         config.attention_probs_dropout_prob = attention_dropout
     torch.manual_seed(seed)
-    model = OscarForPreTraining(oscar_config(config, feature_dim, position))
+    model = network(oscar_config(config, feature_dim, position))
     total = f"{start.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
     if start.folder is None:
         filled, line = set(), f"{total}, all random"
@@ -166,7 +187,7 @@ def read(start: Start) -> tuple[BertConfig, dict[str, Tensor]]:
     return config, weights
 
 
-def fill(model: OscarForPreTraining, weights: dict[str, Tensor], place: str) -> set[str]:
+def fill(model: nn.Module, weights: dict[str, Tensor], place: str) -> set[str]:
     """Copy weights into a model by name; return the names that were filled. See `fitting`."""
     own = _tensors(model)
     taken = fitting(weights, {name: tensor.shape for name, tensor in own.items()}, place)
@@ -175,7 +196,7 @@ def fill(model: OscarForPreTraining, weights: dict[str, Tensor], place: str) -> 
     return {*taken, TIED}
 
 
-def differences(model: OscarForPreTraining, weights: dict[str, Tensor], filled: set[str]) -> list[str]:
+def differences(model: nn.Module, weights: dict[str, Tensor], filled: set[str]) -> list[str]:
     """Say what was not in the file, what has another shape there, and what else it has; every tensor is told."""
     own = _tensors(model)
     lost = own.keys() - filled
@@ -217,7 +238,7 @@ def _order_classes(config: Any, weights: dict[str, Tensor], classes: tuple[str, 
     config.num_contrast_classes, config.contrast_classes = len(classes), list(classes)
 
 
-def _tensors(model: OscarForPreTraining) -> dict[str, Tensor]:
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return model.state_dict(keep_vars=True)
 
 

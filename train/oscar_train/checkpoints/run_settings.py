@@ -6,17 +6,18 @@ The file is a recipe, too: `oscar-train --recipe RUN/run.yaml` begins another ru
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from oscar_common.config import parse, read_yaml
 from oscar_common.errors import UsageError
 from oscar_common.files import no_folder, replacing
-from oscar_common.settings import Train, paths
+from oscar_common.settings import Finetune, Train, paths
 from oscar_train.arguments import RUN_FILE, checkpoints
 
 FILE, VOCABULARY = RUN_FILE, "tag_vocabulary.txt"
+S = TypeVar("S", bound=Train)
 
 
 def write_settings(out: Path, settings: Train) -> None:
@@ -27,14 +28,15 @@ def write_settings(out: Path, settings: Train) -> None:
         with replacing(out / VOCABULARY) as file:
             file.write(content)
         values["tag_vocabulary"] = str(out / VOCABULARY)
-    values |= {name: _each(values[name], lambda path: str(path.resolve())) for name in paths()}
+    values |= {name: _each(values[name], lambda path: str(path.resolve())) for name in paths(type(settings))}
     values |= {"recipe": None, "overwrite": False}  # what a recipe said is among the values
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     with replacing(out / FILE) as file:
-        file.write(f"# Settings of this run: oscar-train --resume {out}\n{text}".encode())
+        command = f"oscar-finetune {settings.task}" if isinstance(settings, Finetune) else "oscar-train"
+        file.write(f"# Settings of this run: {command} --resume {out}\n{text}".encode())
 
 
-def resumed(folder: Path) -> Train:
+def resumed(folder: Path, schema: type[S] = Train) -> S:  # type: ignore[assignment]  # S is Train then
     """Return the settings of a run folder, which may have been moved.
 
     What they name and is no longer there is looked for where it was as seen from the run folder: a folder moved
@@ -53,19 +55,25 @@ def resumed(folder: Path) -> Train:
             f"--resume {folder}: {path} is {'cut' if content else 'empty'}: it names no shards; give the command that "
             "began the run instead, which writes it anew"
         )
-    settings = parse(Train, content, str(path))
+    settings = parse(schema, content, str(path))
     before = settings.out or str(folder)
 
     def moved(path: Path) -> str:
         found = folder / os.path.relpath(path, before) if path.is_absolute() else path
         return str(found.resolve() if not path.exists() and found.exists() else path)
 
-    values = {name: _each(getattr(settings, name), moved, missing=True) for name in paths()}
+    values = {name: _each(getattr(settings, name), moved, missing=True) for name in paths(schema)}
     if checkpoints(folder):
         values["init"] = settings.init  # is not needed any more, and its name is that of the run
     if values["cache"] and not Path(values["cache"]).exists():
         values["cache"] = None  # it was another machine's
     return dataclasses.replace(settings, **{**values, "out": str(folder), "overwrite": False})
+
+
+def schema_of(folder: Path) -> type[Train]:
+    """Return the schema of a run folder's settings: those of a fine-tuning name its task."""
+    content = read_yaml(folder / FILE, "--resume")
+    return Finetune if isinstance(content, dict) and "task" in content else Train
 
 
 def own_shards(path: Path) -> list[str]:
@@ -76,7 +84,7 @@ def own_shards(path: Path) -> list[str]:
     """
     for folder in (path, path.resolve().parent):
         if (folder / FILE).is_file():
-            settings = resumed(folder)
+            settings: Train = resumed(folder, schema_of(folder))
             if settings.eval_shards or settings.eval_fraction:
                 return settings.eval_shards or settings.shards
             own = " ".join(f"--shards {place}" for place in settings.shards)

@@ -20,6 +20,7 @@ WORDS = "bert.embeddings.word_embeddings.weight"
 TIED = "cls.predictions.decoder.weight"
 COPIES = {TIED: WORDS, "cls.predictions.decoder.bias": "cls.predictions.bias"}
 HEAD, IMAGE_NORM, REGIONS = "cls.seq_relationship", "bert.LayerNorm", "bert.img_embedding"
+CLASSIFIER = "classifier."  # the head of a fine-tuned model
 BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")  # that some versions saved
 RENAMED = (
     (r"^module\.", ""),
@@ -80,7 +81,7 @@ def fitting(weights: dict[str, Tensor], expected: dict[str, torch.Size], place: 
             raise UsageError(f"{place}: {name} is {tensor.dtype}; give weights that are not quantised")
         if tensor.shape == shape:
             taken[name] = tensor
-        elif not name.startswith((REGIONS, HEAD)):
+        elif not name.startswith((REGIONS, HEAD, CLASSIFIER)):
             raise UsageError(f"{place}: {name} is {list(tensor.shape)}, but config.json says {list(shape)}")
     return taken
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ import numpy.typing as npt
 from oscar_common.errors import UsageError
 from oscar_common.files import ASIDE, TEMPORARY, digest, hold, release, replacing_folder, restore_folder, temporary
 from oscar_common.progress import warn
+from oscar_train.batch import MAX_TEXT
 from oscar_train.data.sources import FLAG, Source
 from oscar_train.data.texts.arrays import mapped, seal
 from oscar_train.data.texts.collection import collect
+from oscar_train.data.texts.phrases import QA
 from oscar_train.data.texts.ragged import Ints, Ragged
 from oscar_train.data.texts.tags import DETECTED, TagRule
 from oscar_train.data.texts.tokens import Tokenizer
@@ -108,6 +111,13 @@ class Corpus:
         """How many images have no text, and so are in no triple."""
         return len(self.images.shard) - 1 - int(np.count_nonzero(np.diff(self.image)))  # triples of an image adjoin
 
+    @cached_property
+    def tag_rows(self) -> Ints:
+        """The row of `second` that has the tags of each image, int64 [N]: all rows but those of answers."""
+        of_images = np.ones(len(self.second), bool)
+        of_images[self.second_row[self.kind == QA]] = False
+        return np.flatnonzero(of_images)
+
     def key(self, image: int) -> str:
         """Return the key of an image."""
         return self.keys[image].tobytes().decode()
@@ -130,21 +140,25 @@ def open_corpus(
     texts: Sequence[Path] = (),
     skip_corrupt: bool = False,
     tags: TagRule = DETECTED,
+    width: int = MAX_TEXT,
 ) -> Corpus:
     """Map the corpus of some sources from the cache, made now if it is not there. One process makes it, others wait.
+
+    Args:
+        width: how many tokens of w and q together a row has room for.
 
     Raises:
         UsageError: no image has a text; an index is missing, damaged or not what the contract allows; no tag is in the
             vocabulary; the cache cannot be written.
     """
-    folder = cache / "corpus" / _name(sources, tokenizer, texts, tags)
+    folder = cache / "corpus" / _name(sources, tokenizer, texts, tags, width)
     meta = _whole(folder)
     if meta is None:
         with _alone(folder):
             restore_folder(folder)
             meta = _whole(folder)  # another process may have made it meanwhile
             if meta is None:
-                meta = _make(folder, sources, tokenizer, texts, skip_corrupt, tags)
+                meta = _make(folder, sources, tokenizer, texts, skip_corrupt, tags, width)
     if meta["left_out"] and not skip_corrupt:
         raise UsageError(f"{FLAG}: {meta['left_out'][0]}; or go on without it: --skip-corrupt")
     for line in meta["left_out"]:
@@ -158,20 +172,27 @@ def open_corpus(
 
 
 def _make(
-    folder: Path, sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], skip_corrupt: bool, tags: TagRule
+    folder: Path,
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    texts: Sequence[Path],
+    skip_corrupt: bool,
+    tags: TagRule,
+    width: int,
 ) -> dict[str, Any]:
     """Make a corpus in the cache, whole or not at all, and return what is said of it."""
     with replacing_folder(folder) as unfinished:
-        meta = collect(unfinished, sources, tokenizer, texts, skip_corrupt, tags)
+        meta = collect(unfinished, sources, tokenizer, texts, skip_corrupt, tags, width)
         meta["files"] = {path.name: seal(path) for path in sorted(unfinished.glob("*.npy"))}
         (unfinished / META).write_text(json.dumps(meta, indent=1) + "\n")
     return meta
 
 
-def _name(sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], tags: TagRule) -> str:
+def _name(sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], tags: TagRule, width: int) -> str:
     """Return a name that changes with the tokenizer, the indexes, the texts and the rule, but not with their place."""
     overlays = [seal(path) for path in texts]
-    return digest((FORMAT, tokenizer.fingerprint, [source.stamp for source in sources], overlays, tags))
+    content = (FORMAT, tokenizer.fingerprint, [source.stamp for source in sources], overlays, tags)
+    return digest(content if width == MAX_TEXT else (*content, width))
 
 
 def _whole(folder: Path) -> dict[str, Any] | None:

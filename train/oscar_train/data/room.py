@@ -7,8 +7,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from oscar_train.batch import BOX, IGNORED, MAX_REGIONS, MAX_TOKENS, Batch
+from oscar_train.batch import BOX, IGNORED, Batch
 from oscar_train.data.reading.regions import RegionReader, Slots, make_slots
+from oscar_train.data.sampling.shape import PAIR, Shape
 from oscar_train.data.sampling.triples import TextBatch
 from oscar_train.data.texts.ragged import Ints
 from oscar_train.data.texts.tokens import Tokenizer
@@ -33,40 +34,41 @@ class Room:
         )
 
 
-def make_room(size: int, feature_dim: int, pin: bool = False) -> Room:
+def make_room(size: int, feature_dim: int, pin: bool = False, shape: Shape = PAIR) -> Room:
     """Make room for a batch of `size` triples; pinned for copies to a GPU, or not."""
 
-    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.zeros((size, *shape), dtype=dtype, pin_memory=pin)
+    def empty(dtype: torch.dtype, *lengths: int) -> Tensor:
+        return torch.zeros((size * shape.rows, *lengths), dtype=dtype, pin_memory=pin)
 
     batch = Batch(
-        **{name: empty(torch.int64, MAX_TOKENS) for name in ("input_ids", "token_type_ids", "mlm_labels")},
+        **{name: empty(torch.int64, shape.tokens) for name in ("input_ids", "token_type_ids", "mlm_labels")},
         **{name: empty(torch.int64) for name in ("match_labels", "dropout_seeds", "triples")},
-        attention_mask=empty(torch.bool, MAX_TOKENS),
-        features=empty(torch.float16, MAX_REGIONS, feature_dim),
-        z=empty(torch.float32, MAX_REGIONS, BOX),
-        region_mask=empty(torch.bool, MAX_REGIONS),
+        attention_mask=empty(torch.bool, shape.tokens),
+        features=empty(torch.float16, shape.regions, feature_dim),
+        z=empty(torch.float32, shape.regions, BOX),
+        region_mask=empty(torch.bool, shape.regions),
     )
     return Room(batch=batch, slots=make_slots(batch.features.numpy()))
-
-
-def row_bytes(feature_dim: int) -> int:
-    """Return the bytes that a triple takes in a room, but for a few hundred."""
-    return 2 * MAX_REGIONS * feature_dim
 
 
 def put_regions(reader: RegionReader, images: Ints, room: Room) -> None:
     """Complete the regions of images whose features and boxes were read into a room."""
     reader.z(images, room.slots, room.batch.z.numpy())
-    np.less(np.arange(MAX_REGIONS), room.slots.counts[:, None], out=room.batch.region_mask.numpy())
+    mask = room.batch.region_mask.numpy()
+    np.less(np.arange(mask.shape[1]), room.slots.counts[:, None], out=mask)
 
 
-def put_text(text: TextBatch, room: Room, tokenizer: Tokenizer) -> None:
-    """Put the text of as many triples as a room has rows into it; those whose image was skipped are left out."""
+def put_text(text: TextBatch, room: Room, tokenizer: Tokenizer, rows: int = 1) -> None:
+    """Put the text of as many rows as a room has into it; triples of which an image was skipped are left out.
+
+    Args:
+        rows: of a triple.
+    """
     for f in fields(TextBatch):
         getattr(room.batch, f.name).numpy()[:] = getattr(text, f.name)
     if not room.slots.readable.all():
-        _leave_out(room.batch, ~room.slots.readable, tokenizer)
+        whole = room.slots.readable.reshape(-1, rows).all(1)
+        _leave_out(room.batch, ~np.repeat(whole, rows), tokenizer)
 
 
 def _leave_out(batch: Batch, rows: npt.NDArray[np.bool_], tokenizer: Tokenizer) -> None:
@@ -77,3 +79,8 @@ def _leave_out(batch: Batch, rows: npt.NDArray[np.bool_], tokenizer: Tokenizer) 
     batch.attention_mask.numpy()[rows, 0] = True  # a row without anything to see would be no number
     for labels in (batch.mlm_labels, batch.match_labels):
         labels.numpy()[rows] = IGNORED
+
+
+def triple_bytes(feature_dim: int, shape: Shape = PAIR) -> int:
+    """Return the bytes that a triple takes in a room, but for a few hundred."""
+    return 2 * shape.rows * shape.regions * feature_dim

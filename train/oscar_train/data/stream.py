@@ -9,7 +9,7 @@ from dataclasses import fields
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from oscar_train.data.reading.tars import Tars, check_window
 from oscar_train.data.room import Room, make_room, put_regions, put_text
 from oscar_train.data.sampling.negatives import make_pools
 from oscar_train.data.sampling.order import Order
+from oscar_train.data.sampling.shape import PAIR, Shape
 from oscar_train.data.sampling.triples import TextBatch, assemble
 from oscar_train.data.sources import Source, check_together, open_source
 from oscar_train.data.texts.ragged import Ints
@@ -38,6 +39,21 @@ THREADS = 8  # that make batches, at most, unless more are asked for
 LEAST = 128  # rows of a batch that are worth a thread of their own: numpy is slow with fewer
 WINDOW = 64  # shards that are shuffled together
 SLICE = 4096  # triples after which it is looked whether other shards are needed
+
+Only = npt.NDArray[np.integer[Any]] | None  # the triples that there are, rising; None: all of a corpus
+
+
+class Composer(Protocol):
+    """Makes rows of triples: a pure function, which several threads may call at once."""
+
+    def __call__(self, triples: Ints, seed: int, epoch: int, place: int) -> tuple[TextBatch, Ints]:
+        """Return the text of the rows of triples, and the image whose regions each row shows, int64 [rows].
+
+        Args:
+            triples: int64 [n], which stand at `place`, `place + 1`, ... of an epoch's order.
+            seed, epoch, place: what random numbers are drawn for; see `oscar_train.data.sampling.philox.words`.
+        """
+        ...
 
 
 class Stream:
@@ -56,6 +72,8 @@ class Stream:
         weights: of the corpus' sources; all 1 if none are given.
         window: shards that are shuffled together.
         only: the triples that there are, and that texts are drawn from, rising; None: all of the corpus.
+        shape: of a triple's rows.
+        composer: makes them, for a task other than the objective's: a function of (corpus, weights, only).
         rank, ranks: r and R; B is a multiple of R.
         threads: that make batches.
         pin: whether batches lie in pinned memory.
@@ -71,7 +89,9 @@ class Stream:
         objective: Objective = OSCAR,
         weights: Sequence[Fraction] = (),
         window: int = WINDOW,
-        only: npt.NDArray[np.integer[Any]] | None = None,
+        only: Only = None,
+        shape: Shape = PAIR,
+        composer: Callable[[Corpus, Sequence[Fraction], Only], Composer] | None = None,
         rank: int = 0,
         ranks: int = 1,
         threads: int = 1,
@@ -82,8 +102,8 @@ class Stream:
         weights = tuple(weights) or (Fraction(1),) * len(corpus.sources)
         self.corpus, self.reader, self.seed, self.batch_size, self.pin = corpus, reader, seed, batch_size, pin
         self.size, self.threads, self.objective = batch_size // ranks, threads, objective
-        self._first, self.only = rank * self.size, only
-        self._pools = make_pools(corpus, weights, objective, only)
+        self._first, self.only, self.shape = rank * self.size, only, shape
+        self._compose = composer(corpus, weights, only) if composer else pairs(corpus, weights, objective, only)
         starts = corpus.shard_triples if only is None else np.searchsorted(only, corpus.shard_triples)
         self._order = Order(seed, starts, corpus.source_shards, weights, window)
 
@@ -95,7 +115,7 @@ class Stream:
 
     def room(self) -> Room:
         """Make room for a batch."""
-        return make_room(self.size, self.corpus.feature_dim, self.pin)
+        return make_room(self.size, self.corpus.feature_dim, self.pin, self.shape)
 
     @property
     def rooms(self) -> int:
@@ -129,7 +149,7 @@ class Stream:
 
     def text(self, step: int) -> TextBatch:
         """Return the text of a step's triples."""
-        return self._text(self._position(step), self.size)
+        return self._rows(self._position(step), self.size)[0]
 
     def batch(self, step: int, room: Room) -> Batch:
         """Return the batch of a step, which lies in `room`."""
@@ -158,25 +178,28 @@ class Stream:
     def _triples(self, position: int, count: int) -> Ints:
         return np.concatenate([triples for _, _, triples in self._segments(position, count)])
 
-    def _text(self, position: int, count: int) -> TextBatch:
+    def _rows(self, position: int, count: int) -> tuple[TextBatch, Ints]:
+        """Return the text of the rows of some triples, and their images."""
         parts = [
-            assemble(self.corpus, self._pools, self.objective, triples, self.seed, epoch, place)
-            for epoch, place, triples in self._segments(position, count)
+            self._compose(triples, self.seed, epoch, place) for epoch, place, triples in self._segments(position, count)
         ]
-        return TextBatch(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(TextBatch)})
+        texts, images = zip(*parts, strict=True)
+        joined = {f.name: np.concatenate([getattr(text, f.name) for text in texts]) for f in fields(TextBatch)}
+        return TextBatch(**joined), np.concatenate(images)
 
-    def _read(self, position: int, room: Room) -> Ints:
-        """Read the features of as many triples as `room` has rows; return their images."""
-        triples = self._triples(position, len(room))
-        room.batch.triples.numpy()[:] = triples
-        images: Ints = self.corpus.image[triples]
-        self.reader.read(images, room.slots)
-        return images
+    def _read(self, position: int, room: Room) -> None:
+        """Read the features of as many triples as there is room for, each of its own image."""
+        images = self.corpus.image[self._triples(position, len(room) // self.shape.rows)]
+        self.reader.read(np.repeat(images, self.shape.rows), room.slots)
 
     def _make(self, position: int, room: Room) -> None:
-        """Make as many triples as `room` has rows."""
-        put_regions(self.reader, self._read(position, room), room)
-        put_text(self._text(position, len(room)), room, self.corpus.tokenizer)
+        """Make as many triples as there is room for."""
+        count = len(room) // self.shape.rows
+        room.batch.triples.numpy()[:] = np.repeat(self._triples(position, count), self.shape.rows)
+        text, images = self._rows(position, count)
+        self.reader.read(images, room.slots)
+        put_regions(self.reader, images, room)
+        put_text(text, room, self.corpus.tokenizer, self.shape.rows)
 
     def _ahead(self, make: Callable[[int, Room], object], first: int, end: int) -> Iterator[Room]:
         """Yield the rooms of steps, filled by several threads.
@@ -187,7 +210,8 @@ class Stream:
         depth = self.rooms - 1
         edges = [self.size * part // self._parts for part in range(self._parts + 1)]
         rooms = [self.room() for _ in range(self.rooms)]
-        pieces = [[(begin, room.rows(begin, end)) for begin, end in pairwise(edges)] for room in rooms]
+        rows = self.shape.rows
+        pieces = [[(begin, room.rows(begin * rows, end * rows)) for begin, end in pairwise(edges)] for room in rooms]
         with (
             self.reader.tars.reading(),  # until the makers are gone, whom the end of fetching stops
             ThreadPoolExecutor(self.threads, "stream") as makers,
@@ -238,6 +262,16 @@ class Stream:
         return list(needed)
 
 
+def pairs(corpus: Corpus, weights: Sequence[Fraction], objective: Objective, only: Only) -> Composer:
+    """Return what makes the rows of pre-training: one of each triple, beside the regions of its own image."""
+    pools = make_pools(corpus, weights, objective, only)
+
+    def compose(triples: Ints, seed: int, epoch: int, place: int) -> tuple[TextBatch, Ints]:
+        return assemble(corpus, pools, objective, triples, seed, epoch, place), corpus.image[triples]
+
+    return compose
+
+
 @contextmanager
 def open_stream(
     shards: Sequence[str | Source],
@@ -250,7 +284,9 @@ def open_stream(
     texts: Sequence[str] = (),
     mix: Sequence[float] = (),
     window: int = WINDOW,
-    only: Callable[[Corpus], npt.NDArray[np.integer[Any]] | None] = lambda corpus: None,
+    only: Callable[[Corpus], Only] = lambda corpus: None,
+    shape: Shape = PAIR,
+    composer: Callable[[Corpus, Sequence[Fraction], Only], Composer] | None = None,
     rank: int = 0,
     ranks: int = 1,
     threads: int | None = None,
@@ -270,6 +306,7 @@ def open_stream(
         texts: overlays made by `oscar-shards texts`.
         mix: a weight for each folder.
         only: chooses the triples, as `Stream` takes them.
+        shape, composer: of another task than the objective's, as `Stream` takes them.
         threads: that make batches; unless it is said, one for each core that the ranks of this machine leave, at most
             8.
         cache, cache_size: folder for token ids and fetched shards, and the most GB of these.
@@ -282,7 +319,13 @@ def open_stream(
     check_together(sources)
     overlays = [Path(file) for file in texts]
     corpus = open_corpus(
-        sources, tokenizer or load_tokenizer(None), folder, overlays, skip_corrupt, tags=tags or DETECTED
+        sources,
+        tokenizer or load_tokenizer(None),
+        folder,
+        overlays,
+        skip_corrupt,
+        tags=tags or DETECTED,
+        width=shape.text,
     )
     remote = any(source.remote is not None for source in sources)
     tars = Tars(corpus, ShardCache(folder, round(cache_size * 1e9)) if remote else None)
@@ -298,6 +341,8 @@ def open_stream(
         weights=weights,
         window=window,
         only=only(corpus),
+        shape=shape,
+        composer=composer,
         rank=rank,
         ranks=ranks,
         threads=threads or _threads(ranks),

@@ -8,6 +8,7 @@ import click
 
 from oscar_common import __version__
 from oscar_common.cli import PATH, Command, examples, run
+from oscar_common.errors import UsageError
 from oscar_common.files import check_output_file
 from oscar_common.progress import say_next
 from oscar_common.settings import DEVICES, OBJECTIVES, PRECISIONS
@@ -18,8 +19,8 @@ HELP = """Ask a model about images that it was not trained on.
 
 FOLDER is a run of oscar-train (its newest whole checkpoint counts), a checkpoint, an export, or the folder of an Oscar.
 Masked tokens (words, tags and answers), the contrastive head (each class) and retrieval (texts find images and images
-texts, by the head's "matched") are measured. The numbers are a function of the checkpoint and the shards alone, so
-those of two models compare; a --seed draws other questions.
+texts, by the head's "matched") are measured. A model of oscar-finetune is asked what its task asks. The numbers are a
+function of the checkpoint and the shards alone, so those of two models compare; a --seed draws other questions.
 
 Of shards that the model was trained on, only the images that --eval-fraction held out are asked about.
 """
@@ -55,6 +56,7 @@ _examples = partial(examples, "oscar-evaluate")
     help="Measure again with this of another image: what rests on it must fall. May be given again.",
 )
 @click.option("--controls", is_flag=True, help="All of --shuffle, side by side.")
+@click.option("--annotations", multiple=True, help="VQA's annotations (.json), for a model fine-tuned for it.")
 @click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write the numbers to a file, too.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --json even if this command did not write it.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), help="What is replaced. [default: as it was trained]")
@@ -73,6 +75,15 @@ def command(
         check_output_file(flags["json_file"], "--json", mark=MARK, overwrite=overwrite)
     check_model(path)
     places = shards or tuple(own_shards(path))
+    from oscar_train.tasks.evaluate import evaluate_task, task_of
+
+    if (task := task_of(path)) is not None:
+        if shuffle or controls or flags["objective"]:
+            pretraining_flags = "--shuffle, --controls, --objective"
+            raise UsageError(f"{pretraining_flags}: FOLDER {path} is fine-tuned for {task}; leave them out")
+        evaluate_task(path, task, places, flags.pop("annotations"), flags)
+        return
+    del flags["annotations"]
     from oscar_train.evaluation.evaluate import Asked, evaluate
 
     shuffles = SHUFFLES if controls else tuple(dict.fromkeys(shuffle))

@@ -110,7 +110,7 @@ def opened(model: Model, sources: list[Source], objective: Objective, given: Ask
         sources,
         tokenizer=model.tokenizer,
         objective=objective,
-        tags=_rule(about),
+        tags=tag_rule_of(about),
         cache=given.cache,
         skip_corrupt=given.skip_corrupt,
     ) as stream:
@@ -119,7 +119,7 @@ def opened(model: Model, sources: list[Source], objective: Objective, given: Ask
         yield make_exam(corpus, reader, objective, only, triples=given.triples, images=given.images, seed=given.seed)
 
 
-def _rule(about: dict[str, Any]) -> TagRule:
+def tag_rule_of(about: dict[str, Any]) -> TagRule:
     """Return the rule for tags that a model was trained with."""
     said = dict(about.get("tags", {}))
     vocabulary = said.pop("vocabulary", None)

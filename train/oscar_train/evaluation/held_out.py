@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from oscar_common.errors import UsageError
 from oscar_train.data.corpus import Corpus, Images
+from oscar_train.data.texts.phrases import CAPTION, QA
 from oscar_train.data.texts.ragged import Ints
 
 Array = npt.NDArray[Any]
@@ -80,6 +81,24 @@ def apart(corpus: Corpus, others: Images) -> Array | None:
         raise UsageError("--eval-shards: all images of --shards are in them, too; nothing is left to train on")
     _check_sources(corpus, left, "--eval-shards")
     return left
+
+
+def of_kind(corpus: Corpus, kind: int | None, only: Array | None, flag: str) -> Array | None:
+    """Return those of some triples (None: all) that are captions, or questions, rising; None if that is all.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if kind is None:
+        return only
+    kinds = np.asarray(corpus.kind) if only is None else corpus.kind[only]
+    if (kinds == kind).all():
+        return only
+    some = np.flatnonzero(kinds == kind).astype(np.int32) if only is None else only[kinds == kind]
+    if not len(some):
+        names = {CAPTION: "caption", QA: "question"}
+        raise UsageError(f"{flag}: no image has a {names[kind]}; give other shards, or texts with --texts")
+    return some
 
 
 def _check_sources(corpus: Corpus, trained: Array, flag: str) -> None:

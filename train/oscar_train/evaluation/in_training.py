@@ -14,9 +14,8 @@ from oscar_train.data.sources import Source
 from oscar_train.data.stream import Stream, open_stream
 from oscar_train.data.texts.tags import TagRule
 from oscar_train.data.texts.tokens import Tokenizer
-from oscar_train.evaluation.held_out import apart, asked, split
-from oscar_train.evaluation.questions import Exam, make_exam
-from oscar_train.objectives import choose_objective
+from oscar_train.evaluation.held_out import apart, asked, of_kind, split
+from oscar_train.tasks.task import Evaluation, Task
 
 
 @dataclass(frozen=True)
@@ -24,38 +23,38 @@ class HeldOut:
     """What a run holds out. beside: the stream of --eval-shards, None where there are none."""
 
     settings: Train
+    task: Task
     beside: Stream | None
 
     def trained(self, corpus: Corpus) -> npt.NDArray[np.integer[Any]] | None:
         """Return the triples of --shards that are trained on, rising; None: all."""
         if self.beside is not None:
-            return apart(corpus, self.beside.corpus.images)
-        return split(corpus, self.settings.eval_fraction).trained if self.settings.eval_fraction else None
+            trained = apart(corpus, self.beside.corpus.images)
+        else:
+            trained = split(corpus, self.settings.eval_fraction).trained if self.settings.eval_fraction else None
+        return of_kind(corpus, self.task.kind, trained, "--shards")
 
-    def exam(self, stream: Stream) -> Exam | None:
+    def evaluation(self, stream: Stream) -> Evaluation | None:
         """Return what is asked, None if nothing is held out. stream: that of training."""
         if self.beside is None and not self.settings.eval_fraction:
             return None
         source = stream if self.beside is None else self.beside
         partly = [self.beside is None] * len(source.corpus.sources)
-        return make_exam(
-            source.corpus,
-            source.reader,
-            choose_objective(self.settings),
-            asked(source.corpus, partly, self.settings.eval_fraction),
-            triples=self.settings.eval_triples,
-            images=self.settings.eval_images,
-        )
+        only = asked(source.corpus, partly, self.settings.eval_fraction)
+        flag = "--eval-fraction" if self.beside is None else "--eval-shards"
+        return self.task.evaluation(source.corpus, source.reader, of_kind(source.corpus, self.task.kind, only, flag))
 
 
 @contextmanager
-def holding_out(settings: Train, sources: Sequence[Source], tags: TagRule, tokenizer: Tokenizer) -> Iterator[HeldOut]:
+def holding_out(
+    settings: Train, sources: Sequence[Source], tags: TagRule, tokenizer: Tokenizer, task: Task
+) -> Iterator[HeldOut]:
     """Open what is held out beside --shards. sources: those of --eval-shards."""
     opened = (
         open_asked(
             sources,
             tokenizer=tokenizer,
-            objective=choose_objective(settings),
+            shape=task.shape,
             tags=tags,
             cache=settings.cache,
             cache_size=settings.cache_size,
@@ -65,7 +64,7 @@ def holding_out(settings: Train, sources: Sequence[Source], tags: TagRule, token
         else nullcontext()
     )
     with opened as beside:
-        yield HeldOut(settings, beside)
+        yield HeldOut(settings, task, beside)
 
 
 @contextmanager

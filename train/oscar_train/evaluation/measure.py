@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from oscar_train.batch import IGNORED, Batch
@@ -14,7 +14,6 @@ from oscar_train.data.room import make_room
 from oscar_train.data.texts.phrases import CAPTION
 from oscar_train.data.texts.ragged import Ints
 from oscar_train.evaluation.questions import Exam
-from oscar_train.model.oscar import OscarForPreTraining
 from oscar_train.model.packing import pack
 from oscar_train.objectives import MATCHED, WRONG_Q, WRONG_W
 from oscar_train.ranks import Ranks
@@ -22,7 +21,7 @@ from oscar_train.ranks import Ranks
 SIDES = ("words", "tags", "answers")  # what a masked token belongs to
 RANKS = (1, 5, 10)
 
-Forward = Callable[[Batch], tuple[Tensor, Tensor]]
+Forward = Callable[[Batch], Any]
 
 
 class Interrupted(Exception):
@@ -33,7 +32,8 @@ class Interrupted(Exception):
 class Answering:
     """Who answers.
 
-    forward: scores of a batch's masked tokens [M, vocabulary] and pairs [B, classes], on the ranks' device.
+    forward: scores of a batch, on the ranks' device; in pre-training those of masked tokens [M, vocabulary] and of
+    pairs [B, classes].
     size: rows of a batch. stopped: asked after each batch whether to go on.
     """
 
@@ -42,28 +42,32 @@ class Answering:
     size: int
     stopped: Callable[[], bool] = lambda: False
 
-    def shares(self, count: int) -> Iterator[tuple[int, int]]:
+    def shares(self, count: int, size: int | None = None) -> Iterator[tuple[int, int]]:
         """Yield (begin, end) of this rank's batches of so many rows; all ranks end together.
+
+        Args:
+            count: rows of all ranks.
+            size: rows of a batch, if not `self.size`.
 
         Raises:
             Interrupted: a rank was told to stop.
         """
-        for number in range(0, -(-count // self.size), self.ranks.size):
+        size = size or self.size
+        for number in range(0, -(-count // size), self.ranks.size):
             stopping = torch.tensor(float(self.stopped()), device=self.ranks.device)
             if self.ranks.total(stopping):
                 raise Interrupted
-            begin = (number + self.ranks.rank) * self.size
+            begin = (number + self.ranks.rank) * size
             if begin < count:
-                yield begin, min(begin + self.size, count)
+                yield begin, min(begin + size, count)
 
 
-def answer(model: OscarForPreTraining, precision: str, batch: Batch) -> tuple[Tensor, Tensor]:
+def answer(model: nn.Module, precision: str, batch: Batch) -> Any:
     """Return a model's scores of a batch, for `Answering.forward`."""
     model.eval()
-    device = model.cls.predictions.bias.device
+    device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        words, pairs = model(pack(batch, device))
-    return words, pairs
+        return model(pack(batch, device))
 
 
 def names(exam: Exam) -> list[str]:

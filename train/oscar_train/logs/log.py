@@ -58,16 +58,28 @@ class Row:
 
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
+LOSSES = {name: name for name in ("mlm_loss", "match_loss", "mlm_accuracy", "match_accuracy")}
+TITLES = {"mlm_loss": "mlm", "match_loss": "match"}  # of columns in the terminal; those of accuracies are all one
 
 
 class Log:
     """Writes rows to files and boards, and prints them.
 
     A row is in its file when `add` or `add_evaluation` returns; `settle` sees it to the disk.
+
+    shown: which of the columns `LOSSES` there are, and what they are called.
     """
 
-    def __init__(self, rows: Table, evaluations: Table | None, boards: Boards, total: int) -> None:
+    def __init__(
+        self,
+        rows: Table,
+        evaluations: Table | None,
+        boards: Boards,
+        total: int,
+        shown: Mapping[str, str] = MappingProxyType(LOSSES),
+    ) -> None:
         self._rows, self._evaluations, self._boards, self._total = rows, evaluations, boards, total
+        self._shown = shown
         self._console = Console(soft_wrap=True, highlight=False)
         self._marks: deque[tuple[float, int]] = deque(maxlen=RECENT + 1)
         self._printed = 0
@@ -83,7 +95,7 @@ class Log:
 
     def add(self, row: Row) -> None:
         """Log one row."""
-        values = dict(vars(row))
+        values = {name: getattr(row, column) for column, name in _columns(self._shown).items()}
         del values["step"]
         self._rows.add(row.step, values)
         self._boards.show(values, row.step)
@@ -110,9 +122,9 @@ class Log:
     def _print(self, row: Row) -> None:
         self._marks.append((time.monotonic(), row.step))
         if self._printed % PAGE == 0:
-            self._console.print(_title(self._total), style="bold")
+            self._console.print(_title(self._total, self._shown), style="bold")
         self._printed += 1
-        self.say(f"{_line(row, self._total)}  {self._left(row.step)}")
+        self.say(f"{_line(row, self._total, self._shown)}  {self._left(row.step)}")
 
     def _left(self, step: int) -> str:
         """Return the time to the end at the recent pace, or a dash until there is one."""
@@ -128,19 +140,30 @@ def is_pace(steps: int, seconds: float) -> bool:
     return steps >= FEW or (steps > 0 and seconds >= FEW_SECONDS)
 
 
-def _title(total: int) -> str:
-    return (
-        f"{'':{len(_step(total, total))}} {'loss':>7} {'mlm':>7} {'acc.':>5} {'match':>7} {'acc.':>5} {'lr':>8} "
-        f"{'samples/s':>9} {'memory':>8} wait  ETA"
+def _columns(shown: Mapping[str, str]) -> dict[str, str]:
+    """Return what the columns of a row are called, of those that there are."""
+    return {column: shown.get(column, column) for column in COLUMNS if column not in LOSSES or column in shown}
+
+
+def _title(total: int, shown: Mapping[str, str]) -> str:
+    losses = "".join(f" {TITLES.get(column, 'acc.'):>{7 if column in TITLES else 5}}" for column in _ordered(shown))
+    return f"{'':{len(_step(total, total))}} {'loss':>7}{losses} {'lr':>8} {'samples/s':>9} {'memory':>8} wait  ETA"
+
+
+def _line(row: Row, total: int, shown: Mapping[str, str]) -> str:
+    losses = "".join(
+        f" {getattr(row, column):>7.4f}" if column in TITLES else f" {getattr(row, column):>5.1%}"
+        for column in _ordered(shown)
     )
-
-
-def _line(row: Row, total: int) -> str:
     return (
-        f"{_step(row.step, total)} {row.loss:>7.4f} {row.mlm_loss:>7.4f} {row.mlm_accuracy:>5.1%} "
-        f"{row.match_loss:>7.4f} {row.match_accuracy:>5.1%} {row.lr:>8.2e} {row.samples_per_second:>9.1f} "
+        f"{_step(row.step, total)} {row.loss:>7.4f}{losses} {row.lr:>8.2e} {row.samples_per_second:>9.1f} "
         f"{row.memory_gb:>5.2f} GB {row.data_wait:>4.0%}"
     )
+
+
+def _ordered(shown: Mapping[str, str]) -> list[str]:
+    """Return the columns in the order of the terminal: each loss before its accuracy."""
+    return [column for column in ("mlm_loss", "mlm_accuracy", "match_loss", "match_accuracy") if column in shown]
 
 
 def _step(step: int, total: int) -> str:
@@ -154,6 +177,7 @@ def open_log(
     total: int,
     every: int,
     *,
+    shown: Mapping[str, str] = MappingProxyType(LOSSES),
     evaluation: Sequence[str] = (),
     wandb: str | None = None,
     config: Mapping[str, Any] = MappingProxyType({}),
@@ -167,6 +191,7 @@ def open_log(
         step: the last that is done.
         total: how many there are to be.
         every: steps between rows.
+        shown: see `Log`.
         evaluation: names of what an evaluation finds; none if there is no evaluation.
         wandb: project at Weights & Biases.
         config: what it shows as the run's settings.
@@ -175,8 +200,8 @@ def open_log(
         UsageError: metrics.csv or evaluation.csv is there but is not this command's, or Weights & Biases refuses.
     """
     exams = open_table(out / EVALUATION, ("step", *evaluation), step) if evaluation else nullcontext()
-    with open_table(out / FILE, COLUMNS, step) as rows, exams as evaluations:
+    with open_table(out / FILE, tuple(_columns(shown).values()), step) as rows, exams as evaluations:
         if step - max(rows.last, 0) >= every:
             warn(f"{out / FILE} ends at step {max(rows.last, 0)}; the rows from there to step {step} are lost")
         with open_boards(out, step, wandb, config) as boards:
-            yield Log(rows, evaluations, boards, total)
+            yield Log(rows, evaluations, boards, total, shown)

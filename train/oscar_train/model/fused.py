@@ -22,7 +22,15 @@ def fits(device: torch.device, length: int, size: int) -> bool:
 
 @torch.library.custom_op("oscar::attention", mutates_args=())
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, places: Tensor, bits: Tensor, site: Tensor, p: float, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    bits: Tensor,
+    site: Tensor,
+    groups: Tensor,
+    p: float,
+    scaling: float,
 ) -> Tensor:
     """Return softmax(query key^T scaling) value within each row, its weights under dropout.
 
@@ -31,6 +39,7 @@ def attention(
         places: int32 [B, L], which of the N tokens stands where in a row; -1 where there is none.
         bits: int32 [B, L], random bits of the tokens in rows (`Tokens.in_rows`).
         site: int32 scalar, the dropout's (`TripleDropout.offset`).
+        groups: int64 [2, B, L] or [2, B, 0], which tokens see each other (`Packed.groups`), contiguous.
         p: the share of weights that dropout sets to 0.
         scaling: of the scores.
 
@@ -39,7 +48,7 @@ def attention(
     """
     from oscar_train.model import kernels
 
-    return kernels.attention(query, key, value, places, bits, site, p, scaling)
+    return kernels.attention(query, key, value, places, bits, site, groups, p, scaling)
 
 
 @torch.library.custom_op("oscar::attention_backward", mutates_args=())
@@ -51,13 +60,14 @@ def attention_backward(
     places: Tensor,
     bits: Tensor,
     site: Tensor,
+    groups: Tensor,
     p: float,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, for that of the output [N, heads, D]; see `attention`."""
     from oscar_train.model import kernels
 
-    return kernels.attention_backward(gradient, query, key, value, places, bits, site, p, scaling)
+    return kernels.attention_backward(gradient, query, key, value, places, bits, site, groups, p, scaling)
 
 
 @torch.library.custom_op("oscar::dropout", mutates_args=())
@@ -99,7 +109,7 @@ def _keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object,
 def _attention_gradient(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
     gradients = attention_backward(gradient.contiguous(), *saved, *ctx.numbers)  # type: ignore[attr-defined]
-    return (*gradients, None, None, None, None, None)
+    return (*gradients, None, None, None, None, None, None)
 
 
 def _dropout_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:

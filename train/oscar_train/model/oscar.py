@@ -3,6 +3,7 @@
 Parameter names are those of the released checkpoints (microsoft/Oscar), so weights go both ways.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -72,6 +73,7 @@ def attend(
     scaling: float,
     slots: Tensor,
     places: Tensor | None,
+    groups: Tensor,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' BERT asks for it: packed [1, heads, N, D] to [1, N, heads, D].
@@ -80,15 +82,17 @@ def attend(
     dropout.
 
     Args:
-        mask: [B, 1, 1, L], what is added to the scores of the rows.
+        mask: [B, 1, 1, L] or [B, 1, L, L], what is added to the scores of the rows.
         slots: int64 [N], where the tokens are in the rows.
         places: int32 [B, L], which token stands where, for the kernel.
+        groups: `Packed.groups`, for the kernel.
     """
     if places is not None:
         packed = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
         dropout = module.dropout
         p = dropout.p if module.training else 0.0
-        return fused.attention(*packed, places, dropout.tokens.in_rows, dropout.offset, p, scaling)[None], None
+        bits, site = dropout.tokens.in_rows, dropout.offset
+        return fused.attention(*packed, places, bits, site, groups, p, scaling)[None], None
     query, key, value = (_in_rows(each, mask, slots) for each in (query, key, value))
     if module.training and module.dropout.p:
         weights = (query * scaling @ key.transpose(2, 3) + mask).softmax(-1)
@@ -108,8 +112,24 @@ def _in_rows(packed: Tensor, mask: Tensor, slots: Tensor) -> Tensor:
 AttentionInterface.register(ATTENTION, attend)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Which tokens of a row see which, where not every token sees every other.
+
+    A row has three blocks: the first text with [CLS] and its [SEP] (token type 0), the second text (token type 1), and
+    the regions. sees: whether a token of block i sees those of block j, for sees[i][j]. causal: whether those of the
+    first block see of it only themselves and those before.
+    """
+
+    sees: tuple[tuple[bool, bool, bool], ...] = ((True,) * 3,) * 3
+    causal: bool = False
+
+
 class OscarModel(nn.Module):
-    """The encoder of text and regions. recompute: whether the backward pass computes activations again."""
+    """The encoder of text and regions.
+
+    recompute: whether the backward pass computes activations again. attention: None where every token sees every other.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -122,6 +142,7 @@ class OscarModel(nn.Module):
         if self.use_img_layernorm:
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.img_layer_norm_eps)
         self.recompute = False
+        self.attention: Attention | None = None
         self._tokens = Tokens()
         self.embeddings.dropout = nn.Identity()  # type: ignore[assignment]  # ours is that of text and regions together
         self._of_tokens = _make_dropouts_stateless(self, self._tokens)
@@ -130,9 +151,27 @@ class OscarModel(nn.Module):
     def forward(self, batch: Packed) -> Tensor:
         """Return the last hidden states of the N tokens, [N, H].
 
+        `Packed.groups` says which see each other, or `attention`, where there is one.
+        """
+        if self.attention is not None:
+            batch = replace(batch, groups=grouped(self.attention, batch))
+        hidden = self.embed(batch)
+        unseen = _unseen(batch, hidden.dtype)
+        places = _places(batch) if self._fused(batch) else None
+        for layer in self.encoder.layer:
+            attending = partial(layer, slots=batch.slots, places=places, groups=batch.groups)
+            if self.recompute and self.training:
+                hidden = checkpoint(attending, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = attending(hidden, unseen)
+        tokens: Tensor = hidden.flatten(0, 1)
+        return tokens
+
+    def embed(self, batch: Packed) -> Tensor:
+        """Return what the first layer gets, [1, N, H].
+
         A region is Linear([v'; z]), with a LayerNorm if the configuration has it (Oscar section 3; VinVL's code), and
-        has neither position nor token type. Of z it is the first 4 numbers or all 6, as the weights are wide. Every
-        token of a row sees every other.
+        has neither position nor token type. Of z it is the first 4 numbers or all 6, as the weights are wide.
         """
         in_rows = token_bits(batch.dropout_seeds, batch.seen.shape[1])
         set_tokens(self._tokens, self._of_tokens, in_rows, in_rows.flatten().index_select(0, batch.slots))
@@ -141,22 +180,43 @@ class OscarModel(nn.Module):
         regions = self.img_embedding(torch.cat([batch.features.to(text.dtype), z.to(text.dtype)], -1))
         if self.use_img_layernorm:
             regions = self.LayerNorm(regions)
-        hidden = self.dropout(torch.cat([text, regions[None]], 1))
-        unseen = torch.zeros(batch.seen.shape, dtype=hidden.dtype, device=hidden.device)
-        unseen = unseen.masked_fill(~batch.seen, torch.finfo(hidden.dtype).min)[:, None, None, :]
-        places = _places(batch) if self._fused(batch) else None
-        for layer in self.encoder.layer:
-            if self.recompute and self.training:
-                again = partial(layer, slots=batch.slots, places=places)
-                hidden = checkpoint(again, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden = layer(hidden, unseen, slots=batch.slots, places=places)
-        tokens: Tensor = hidden.flatten(0, 1)
-        return tokens
+        hidden: Tensor = self.dropout(torch.cat([text, regions[None]], 1))
+        return hidden
 
     def _fused(self, batch: Packed) -> bool:
         config = self.encoder.config
         return fused.fits(batch.slots.device, batch.seen.shape[1], config.hidden_size // config.num_attention_heads)
+
+
+def grouped(attention: Attention, batch: Packed) -> Tensor:
+    """Return `Packed.groups` of the tokens of a batch: a bit for each block, or for each place of a causal one."""
+    regions = torch.full_like(batch.token_type_ids[:1], 2).expand(len(batch.features))
+    block = torch.cat([batch.token_type_ids, regions])
+    seen = [sum(1 << other for other, sees in enumerate(row) if sees) for row in attention.sees]
+    query, key = torch.tensor(seen, device=block.device)[block], 1 << block
+    if attention.causal:
+        place = batch.slots % batch.seen.shape[1]
+        own = (8 << place).where(block == 0, 0)  # above the bits of the three blocks
+        key = own.where(block == 0, key)
+        sees_first = torch.tensor([row[0] for row in attention.sees], device=block.device)[block]
+        every = torch.full_like(query, -8).where(sees_first, 0)
+        query = query & 6 | torch.where(block == 0, (2 * own - 8).where(sees_first, 0), every)
+
+    groups = query.new_zeros(2, batch.seen.numel()).index_copy(1, batch.slots, torch.stack([query, key]))
+    return groups.view(2, *batch.seen.shape)
+
+
+def _unseen(batch: Packed, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores in rows: 0, or the least number where one token does not see the other.
+
+    [B, 1, 1, L], or [B, 1, L, L] where not all tokens of a row see the same ones.
+    """
+    sees = batch.seen[:, None, None, :]
+    if batch.groups.shape[2]:
+        query, key = batch.groups[0, :, None, :, None], batch.groups[1, :, None, None, :]
+        itself = torch.eye(key.shape[-1], dtype=torch.bool, device=key.device)
+        sees = sees & ((query & key != 0) | itself)
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
 
 
 def _places(batch: Packed) -> Tensor:
@@ -231,7 +291,7 @@ class OscarForPreTraining(nn.Module):
         self.config = config
         self.bert = OscarModel(config)
         self.cls = PreTrainingHeads(config)
-        self.apply(self._initialise)
+        self.apply(partial(initialise, deviation=config.initializer_range))
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
 
     def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
@@ -244,9 +304,10 @@ class OscarForPreTraining(nn.Module):
         pooled = self.bert.pooler(hidden.index_select(0, batch.first)[:, None])
         return words, self.cls.seq_relationship(pooled)
 
-    def _initialise(self, module: nn.Module) -> None:
-        """BERT's initial values: N(0, 0.02), biases 0, LayerNorms the identity."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+
+def initialise(module: nn.Module, deviation: float) -> None:
+    """Set BERT's initial values: N(0, 0.02), biases 0, LayerNorms the identity."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=deviation)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -25,6 +25,8 @@ class Packed:
 
     Attention needs rows again, [B, L], the text of each before its regions; L is the longest one's length.
     seen: bool [B, L], where there is a token. slots: int64 [N], where each token is in the rows, flat.
+    groups: int64 [2, B, L], sets of bits, those of queries and those of keys: a token sees itself, and those whose key
+    has a bit in common with its query. [2, B, 0] where every token sees every other.
 
     counts: float32 [3], the masked tokens M, the triples that are not skipped, and N.
 
@@ -44,6 +46,7 @@ class Packed:
     masked_ids: Tensor
     seen: Tensor
     slots: Tensor
+    groups: Tensor
     counts: Tensor
     filler: tuple[int, int, int] = (0, 0, 0)
 
@@ -104,6 +107,7 @@ def pack(batch: Batch, device: torch.device, grid: Grid | None = None) -> Packed
         "masked_ids": labels.index_select(0, masked),
         "seen": rows,
         "slots": torch.cat([slots_of_text, slots_of_regions]),
+        "groups": torch.zeros(2, len(text), 0, dtype=torch.int64),
         "counts": torch.tensor([len(masked), int(right), int(lengths.sum())], dtype=torch.float32),
     }
 

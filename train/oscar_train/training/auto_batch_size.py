@@ -13,13 +13,15 @@ import torch
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.memory import free_memory, neighbours
 from oscar_common.settings import Train
-from oscar_train.checkpoints.init import Start, build
+from oscar_train.checkpoints.init import Start
 from oscar_train.checkpoints.tensor_names import TIED, shapes
-from oscar_train.data.room import make_room, row_bytes
+from oscar_train.data.room import make_room, triple_bytes
+from oscar_train.data.sampling.shape import PAIR
 from oscar_train.data.stream import Stream
 from oscar_train.model.oscar import oscar_config
-from oscar_train.objectives import choose_objective
 from oscar_train.ranks import Ranks
+from oscar_train.tasks import pretraining
+from oscar_train.tasks.task import Task
 from oscar_train.training.step import Workshop, open_workshop, rehearse
 
 PROBES = {"cpu": (4, 16), "cuda": (8, 24)}  # triples; more would tell the same, but take minutes on a CPU
@@ -33,7 +35,7 @@ NONE_FITS = (
 )
 
 
-def check_weights(settings: Train, start: Start, feature_dim: int, ranks: Ranks) -> None:
+def check_weights(settings: Train, start: Start, feature_dim: int, ranks: Ranks, task: Task | None = None) -> None:
     """Check, before a model is made, that there is memory for it, for what trains it, and for two batches.
 
     Raises:
@@ -42,7 +44,8 @@ def check_weights(settings: Train, start: Start, feature_dim: int, ranks: Ranks)
     config = oscar_config(deepcopy(start.config), feature_dim)
     parameters = sum(shape.numel() for name, shape in shapes(config).items() if name != TIED)
     copies = 4 if ranks.device.type == "cpu" else 1  # weights, gradient and AdamW's two moments; a GPU has its own
-    need = 4 * copies * parameters + 2 * (settings.batch_size // ranks.size) * row_bytes(feature_dim)
+    batch_bytes = settings.batch_size // ranks.size * triple_bytes(feature_dim, task.shape if task else PAIR)
+    need = 4 * copies * parameters + 2 * batch_bytes
     if need > (free := free_memory(neighbours())):
         raise lacking(settings, need, free)
 
@@ -61,7 +64,9 @@ def check_part(shop: Workshop, stream: Stream) -> None:
     sizes, whole = _small(part), replace(shop, settings=replace(shop.settings, accumulate=1))
     peaks, free = _peaks(whole, sizes, feature_dim), _free(shop.ranks.device)
     per_triple = max(0.0, (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]))
-    need = peaks[1] + per_triple * (part - sizes[1]) + stream.rooms * stream.size * row_bytes(feature_dim)
+    need = (
+        peaks[1] + per_triple * (part - sizes[1]) + stream.rooms * stream.size * triple_bytes(feature_dim, stream.shape)
+    )
     if need > free:
         raise lacking(shop.settings, need, free)
 
@@ -76,7 +81,9 @@ def lacking(settings: Train, need: float = 0, free: int = 0) -> OperationError:
     )
 
 
-def largest_batch(settings: Train, start: Start, feature_dim: int, ranks: Ranks, triples: int) -> int:
+def largest_batch(
+    settings: Train, start: Start, feature_dim: int, ranks: Ranks, triples: int, task: Task | None = None
+) -> int:
     """Return the largest global batch that fits on all ranks, and say so in one line.
 
     It is never more than `MOST`, nor more than the `EPOCH`th part of the triples.
@@ -89,21 +96,15 @@ def largest_batch(settings: Train, start: Start, feature_dim: int, ranks: Ranks,
         feature_dim: of the regions, P.
         ranks: all of them call this.
         triples: how many there are to train on, about.
+        task: what is trained; pre-training, unless another is given.
 
     Raises:
         UsageError: no batch fits, or what a triple takes cannot be seen.
     """
     alone = replace(settings, accumulate=1, compile=False)  # compiled for each size it would take minutes
-    model, _ = build(
-        replace(start, folder=None),
-        feature_dim,
-        settings.seed,
-        classes=choose_objective(settings).classes,
-        image_layernorm=settings.image_layernorm,
-        position=settings.region_position,
-        attention_dropout=settings.attention_dropout,
-    )
-    shop = open_workshop(model.to(ranks.device), alone, replace(ranks, rank=0, size=1))
+    task = task or pretraining.make_task(settings)
+    model, _ = task.build(replace(start, folder=None), feature_dim, None)
+    shop = open_workshop(model.to(ranks.device), alone, replace(ranks, rank=0, size=1), task)
     sizes, free = PROBES[ranks.device.type], _free(ranks.device)
     peaks = _peaks(shop, sizes, feature_dim)
     shares = settings.accumulate * ranks.size
@@ -151,7 +152,7 @@ def _peaks(shop: Workshop, sizes: Sequence[int], feature_dim: int) -> list[int]:
     try:
         for size in (sizes[0], *sizes):  # the first time, libraries take memory that they keep
             _reset_peak(shop.ranks.device)
-            rehearse(shop, make_room(size, feature_dim).batch)
+            rehearse(shop, make_room(size, feature_dim, shape=shop.task.shape).batch)
             peaks.append(_peak(shop.ranks.device) - before + moments)
     except torch.cuda.OutOfMemoryError:
         raise UsageError(NONE_FITS) from None
@@ -169,7 +170,7 @@ def _verified(shop: Workshop, part: int, feature_dim: int) -> int:
     while part > 0:
         torch.cuda.empty_cache()
         try:
-            rehearse(shop, make_room(part, feature_dim).batch)
+            rehearse(shop, make_room(part, feature_dim, shape=shop.task.shape).batch)
             break
         except torch.cuda.OutOfMemoryError:
             shop.optimizer.zero_grad()

@@ -2,11 +2,12 @@
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +19,20 @@ from oscar_common.settings import AUTO, Train
 from oscar_train.arguments import check_ranks
 from oscar_train.checkpoints import checkpoint, run_settings
 from oscar_train.checkpoints.checkpoint import Checkpoint
-from oscar_train.checkpoints.init import Start, build, open_init
+from oscar_train.checkpoints.init import open_init
 from oscar_train.data.sources import Source, manifest_sha256
 from oscar_train.data.stream import Stream, open_stream
 from oscar_train.data.texts.tags import TagRule, tag_rule
 from oscar_train.data.texts.tokens import Tokenizer
 from oscar_train.evaluation.in_training import HeldOut, holding_out, is_due
-from oscar_train.evaluation.measure import Answering, Interrupted, answer, measure, names
-from oscar_train.evaluation.questions import Exam
-from oscar_train.evaluation.report import describe_exam, line
+from oscar_train.evaluation.measure import Answering, Interrupted, answer
 from oscar_train.logs.log import Log, open_log
 from oscar_train.logs.provenance import record_start
 from oscar_train.model.flops import count
-from oscar_train.model.oscar import OscarForPreTraining
-from oscar_train.objectives import choose_objective, choose_region_init
+from oscar_train.objectives import choose_region_init
 from oscar_train.ranks import Ranks, joined
+from oscar_train.tasks import pretraining
+from oscar_train.tasks.task import Evaluation, Task
 from oscar_train.training.auto_batch_size import check_part, check_weights, largest_batch
 from oscar_train.training.region_init import anchor
 from oscar_train.training.reports import Reports, Run
@@ -40,9 +40,21 @@ from oscar_train.training.schedule import rate
 from oscar_train.training.signals import Stop
 from oscar_train.training.step import check_graphs, open_workshop, rehearse, shares, take
 
+MakeTask = Callable[[Any, Sequence[Source], Tokenizer], Task]
 
-def train(settings: Train, sources: list[Source], out: Path, stop: Stop, eval_sources: Sequence[Source] = ()) -> None:
+
+def train(
+    settings: Train,
+    sources: list[Source],
+    out: Path,
+    stop: Stop,
+    eval_sources: Sequence[Source] = (),
+    make_task: MakeTask = pretraining.make_task,
+) -> None:
     """Train to the end, from the newest checkpoint in `out` or from the beginning.
+
+    Args:
+        make_task: what is trained; a function of (settings, all sources, tokenizer).
 
     Raises:
         UsageError: --init, --shards or what is in `out` does not fit.
@@ -59,22 +71,24 @@ def train(settings: Train, sources: list[Source], out: Path, stop: Stop, eval_so
         checkpoint.agree(last, checkpoint.identity(settings))  # before the texts are read, which may take minutes
         start = open_init(settings.init if last is None else str(last.folder))
         feature_dim = sources[0].manifest.detector.feature_dim
-        check_weights(settings, start, feature_dim, ranks)
+        task = make_task(settings, [*sources, *eval_sources], start.tokenizer)
+        check_weights(settings, start, feature_dim, ranks, task)
         if settings.batch_size == AUTO:
-            found = largest_batch(settings, start, feature_dim, ranks, _triples(settings, sources))
+            found = largest_batch(settings, start, feature_dim, ranks, _triples(settings, sources), task)
             settings = replace(settings, batch_size=found)
         with (
-            holding_out(settings, eval_sources, tags, start.tokenizer) as held,
+            holding_out(settings, eval_sources, tags, start.tokenizer, task) as held,
             _stream(settings, sources, tags, start.tokenizer, ranks, held) as stream,
         ):
-            identity = {**checkpoint.identity(settings), "corpus": stream.fingerprint}
+            identity = {**checkpoint.identity(settings), **task.identity, "corpus": stream.fingerprint}
             checkpoint.agree(last, identity)
             if last is not None and last.step == settings.steps:
                 if ranks.first:
                     print(f"complete: all {last.step} steps are done; the model is in {last.folder}")
                 return
-            exam = held.exam(stream)
-            model, origin = _model(start, settings, stream)
+            evaluation = held.evaluation(stream)
+            begin = partial(anchor, stream=stream) if choose_region_init(settings) == "tags" else None
+            model, origin = task.build(start, feature_dim, begin)
             if ranks.first:
                 _prepare(out, settings, model)
                 record_start(
@@ -85,11 +99,11 @@ def train(settings: Train, sources: list[Source], out: Path, stop: Stop, eval_so
                     shards=sources,
                     eval_shards=eval_sources,
                 )
-            shop = open_workshop(model.to(ranks.device), settings, ranks)
-            with _open_log(out, last, settings, exam, ranks) as log:
-                about: dict[str, object] = {"tags": asdict(tags), "shards": list(map(manifest_sha256, sources))}
-                run = Run(settings, out, identity, about, stream, shop, exam, log)
-                run.say(describe(stream, exam))
+            shop = open_workshop(model.to(ranks.device), settings, ranks, task)
+            with _open_log(out, last, settings, task, evaluation, ranks) as log:
+                about = {"tags": asdict(tags), "shards": list(map(manifest_sha256, sources)), **task.about}
+                run = Run(settings, out, identity, about, stream, shop, evaluation, log)
+                run.say(describe(stream, evaluation))
                 if settings.tags == "ground-truth" and ranks.first and not stream.corpus.ground_truth:
                     warn("--tags ground-truth: no image of --shards has any; all q are tags of the detector")
                 run.say(f"{origin if last is None else last.folder}; on {_place(ranks)}")
@@ -102,20 +116,7 @@ def _triples(settings: Train, sources: list[Source]) -> int:
     return int(texts * (1 - settings.eval_fraction))
 
 
-def _model(start: Start, settings: Train, stream: Stream) -> tuple[OscarForPreTraining, str]:
-    return build(
-        start,
-        stream.corpus.feature_dim,
-        settings.seed,
-        classes=choose_objective(settings).classes,
-        image_layernorm=settings.image_layernorm,
-        position=settings.region_position,
-        attention_dropout=settings.attention_dropout,
-        begin=partial(anchor, stream=stream) if choose_region_init(settings) == "tags" else None,
-    )
-
-
-def _prepare(out: Path, settings: Train, model: OscarForPreTraining) -> None:
+def _prepare(out: Path, settings: Train, model: Any) -> None:
     """Make the run folder ready."""
     checkpoint.check_space(out, model)
     if settings.overwrite:
@@ -143,7 +144,8 @@ def _stream(
         batch_size=settings.batch_size,
         seed=settings.seed,
         tokenizer=tokenizer,
-        objective=choose_objective(settings),
+        shape=held.task.shape,
+        composer=held.task.composer,
         tags=tags,
         texts=settings.texts,
         mix=settings.mix,
@@ -160,7 +162,7 @@ def _stream(
 
 
 def _open_log(
-    out: Path, last: Checkpoint | None, settings: Train, exam: Exam | None, ranks: Ranks
+    out: Path, last: Checkpoint | None, settings: Train, task: Task, evaluation: Evaluation | None, ranks: Ranks
 ) -> AbstractContextManager[Log | None]:
     if not ranks.first:
         return nullcontext()
@@ -169,7 +171,8 @@ def _open_log(
         last.step if last else 0,
         settings.steps,
         settings.log_every,
-        evaluation=names(exam) if exam is not None else (),
+        shown=task.shown,
+        evaluation=evaluation.names if evaluation is not None else (),
         wandb=settings.wandb,
         config=asdict(settings),
     )
@@ -207,7 +210,7 @@ def _go_on(run: Run, done: int, stop: Stop) -> None:
         report = take(run.shop, work, rate(settings, step), stop.cause is not None)
         reports.add(step, report, count(work.parts))
         stopped = reports.read(left=1) or (alone and stop.cause is not None)
-        asks = run.exam is not None and is_due(settings, step)
+        asks = run.evaluation is not None and is_due(settings, step)
         saves = step % settings.checkpoint_every == 0 or step == settings.steps
         if not (stopped or asks or saves):
             continue
@@ -225,7 +228,7 @@ def _go_on(run: Run, done: int, stop: Stop) -> None:
 
 def _lacks_evaluation(run: Run, step: int) -> bool:
     """Whether a run that goes on was stopped before, or while, what it had learned was asked."""
-    if run.exam is None or not is_due(run.settings, step):
+    if run.evaluation is None or not is_due(run.settings, step):
         return False
     lacks = run.log is not None and run.log.evaluated < step
     return bool(run.shop.ranks.total(torch.tensor(float(lacks), device=run.shop.ranks.device)))
@@ -233,7 +236,7 @@ def _lacks_evaluation(run: Run, step: int) -> bool:
 
 def _evaluate(run: Run, step: int, stop: Stop) -> bool:
     """Ask what is known after a step, and log it; return whether a rank was told to stop meanwhile."""
-    assert run.exam is not None
+    assert run.evaluation is not None
     settings, ranks = run.settings, run.shop.ranks
     answering = Answering(
         forward=partial(answer, run.shop.model, settings.precision),
@@ -242,15 +245,15 @@ def _evaluate(run: Run, step: int, stop: Stop) -> bool:
         stopped=lambda: stop.cause is not None,
     )
     try:
-        values = measure(run.exam, answering)
+        values = run.evaluation.measure(answering)
     except Interrupted:
         return True
     if run.log is not None:
-        run.log.add_evaluation(step, values, f"step {step}/{settings.steps}  {line(values)}")
+        run.log.add_evaluation(step, values, f"step {step}/{settings.steps}  {run.evaluation.line(values)}")
     return False
 
 
-def describe(stream: Stream, exam: Exam | None = None) -> str:
+def describe(stream: Stream, evaluation: Evaluation | None = None) -> str:
     """Say what is trained on, and what is held out."""
     corpus, textless = stream.corpus, stream.corpus.textless
     triples, images = len(corpus), len(corpus.images.shard) - textless
@@ -258,7 +261,7 @@ def describe(stream: Stream, exam: Exam | None = None) -> str:
         triples, images = len(stream.only), len(np.unique(corpus.image[stream.only]))
     without = f"; left out: {plural(textless, 'image')} without text" if textless else ""
     truth = f"; q are ground-truth tags of {corpus.ground_truth:,} images" if corpus.ground_truth else ""
-    asked = f"; evaluated on {describe_exam(exam)}" if exam is not None else ""
+    asked = f"; evaluated on {evaluation.description}" if evaluation is not None else ""
     return f"{plural(triples, 'triple')} of {plural(images, 'image')}{without}{truth}{asked}"
 
 

@@ -11,10 +11,10 @@ from oscar_common.progress import duration, warn
 from oscar_common.settings import Train
 from oscar_train.checkpoints import checkpoint
 from oscar_train.data.stream import Stream
-from oscar_train.evaluation.questions import Exam
 from oscar_train.logs.log import Log, Row, is_pace
 from oscar_train.logs.throughput import Meter
 from oscar_train.model.flops import Work, matrix_ceiling
+from oscar_train.tasks.task import Evaluation
 from oscar_train.training.schedule import rate
 from oscar_train.training.step import Report, Result, Workshop
 
@@ -26,8 +26,8 @@ NOTHING = 20  # steps without any image after which a run ends
 class Run:
     """A run under way.
 
-    identity: what a rerun must have in common with it. about: what an evaluation of its checkpoints must know. exam:
-    what is asked while training. log: of the first rank only.
+    identity: what a rerun must have in common with it. about: what an evaluation of its checkpoints must know.
+    evaluation: what is asked while training. log: of the first rank only.
     """
 
     settings: Train
@@ -36,7 +36,7 @@ class Run:
     about: dict[str, object]
     stream: Stream
     shop: Workshop
-    exam: Exam | None
+    evaluation: Evaluation | None
     log: Log | None
 
     def say(self, line: str) -> None:
@@ -149,7 +149,7 @@ def _row(run: Run, step: int, result: Result, measured: dict[str, float]) -> Row
         match_accuracy=result.match_accuracy,
         lr=rate(run.settings, step),
         grad_norm=result.norm,
-        skipped=run.settings.batch_size - result.triples,
+        skipped=run.settings.batch_size - result.triples // run.shop.task.shape.labels,
         skipped_steps=run.shop.guard.skipped,
         **measured,
     )

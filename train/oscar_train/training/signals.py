@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from oscar_common.errors import Stopped
+from oscar_common.signals import handled
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -47,9 +48,5 @@ class Stop:
 def watched_signals() -> Iterator[Stop]:
     """Watch for signals as long as the block lasts."""
     stop = Stop()
-    before = {each: signal.signal(each, stop.note) for each in SIGNALS}
-    try:
+    with handled(SIGNALS, stop.note):
         yield stop
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

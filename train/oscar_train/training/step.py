@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +18,30 @@ from torch.optim import AdamW
 
 from oscar_common.errors import UsageError
 from oscar_common.settings import Train
-from oscar_train.batch import IGNORED, MAX_TOKENS, Batch
-from oscar_train.data.sampling.triples import MASK_RATE
-from oscar_train.model.losses import outcome, sums
-from oscar_train.model.oscar import OscarForPreTraining
+from oscar_train.batch import IGNORED, Batch
+from oscar_train.model.losses import outcome
 from oscar_train.model.packing import Packed, grid_for, pack
-from oscar_train.objectives import choose_objective
 from oscar_train.ranks import Ranks
+from oscar_train.tasks import pretraining
+from oscar_train.tasks.task import Task
 from oscar_train.training.graphs import Recorder
 from oscar_train.training.loss_guard import Guard
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """A model and what trains it. network: the model, or what spreads it over the ranks. recorder: of CUDA graphs."""
+    """A model (a `Network` of a task) and what trains it.
 
-    model: OscarForPreTraining
+    network: the model, or what spreads it over the ranks. recorder: of CUDA graphs.
+    """
+
+    model: Any
     network: nn.Module
     optimizer: AdamW
     guard: Guard
     settings: Train
     ranks: Ranks
+    task: Task
     recorder: Recorder | None = None
 
 
@@ -94,8 +98,8 @@ class Report:
         return Result(**{f.name: whole.get(f.name, float)(number) for f, number in named})
 
 
-def open_workshop(model: OscarForPreTraining, settings: Train, ranks: Ranks) -> Workshop:
-    """Set a model up for training; it is on its device already."""
+def open_workshop(model: Any, settings: Train, ranks: Ranks, task: Task | None = None) -> Workshop:
+    """Set a model up for training, for pre-training unless another task is given; it is on its device already."""
     torch.set_float32_matmul_precision("highest" if settings.precision == "fp32" else "high")
     model.bert.recompute = settings.activation_checkpointing
     if settings.compile:
@@ -108,7 +112,8 @@ def open_workshop(model: OscarForPreTraining, settings: Train, ranks: Ranks) -> 
             model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     guard = Guard(settings.spike, settings.max_skipped, ranks.device)
-    shop = Workshop(model, network, make_optimizer(model, settings), guard, settings, ranks)
+    optimizer, task = make_optimizer(model, settings), task or pretraining.make_task(settings)
+    shop = Workshop(model, network, optimizer, guard, settings, ranks, task)
     if settings.cuda_graphs:
         shop = replace(shop, recorder=Recorder(lambda part, stopping: _enqueue(shop, [part], stopping)))
     return shop
@@ -231,23 +236,23 @@ def _gradient(shop: Workshop, parts: list[Packed], stopping: Tensor) -> tuple[Te
     for part in parts:
         last = part is parts[-1]
         with nullcontext() if last or shop.ranks.size == 1 else shop.network.no_sync():  # type: ignore[operator]
-            found, pairs = _backward(shop, part, numbers)
+            found, finite_of_part = _backward(shop, part, numbers)
         totals += found
-        finite.append(pairs.isfinite().all(1))
+        finite.append(finite_of_part)
     means = outcome(shop.ranks.total(totals), numbers)
     norm = nn.utils.clip_grad_norm_(shop.model.parameters(), shop.settings.max_grad_norm or math.inf)
     return torch.stack([*vars(means).values(), norm]), numbers, torch.cat(finite)
 
 
 def _backward(shop: Workshop, part: Packed, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the gradient of a part; return its sums, and its scores of pairs."""
+    """Add the gradient of a part; return its sums, and which of its triples have scores that are numbers."""
     device, bf16 = shop.ranks.device.type, shop.settings.precision == "bf16"
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
-        words, pairs = shop.network(part)
-    found = sums(words, pairs, part)
+        scores = shop.network(part)
+    found, finite = shop.task.criterion(scores, part)
     loss = (found[:2] / numbers[:2].clamp(min=1)).sum()
     (loss * shop.ranks.size).backward()  # of which the ranks' mean is taken
-    return found.detach(), pairs.detach()
+    return found.detach(), finite
 
 
 def set_rate(shop: Workshop, rate: float) -> None:
@@ -277,7 +282,7 @@ def rehearse(shop: Workshop, room: Batch) -> None:
         each.fill_(True)
     for each in (part.input_ids, part.token_type_ids, part.mlm_labels, part.match_labels, part.features, part.z):
         each.zero_()
-    part.mlm_labels[:, _most_masked(shop.settings, len(part.triples)) :] = IGNORED
+    part.mlm_labels[:, shop.task.most_masked(len(part.triples)) :] = IGNORED
     shop.model.train()
     kept = [torch.empty(size, device=shop.ranks.device) for size in _kept(shop, room)]
     alone = replace(shop, network=shop.model)  # nothing is exchanged
@@ -293,12 +298,3 @@ def _kept(shop: Workshop, room: Batch) -> Iterator[int]:
     if not shop.optimizer.state:  # it makes them at its first step
         yield 2 * sum(p.numel() for p in shop.model.parameters())
     yield 3 * room.features.nbytes // 4  # the next batch, and the one after it, with and without padding
-
-
-def _most_masked(settings: Train, rows: int) -> int:
-    """Return how many tokens of each row are masked at most, or so rarely more that nobody will see it."""
-    maskable, objective = MAX_TOKENS - 2, choose_objective(settings)
-    if objective.exact and not objective.whole_words:
-        return math.ceil(MASK_RATE * maskable)
-    deviation = math.sqrt(maskable * MASK_RATE * (1 - MASK_RATE) / rows) * (2 if objective.whole_words else 1)
-    return min(maskable, math.ceil(MASK_RATE * maskable + 6 * deviation))

@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from oscar_common.errors import OperationError
 from oscar_common.progress import warn
-from oscar_train.batch import BOX, MAX_REGIONS
+from oscar_train.batch import BOX
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.tars import Lost, Tars
 from oscar_train.data.texts.collection import FLOAT16, UNREADABLE
@@ -38,8 +38,8 @@ SAID = 20  # skipped images that are named; the others are counted
 class Slots:
     """Room for the regions of B images, which `RegionReader.read` may fill again and again.
 
-    features: float16 [B, 50, P]. boxes: float32 [B, 50, 4]. counts: int64 [B], regions of each. readable: bool [B],
-    false where an image was skipped.
+    features: float16 [B, R, P]. boxes: float32 [B, R, 4]; R is 50 in pre-training. counts: int64 [B], regions of each.
+    readable: bool [B], false where an image was skipped.
     """
 
     features: npt.NDArray[np.float16]
@@ -52,8 +52,8 @@ class Slots:
 
 def make_slots(features: npt.NDArray[np.float16]) -> Slots:
     """Make room beside an array for features."""
-    size = len(features)
-    boxes = np.zeros((size, MAX_REGIONS, 4), np.float32)
+    size, regions = features.shape[:2]
+    boxes = np.zeros((size, regions, 4), np.float32)
     return Slots(
         features=features,
         boxes=boxes,
@@ -91,12 +91,12 @@ class RegionReader:
         self._scratch, self._counting = threading.local(), threading.Lock()
 
     def read(self, images: npt.NDArray[np.integer[Any]], slots: Slots) -> None:
-        """Fill `slots` with the first 50 regions of some images; the rest of each row becomes 0.
+        """Fill `slots` with the first R regions of some images; the rest of each row becomes 0.
 
         Raises:
             OperationError: a tar or an image is gone, cut or damaged.
         """
-        slots.counts[:] = np.minimum(self.corpus.images.num_boxes[images], MAX_REGIONS)
+        slots.counts[:] = np.minimum(self.corpus.images.num_boxes[images], slots.features.shape[1])
         slots.readable[:] = True
         for shard, group in groupby(self._places(images), attrgetter("shard")):
             places = list(group)
@@ -107,7 +107,7 @@ class RegionReader:
                 self._refuse(place, what, slots)
 
     def z(self, images: npt.NDArray[np.integer[Any]], slots: Slots, out: npt.NDArray[np.float32]) -> None:
-        """Write (x1/W, y1/H, x2/W, y2/H, w/W, h/H) of each region (Oscar section 3) into float32 [B, 50, 6]."""
+        """Write (x1/W, y1/H, x2/W, y2/H, w/W, h/H) of each region (Oscar section 3) into float32 [B, R, 6]."""
         sides = (self.corpus.images.width, self.corpus.images.height)
         size = [np.maximum(side[images], 1).astype(np.float32)[:, None] for side in sides]
         for column in range(4):  # numpy is slow where the last axis is short
@@ -133,18 +133,18 @@ class RegionReader:
         return [(place, what) for place, what in found if what]
 
     def _read_usual(self, handle: int, places: list[Place], slots: Slots) -> list[Place]:
-        """Fill the rows of images that are as most are: float16, at most 50 regions, boxes and features with one call,
+        """Fill the rows of images that are as most are: float16, at most R regions, boxes and features with one call,
         nothing wrong. Return the others.
 
         One loop of few steps: two threads that read at once wait for each other's Python more than for the bytes.
         """
         gap_room, digest, preadv = self._room(GAP), xxh3_64_intdigest, os.preadv
-        region = slots.features.strides[1]
+        region, most = slots.features.strides[1], slots.features.shape[1]
         unusual = []
         for place in places:
             _, count, boxes_at, boxes_xxh3, scales_at, _, features_at, features_xxh3, _, row = place
             gap = features_at - boxes_at - 16 * count
-            if count <= MAX_REGIONS and scales_at == FLOAT16 and 0 <= gap <= GAP:
+            if count <= most and scales_at == FLOAT16 and 0 <= gap <= GAP:
                 boxes, features = slots.box_bytes[row][: 16 * count], slots.feature_bytes[row][: region * count]
                 try:
                     done = preadv(handle, (boxes, gap_room[:gap], features), boxes_at)
@@ -152,7 +152,7 @@ class RegionReader:
                     done = -1
                 whole = done == gap + (16 + region) * count
                 if whole and digest(boxes) == boxes_xxh3 and digest(features) == features_xxh3:
-                    if count < MAX_REGIONS:
+                    if count < most:
                         _clear(slots, row, count)
                     continue
             unusual.append(place)
@@ -174,7 +174,7 @@ class RegionReader:
         for name, content in arrays.items():
             if len(content) and xxh3_64_intdigest(content) != getattr(place, f"{name}_xxh3"):
                 return f"its {name} are not those that were written (checksum)"
-        total, count = place.num_boxes, min(place.num_boxes, MAX_REGIONS)
+        total, count = place.num_boxes, min(place.num_boxes, slots.features.shape[1])
         int8 = place.scales_offset != FLOAT16
         slots.boxes[place.row, :count] = np.frombuffer(arrays["boxes"], "<f4").reshape(total, 4)[:count]
         features = np.frombuffer(arrays["features"], "i1" if int8 else "<f2").reshape(total, slots.features.shape[2])[

@@ -140,11 +140,11 @@ def _another(
         if not len(waiting):
             break
         mine, words = triples[waiting], attempt[waiting]
-        others = _candidates(corpus, pools, mine, words)
+        others = candidates(corpus, pools, mine, words)
         as_w = of_w | (words & np.uint64(lines)).astype(bool)  # a bit that the draw leaves
         tokens, lengths = texts(corpus, others, as_w)
         left = _seen(lengths, beside[waiting], of_w)
-        fits = (lengths > 0) & _different_images(corpus, others, mine)
+        fits = (lengths > 0) & different_images(corpus, others, mine)
         fits &= as_w | (corpus.second_set[corpus.second_row[others]] != corpus.second_set[corpus.second_row[mine]])
         fits &= ~alike(own[waiting], seen[waiting], tokens, left)
         found[waiting[fits]], are_w[waiting[fits]] = others[fits], as_w[fits]
@@ -173,7 +173,7 @@ def set_rows(tokens: Tokens) -> Tokens:
     return np.sort(ordered, 1)
 
 
-def _candidates(corpus: Corpus, pools: Sequence[Pool | None], triples: Ints, drawn: Words) -> Ints:
+def candidates(corpus: Corpus, pools: Sequence[Pool | None], triples: Ints, drawn: Words) -> Ints:
     """Draw for each triple one from the pool of its kind; where there is none, the triple itself."""
     found = triples.copy()
     kinds = corpus.kind[triples]
@@ -184,7 +184,7 @@ def _candidates(corpus: Corpus, pools: Sequence[Pool | None], triples: Ints, dra
     return found
 
 
-def _different_images(corpus: Corpus, some: Ints, others: Ints) -> Bools:
+def different_images(corpus: Corpus, some: Ints, others: Ints) -> Bools:
     """Say for pairs of triples whether they are of different images; one image may be in several sources."""
     a, b, images = corpus.image[some], corpus.image[others], corpus.images
     same_content = (images.content[a] == images.content[b]) & (images.content[a] != 0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oscar_train.batch import IGNORED, MAX_TOKENS, MAX_W
+from oscar_train.batch import IGNORED, MAX_TOKENS
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.sampling.negatives import TRIES, Pools, Words, replaced
 from oscar_train.data.sampling.philox import SAMPLE, below, uniform, words
@@ -86,17 +86,19 @@ def match_labels(objective: Objective, sides: Sides, triples: Ints) -> Ints:
     return np.where(sides.w != triples, wrong_w, np.where(sides.q != triples, wrong_q, matched))
 
 
-def joined(tokenizer: Tokenizer, w: Tokens, q: Tokens, len_w: Ints, len_q: Ints) -> tuple[Tokens, Ints, Bools, Bools]:
+def joined(
+    tokenizer: Tokenizer, w: Tokens, q: Tokens, len_w: Ints, len_q: Ints, size: int = MAX_TOKENS
+) -> tuple[Tokens, Ints, Bools, Bools]:
     """Return `[CLS] w [SEP] q [SEP]`, or `[CLS] w [SEP]` where q is empty, as the released code does.
 
     Returns:
-        ids, token types (1 after the first [SEP]), what is no padding, and which tokens are w or q; [B, 35].
+        ids, token types (1 after the first [SEP]), what is no padding, and which tokens are w or q; [B, size].
     """
-    place, column = np.arange(MAX_TOKENS)[None], np.arange(MAX_W)
+    place, column = np.arange(size)[None], np.arange(w.shape[1])
     first_sep = len_w[:, None] + 1
     last_sep = first_sep + np.where(len_q > 0, len_q + 1, 0)[:, None]
     in_w, in_q = (place > 0) & (place < first_sep), (place > first_sep) & (place < last_sep)
-    ids = np.full((len(w), MAX_TOKENS), tokenizer.pad, np.int32)
+    ids = np.full((len(w), size), tokenizer.pad, np.int32)
     ids[in_w] = w[column < len_w[:, None]]
     ids[in_q] = q[column < len_q[:, None]]
     ids[:, 0] = tokenizer.cls

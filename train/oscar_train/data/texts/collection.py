@@ -16,6 +16,7 @@ from oscar_common.progress import meter
 from oscar_common.settings import DTYPES
 from oscar_shards import ground_truth
 from oscar_shards.texts import read_overlays
+from oscar_train.batch import MAX_TEXT
 from oscar_train.data.sources import FLAG, Source
 from oscar_train.data.texts.arrays import GrowingArray
 from oscar_train.data.texts.phrases import CAPTION, QA, Phrases, Phrasing
@@ -38,7 +39,13 @@ Array = npt.NDArray[Any]
 
 
 def collect(
-    folder: Path, sources: list[Source], tokenizer: Tokenizer, texts: Sequence[Path], skip_corrupt: bool, tags: TagRule
+    folder: Path,
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    texts: Sequence[Path],
+    skip_corrupt: bool,
+    tags: TagRule,
+    width: int = MAX_TEXT,
 ) -> dict[str, Any]:
     """Write the arrays of `oscar_train.data.corpus.Corpus` into a folder.
 
@@ -61,7 +68,7 @@ def collect(
     tag_overlays = ground_truth.read_overlays(keys, tag_files)
     overlays = read_overlays(keys, [file for file in texts if file not in tag_files])
     left_out.clear()  # what the keys lack will be met again
-    phrasing = Phrasing(tokenizer, tags)
+    phrasing = Phrasing(tokenizer, tags, width)
     total = sum(source.manifest.plan.num_images for source in sources)
     with (
         closing(Writer(folder, np.min_scalar_type(tokenizer.size))) as writer,

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from oscar_common.errors import UsageError
 from oscar_shards.values import KINDS
-from oscar_train.batch import MAX_TEXT, MAX_W
+from oscar_train.batch import MAX_TEXT
 from oscar_train.data.sources import FLAG
 from oscar_train.data.texts.hashes import Words, set_of
 from oscar_train.data.texts.ragged import Ints, Ragged, concatenated
@@ -36,11 +36,11 @@ class Phrases:
 
 
 class Phrasing:
-    """Tokenises texts, and the tags that a rule leaves."""
+    """Tokenises texts, and the tags that a rule leaves. width: tokens of w and q together that a row has room for."""
 
-    def __init__(self, tokenizer: Tokenizer, rule: TagRule) -> None:
-        self.tagging = Tagging(tokenizer, rule, MAX_TEXT)
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, rule: TagRule, width: int = MAX_TEXT) -> None:
+        self.tagging = Tagging(tokenizer, rule, width)
+        self._tokenizer, self._width = tokenizer, width
 
     def __call__(self, rows: pa.RecordBatch, texts: pa.ListArray) -> Phrases:
         """Tokenise the (w, answer) of each text, and the tags of each image; `rows` are those of an index.
@@ -58,8 +58,8 @@ class Phrasing:
             key, found = rows.column("key")[int(image[odd[0]])], kind[int(odd[0])].as_py()
             raise UsageError(f"{FLAG}: image {key} has a text of kind {found!r}; known: {', '.join(KINDS)}")
         is_qa = pc.equal(kind, KINDS[QA])
-        first = self._tokenizer(pc.if_else(is_qa, question, text).fill_null("").to_pylist(), MAX_W)
-        answers = self._tokenizer(pc.if_else(is_qa, answer, "").fill_null("").to_pylist(), MAX_TEXT)
+        first = self._tokenizer(pc.if_else(is_qa, question, text).fill_null("").to_pylist(), self._width + 1)
+        answers = self._tokenizer(pc.if_else(is_qa, answer, "").fill_null("").to_pylist(), self._width)
         qa = is_qa.to_numpy(zero_copy_only=False)
         keep = np.flatnonzero((first.lengths > 0) & ((answers.lengths > 0) | ~qa))
         image, qa, answers = image[keep], qa[keep], answers.take(keep[qa[keep]])

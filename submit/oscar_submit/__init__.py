@@ -1,0 +1,1 @@
+"""Both stages as batch jobs of a cluster."""

@@ -1,0 +1,1 @@
+"""Captions: what is trained on, how they are decoded, and how they are scored."""
