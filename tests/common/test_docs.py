@@ -11,8 +11,11 @@ import yaml
 from support import EXTRACT, SHARDS, TRAIN
 
 import oscar_common
+import oscar_submit.__main__
 import oscar_train.checkpoints.command
 import oscar_train.evaluation.command
+import oscar_train.predict_command
+import oscar_train.tasks.finetune
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,7 +23,10 @@ COMMANDS: dict[str, click.Command] = {
     "oscar-checkpoint": oscar_train.checkpoints.command.command,
     "oscar-evaluate": oscar_train.evaluation.command.command,
     "oscar-extract": EXTRACT,
+    "oscar-finetune": oscar_train.tasks.finetune.command,
+    "oscar-predict": oscar_train.predict_command.command,
     "oscar-shards": SHARDS,
+    "oscar-submit": oscar_submit.__main__.command,
     "oscar-train": TRAIN,
 }
 FENCE = re.MULTILINE | re.DOTALL
@@ -57,6 +63,10 @@ def commands_of(page: str) -> list[list[str]]:
 def find_command(words: list[str]) -> tuple[click.Command, list[str]]:
     """The command or subcommand that a line calls, and its arguments."""
     command, arguments = COMMANDS[words[0]], words[1:]
+    if words[0] == "oscar-submit" and arguments[0] not in command.commands:
+        arguments = ["submit", *arguments]
+    if words[0] == "oscar-finetune" and re.fullmatch(r"TASK|[a-z2]+(\|[a-z2]+)+", arguments[0]):  # any of the tasks
+        arguments = ["retrieval", *arguments[1:]]
     if isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
         return command.commands[arguments[0]], arguments[1:]
     return command, arguments
