@@ -39,10 +39,13 @@ def wait_until(reached: Callable[[], object], what: str, seconds: float = 600) -
 
 
 def end_time_limit_soon(job: str) -> None:
-    """Shorten a job's time limit so that SLURM warns it within a minute."""
+    """Shorten a job's time limit so that SLURM warns it within two minutes.
+
+    It looks every half a minute: with less than that left it would not warn, but end the job.
+    """
     elapsed = ask("squeue", "--noheader", "--jobs", job, "--format", "%M").strip()
     minutes, seconds = (int(part) for part in elapsed.split(":")[-2:])
-    limit = minutes + (2 if seconds > 40 else 1)
+    limit = minutes + (2 if seconds > 5 else 1)
     set_time_limit(job, limit)
 
 
@@ -60,6 +63,16 @@ def kill_node(folder: Path, node: str) -> None:
             if _is_of_node(process, node, log):
                 os.kill(int(process.name), signal.SIGKILL)
     ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
+
+
+def signal_ranks(job: str, number: signal.Signals) -> None:
+    """Send a signal to the processes of a training job that do its steps."""
+    for process in map(Path, Path("/proc").glob("[0-9]*")):
+        with suppress(OSError):
+            command = (process / "cmdline").read_bytes()
+            is_rank = b"oscar_train" in command and b"torch.distributed.run" not in command and b"srun" not in command
+            if is_rank and f"SLURM_JOB_ID={job}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), number)
 
 
 def _is_of_node(process: Path, node: str, log: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 from running import rows
-from slurm_lab import ask, cancel_all, end_time_limit_soon, kill_node, node_of, set_time_limit, state_of, wait_until
+from slurm_lab import (
+    ask,
+    cancel_all,
+    end_time_limit_soon,
+    kill_node,
+    node_of,
+    set_time_limit,
+    signal_ranks,
+    state_of,
+    wait_until,
+)
 from support import contents, extract, photo, run_here
 
 from oscar_submit.__main__ import command as SUBMIT
@@ -36,7 +47,7 @@ pipelines:
       shards: shards
       out: disturbed
       init: random:tiny
-      steps: 40
+      steps: 60
       batch_size: 8
       checkpoint_every: 5
       device: cpu
@@ -147,8 +158,12 @@ def disturb_workers(slurm: ModuleType, array: str) -> None:
 
 def disturb_training(folder: Path, job: str) -> None:
     """Take the time from a training, and when it runs again, requeue it."""
+    log = folder / "disturbed.jobs" / "logs" / f"train-{job}.log"
+    signal_ranks(job, signal.SIGSTOP)  # so that a fast machine is not done before the warning comes
     end_time_limit_soon(job)
-    wait_until(lambda: state_of(job) == "PENDING", "the time limit's warning")
+    wait_until(lambda: "CANCELLED AT" in log.read_text(), "the time limit's warning")
+    signal_ranks(job, signal.SIGCONT)
+    wait_until(lambda: state_of(job) == "PENDING", "the job in the queue again")
     set_time_limit(job, LONG)
     stopped_at = last_step(folder / "disturbed")
     wait_until(lambda: last_step(folder / "disturbed") > stopped_at + 3, "steps after the time limit")
@@ -208,7 +223,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 def test_a_training_that_is_stopped_twice_has_the_curve_of_one_that_is_not(story: Story):
     disturbed, undisturbed = rows(story.folder / "disturbed"), rows(story.folder / "undisturbed")
-    assert len(disturbed) == 40
+    assert len(disturbed) == 60
     assert disturbed == undisturbed
 
 
@@ -221,7 +236,7 @@ def test_the_record_says_where_and_when_and_how_often(story: Story):
     assert max(run["restarts"] for run in workers) >= 3  # requeued, preempted, its node killed
 
     trained = read_record(story.folder / "disturbed")
-    assert trained["counts"] == {"step": 40}
+    assert trained["counts"] == {"step": 60}
     assert [run["restarts"] for run in trained["runs"]] == [0, 1, 2]
 
 
