@@ -219,10 +219,12 @@ def _failures(out: Path, present: tuple[QueuedJob, ...]) -> tuple[Failure, ...]:
     if not submissions:
         return ()
     job_ids = list(submissions[-1]["jobs"].values())
-    failures = [*_failures_in_logs(out, job_ids, present)]
-    if not failures:
-        gone = [job for job in job_ids if all(job != other.job for other in present)]
-        failures += [failure for job in gone for failure in _failures_without_log(out, job)]
+    failures = _failures_in_logs(out, job_ids, present)
+
+    for job in job_ids:
+        is_present = any(job == other.job for other in present)
+        if not is_present and not logs_of(out, [job]):
+            failures += _failures_without_log(out, job)
     return tuple(failures)
 
 

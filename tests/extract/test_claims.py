@@ -227,6 +227,7 @@ def test_after_kill_9_at_any_moment_another_process_finishes_to_the_same_bytes(o
             finish_shard(taken(out, share, "a"), share, iter(ITEMS), LAYOUT)
 
         killed = is_killed(do, after)
+        (out / ".tmp-job-0123456789abcdef").mkdir()  # of a process that was killed as it began
         clock = Clock(0.0)
         left = remaining(out, "b", clock)
         while left.left:

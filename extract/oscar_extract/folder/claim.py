@@ -20,6 +20,7 @@ from oscar_common.errors import UsageError
 from oscar_common.files import TEMPORARY
 
 FOLDER = "_claims"
+PREPARED = f"{TEMPORARY}job-"  # begins the name of the folder in which a process writes plan and settings
 NAME = re.compile(r"(\d{6,})\.(\d+)")  # shard and number of a claim
 PLACE = re.compile(rf"{re.escape(TEMPORARY)}[\w.-]+")  # a folder beside the shards, and no other path
 LENGTH = 1024  # bytes of the file: it is changed in place, and so never seen half-written

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.files import TEMPORARY, check_writable, move, remove
-from oscar_extract.folder.claim import FOLDER, GIVEN_BACK, claim_numbers, this_process
+from oscar_extract.folder.claim import FOLDER, GIVEN_BACK, PREPARED, claim_numbers, this_process
 from oscar_extract.folder.job_file import check_same_job, job_content
 from oscar_extract.folder.watch import PATIENCE, Watch
 from oscar_extract.messages import Job
@@ -74,7 +74,7 @@ def prepare(job: Job, plan: Plan, manifest: Manifest | None = None) -> None:
 @contextmanager
 def _private_folder(out: Path) -> Iterator[Path]:
     """Yield a folder beside the shards that no other process has; it is gone after the block."""
-    place = out / f"{TEMPORARY}job-{secrets.token_hex(8)}"
+    place = out / f"{PREPARED}{secrets.token_hex(8)}"
     place.mkdir()
     try:
         yield place

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from oscar_common.files import TEMPORARY, remove
-from oscar_extract.folder.claim import FOLDER, GIVEN_BACK, SEALED, Process, claim_numbers, this_process
+from oscar_extract.folder.claim import FOLDER, GIVEN_BACK, PREPARED, SEALED, Process, claim_numbers, this_process
 from oscar_extract.folder.naming import clear, give_names
 from oscar_extract.folder.watch import Standing, Watch
 from oscar_extract.messages import Job, Share, Stamp, index_stamp, is_done
@@ -59,6 +59,9 @@ class Remaining:
         if not self._retries:
             self._clear_done()
         self.sweep()
+        for unnamed in self._out.glob(f"{PREPARED}*"):  # of a process that was killed as it began; all is written now
+            with suppress(OSError):
+                remove(unnamed)
         for unborn in (self._out / FOLDER).glob(f"{TEMPORARY}*"):  # claims whose makers were killed
             unborn.unlink(missing_ok=True)
         with suppress(OSError):

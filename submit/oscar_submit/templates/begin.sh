@@ -13,8 +13,8 @@ note() {
 run() {
     local child code cause=
     trap 'cause=time; tell_to_end' USR1
-    trap tell_to_end USR2
-    trap : TERM
+    trap 'cause=cancelled; tell_to_end' USR2
+    trap 'cause=${cause:-ended}' TERM
     note began
     "$@" &
     child=$!
@@ -25,6 +25,9 @@ run() {
         kill -0 "$child" 2>/dev/null || break
     done
 
+    if [ -n "$cause" ] && [ "$code" -ne 0 ]; then
+        code=143 # told to end; torchrun would say 1
+    fi
     note "ended $code"
     if [ "$cause" = time ] && [ "$code" -ne 0 ]; then
         scontrol requeue "$SLURM_JOB_ID"
