@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # without a GPU its kernels are interpreted; counts while Triton is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands set it: torch reads it when it is imported
 
 import numpy as np
 import pytest

@@ -19,7 +19,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_model
 
 import oscar_extract.network.backbone
 
-FOLDER = Path(oscar_extract.network.backbone.__file__).parent / "builtin"
+FOLDER = Path(oscar_extract.__file__).parent / "builtin"
 WEIGHTS = FOLDER / "model.safetensors"
 
 

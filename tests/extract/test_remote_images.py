@@ -166,6 +166,7 @@ def test_the_tars_of_a_bucket_are_listed(
     assert not list(tmp_path.glob("s3:*"))
 
 
+@pytest.mark.slow
 def test_killed_workers_that_share_a_cache_leave_what_the_same_command_completes(
     tars: Path, local: dict[str, bytes], tmp_path: Path
 ):

@@ -97,6 +97,7 @@ def plan(arguments: list[object], out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_ten_workers_killed_and_stopped_at_random_make_what_one_makes(
     arguments: list[object], undisturbed: Path, tmp_path: Path, hire: Hire
 ):

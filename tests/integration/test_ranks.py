@@ -91,6 +91,7 @@ def test_fifty_steps_on_one_two_and_four_ranks_are_alike_and_go_on_as_each_other
     assert_alike(tmp_path / "one", tmp_path / "two", tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_after_the_same_step_and_say_so_once(shards: Path, tmp_path: Path):
     arguments = ("--shards", shards, *COMMON, "--steps", "4000", "--out", tmp_path / "run")
     process = launch_fresh(*arguments, ranks=2)

@@ -93,6 +93,7 @@ def finish(process: Running) -> tuple[str, str]:
     return printed, errors
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_replaced_and_its_shard_done_again(
     images: Path, undisturbed: Path, tmp_path: Path, launch: Launch
 ):

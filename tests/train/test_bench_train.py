@@ -85,6 +85,7 @@ def test_the_released_step_does_the_same_work_as_ours(report: dict[str, Any]) ->
     assert found["ours-bf16"]["gradient_cosine"] > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ours-fp32", "release-fp32", "visualbert-fp32"])
 def test_each_model_learns(bench: Any, shards: Path, tmp_path: Path, way: str) -> None:
     steps = import_module("steps")

@@ -42,6 +42,7 @@ def exported(run: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_to_the_same_losses(run: Path, shards: Path, tmp_path: Path):
     config = json.loads((run / "checkpoint-000004" / "config.json").read_text())
     assert (config["img_feature_dim"], config["region_position"]) == (P + 4, 4)
