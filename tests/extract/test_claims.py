@@ -5,11 +5,13 @@ import errno
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kills import is_killed
 from small_shards import make_samples
 
+from oscar_common.errors import Stopped
 from oscar_common.sample import Sample
 from oscar_common.settings import Detector, Extract
 from oscar_extract.folder import claim as claim_module
@@ -28,6 +30,7 @@ from oscar_extract.folder.claim import (
 from oscar_extract.folder.finish import finish_shard
 from oscar_extract.folder.naming import give_names
 from oscar_extract.folder.remaining import DEATHS, Remaining
+from oscar_extract.folder.stopping import STOP
 from oscar_extract.folder.take import Held, change_claim, give_back_for_the_dead, holding, make_claim, take
 from oscar_extract.folder.watch import PATIENCE, Watch
 from oscar_extract.messages import Job, Share
@@ -275,6 +278,20 @@ def test_a_shard_that_is_given_back_can_be_taken_at_once(out: Path):
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert [*left.shares()] == [Share(shard=0, number=2)]
+    assert [path.name for path in out.glob(".tmp-*")] == []
+
+
+def test_a_signal_at_the_very_moment_of_the_claim_gives_the_shard_back(out: Path, monkeypatch: pytest.MonkeyPatch):
+    def take_and_be_told(*arguments: Any) -> Held | None:
+        held = take(*arguments)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return held
+
+    monkeypatch.setattr("oscar_extract.folder.take.take", take_and_be_told)
+    with STOP.watched(), pytest.raises(Stopped), holding(out, shard_path(out, "shard", 0), Share(shard=0)):
+        raise AssertionError("the signal came before any work")
+
+    assert [*remaining(out, "b", Clock(0.0)).shares()] == [Share(shard=0, number=2)]
     assert [path.name for path in out.glob(".tmp-*")] == []
 
 

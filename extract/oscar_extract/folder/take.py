@@ -108,26 +108,27 @@ def holding(out: Path, tar: Path, share: Share, process: Process | None = None) 
 
     An exception that ends the block gives the shard back.
     """
-    held = take(out, tar, share, process or this_process())
-    if held is None:
-        yield None
-        return
-
-    ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(held, ended), daemon=True)
-    heart.start()
-    STOP.first.append(held.give_back)
+    held: Held | None = None
     try:
-        yield held
+        with STOP.deferred():  # a signal between the two would leave the shard to a process that has ended
+            held = take(out, tar, share, process or this_process())
+            if held is not None:
+                STOP.first.append(held.give_back)
+
+        if held is None:
+            yield None
+        else:
+            with _beating(held):
+                yield held
     except BaseException:
-        held.give_back()
+        if held is not None:
+            held.give_back()
         raise
     finally:
-        STOP.first.remove(held.give_back)
-        ended.set()
-        heart.join()
-        if not held.is_sealed:  # else it is gone, or others find the shard in it
-            shutil.rmtree(held.place, ignore_errors=True)
+        if held is not None:
+            STOP.first.remove(held.give_back)
+            if not held.is_sealed:  # else it is gone, or others find the shard in it
+                shutil.rmtree(held.place, ignore_errors=True)
 
 
 def take(out: Path, tar: Path, share: Share, process: Process) -> Held | None:
@@ -196,6 +197,19 @@ def _link(own: Path, path: Path, claim: Claim) -> bool:
         file.write(as_bytes(claim))
         return True
     return False
+
+
+@contextmanager
+def _beating(held: Held) -> Iterator[None]:
+    """Give signs of life while the block runs."""
+    ended = threading.Event()
+    heart = threading.Thread(target=_beat, args=(held, ended), daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()
 
 
 def _beat(held: Held, ended: threading.Event) -> None:
