@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt extract/oscar_extract/install_detectron
 	@echo "==> setup 3/3: detectron2"
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m oscar_extract.install_detectron2
 	@touch $@
-	@echo "setup is done: the commands are oscar-extract, oscar-shards and oscar-train in $(BIN)"
+	@echo "setup is done: oscar-extract, oscar-train and the other oscar-* commands are in $(BIN)"
 
 chromium: ## install Debian's Chromium for the tests of pages
 	$(if $(filter 0,$(shell id -u)),,sudo )apt-get update

@@ -11,6 +11,7 @@ from typing import Any
 from oscar_common.errors import OperationError
 from oscar_common.settings import Extract, Train
 from oscar_extract.folder.progress import Progress, progress_of
+from oscar_extract.folder.progress import as_json as progress_as_json
 from oscar_submit import slurm
 from oscar_submit.folder import jobs_folder, last_lines, logs_of, read_record, recorded_name, runs_in
 from oscar_submit.request import Request, output
@@ -128,18 +129,9 @@ def as_json(status: Status) -> dict[str, Any]:
 def _progress(progress: Progress | None) -> dict[str, Any]:
     if progress is None:
         return {"planned": False}
-    return {
-        "planned": True,
-        "shards": progress.shards,
-        "done": progress.done,
-        "in_work": [vars(shard) for shard in progress.in_work],
-        "left": progress.left,
-        "images": progress.images,
-        "images_done": progress.images_done,
-        "rejects": dict(progress.rejects),
-        "bytes_done": progress.bytes_done,
-        "done_at": list(progress.done_at),
-    }
+    content = progress_as_json(progress)
+    del content["out"], content["complete"]
+    return {"planned": True, **content, "done_at": list(progress.done_at)}
 
 
 def _queue(request: Request) -> tuple[list[QueuedJob], str]:

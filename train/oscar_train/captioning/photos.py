@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from oscar_common.errors import OperationError
-from oscar_shards.read import ShardFolder, read_boxes, read_features
+from oscar_shards.read import ShardFolder
 from oscar_train.batch import BOX, IGNORED, MAX_REGIONS, MAX_TEXT, Batch
 from oscar_train.captioning.layout import laid_out
+from oscar_train.data.reading.photo import read_regions
 from oscar_train.data.sampling.text_pairs import Bools, Tokens
 from oscar_train.data.texts.ragged import Ints
 from oscar_train.data.texts.tags import Tagging, TagRule
@@ -68,10 +68,11 @@ def _batch(
     z = torch.zeros(count, most, BOX)
     regions = torch.zeros(count, most, dtype=torch.bool)
     for number, (row, tar) in enumerate(zip(rows, tars, strict=True)):
-        first = min(row["num_boxes"], most)
-        if not first:
+        if not row["num_boxes"]:
             continue
-        features[number, :first], z[number, :first] = _regions(tar, row, first)
+        of_image, z_of_image = read_regions(tar, row, most)
+        first = len(of_image)
+        features[number, :first], z[number, :first] = of_image, z_of_image
         regions[number, :first] = True
 
     zeros = torch.zeros(count, dtype=torch.int64)
@@ -87,16 +88,3 @@ def _batch(
         dropout_seeds=zeros,
         triples=zeros,
     )
-
-
-def _regions(tar: Path, row: dict[str, Any], first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the features [K, P] and positions [K, 6] of an image's first regions (Oscar section 3)."""
-    try:
-        features, boxes = read_features(tar, row), read_boxes(tar, row)
-    except (OSError, ValueError):
-        raise OperationError(f"{tar}: image {row['key']} cannot be read; see: oscar-shards verify {tar}") from None
-
-    sides = np.maximum([row["width"], row["height"]], 1).astype(np.float32)
-    corners = boxes[:first] / np.tile(sides, 2)
-    z = np.concatenate([corners, corners[:, 2:] - corners[:, :2]], 1)
-    return torch.from_numpy(features[:first].astype(np.float16)), torch.from_numpy(z)

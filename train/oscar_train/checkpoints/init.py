@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from oscar_common.errors import UsageError, reason
+from oscar_common.settings import Train
 from oscar_train.arguments import RANDOM, checkpoints
 from oscar_train.batch import BOX, MAX_TOKENS
 from oscar_train.checkpoints.checkpoint import whole
@@ -95,6 +96,29 @@ def open_folder(name: str, folder: Path, place: str) -> Start:
             f"{config.vocab_size}; put the vocab.txt that belongs to the weights into the folder"
         )
     return Start(name=name, place=place, folder=folder, config=config, tokenizer=tokenizer)
+
+
+def build_for(
+    settings: Train,
+    start: Start,
+    feature_dim: int,
+    begin: Callable[[Any], str] | None,
+    *,
+    classes: tuple[str, ...] | None = None,
+    network: Callable[[BertConfig], Any] = OscarForPreTraining,
+) -> tuple[Any, str]:
+    """Do what `build` does, with what the settings of a run say of its model."""
+    return build(
+        start,
+        feature_dim,
+        settings.seed,
+        classes=classes,
+        image_layernorm=settings.image_layernorm,
+        position=settings.region_position,
+        attention_dropout=settings.attention_dropout,
+        begin=begin,
+        network=network,
+    )
 
 
 def build(

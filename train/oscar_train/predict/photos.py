@@ -15,8 +15,9 @@ from xxhash import xxh3_64_hexdigest
 
 from oscar_common.errors import OperationError, UsageError
 from oscar_common.files import cache_folder, no_folder, sha256, temporary
-from oscar_shards.read import ShardFolder, open_folder, read_boxes, read_features
+from oscar_shards.read import ShardFolder, open_folder
 from oscar_train.batch import Batch
+from oscar_train.data.reading.photo import read_regions
 from oscar_train.data.room import make_room
 from oscar_train.data.texts.ragged import Ints, Ragged
 from oscar_train.data.texts.tags import Tagging
@@ -97,16 +98,11 @@ def make_batch(model: TaskModel, photos: Photos, which: Ints, text: Ragged) -> B
     batch = make_room(len(which), model.feature_dim, shape=model.shape).batch
     for row, photo in enumerate(which.tolist()):
         tar, entry = photos.row(photo)
-        try:
-            features, boxes = read_features(tar, entry), read_boxes(tar, entry)
-        except (OSError, ValueError):
-            raise OperationError(f"{tar}: image {entry['key']} cannot be read; see: oscar-shards verify") from None
-        if not (count := min(len(boxes), model.shape.regions)):
+        if not entry["num_boxes"]:
             continue
-        size = np.array([entry["width"], entry["height"]] * 2, np.float32).clip(1)
-        place = boxes[:count] / size
-        batch.features[row, :count] = torch.from_numpy(features[:count].astype(np.float16))
-        batch.z[row, :count] = torch.from_numpy(np.concatenate([place, place[:, 2:] - place[:, :2]], 1))
+        features, z = read_regions(tar, entry, model.shape.regions)
+        count = len(features)
+        batch.features[row, :count], batch.z[row, :count] = features, z
         batch.region_mask[row, :count] = True
 
     lines = np.arange(len(which)) if len(text) == len(which) else np.zeros(len(which), np.int64)

@@ -16,7 +16,7 @@ from oscar_train.captioning.layout import MOST_MASKED, TEXT, caption_batch
 from oscar_train.captioning.network import OscarForCaptioning, criterion
 from oscar_train.captioning.self_critical import reference_frequencies
 from oscar_train.captioning.self_critical_network import SelfCriticalOscar, Truth, self_critical_criterion
-from oscar_train.checkpoints.init import Start, build
+from oscar_train.checkpoints.init import Start, build_for
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
 from oscar_train.data.sampling.shape import Shape
@@ -68,16 +68,7 @@ def make_task(
             raise UsageError(
                 f"{start.place}: has {start.config.max_position_embeddings} positions; captions with tags need {TEXT}"
             )
-        return build(
-            start,
-            feature_dim,
-            settings.seed,
-            image_layernorm=settings.image_layernorm,
-            position=settings.region_position,
-            attention_dropout=settings.attention_dropout,
-            begin=begin,
-            network=network_of,
-        )
+        return build_for(settings, start, feature_dim, begin, network=network_of)
 
     def evaluation(corpus: Corpus, reader: RegionReader, only: Only) -> Evaluation:
         exam = make_caption_exam(corpus, reader, only, settings.eval_images, settings.regions)

@@ -14,7 +14,7 @@ from transformers import BertConfig
 
 from oscar_common.errors import UsageError
 from oscar_common.settings import Finetune
-from oscar_train.checkpoints.init import Start, build
+from oscar_train.checkpoints.init import Start, build_for
 from oscar_train.checkpoints.tensor_names import CLASSIFIER, REGIONS
 from oscar_train.model.dropout import keep, token_bits
 from oscar_train.model.oscar import Attention, OscarModel, initialise
@@ -117,16 +117,7 @@ def build_classifier(
             config.hidden_dropout_prob = settings.dropout
         return OscarForClassification(classifier_config(config, labels, attention=settings.attention, **head))
 
-    return build(
-        start,
-        feature_dim,
-        settings.seed,
-        image_layernorm=settings.image_layernorm,
-        position=settings.region_position,
-        attention_dropout=settings.attention_dropout,
-        begin=begin,
-        network=network,
-    )
+    return build_for(settings, start, feature_dim, begin, network=network)
 
 
 def is_classifier(weights: Mapping[str, Tensor]) -> bool:

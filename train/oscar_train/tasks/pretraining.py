@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oscar_common.settings import Train
 from oscar_train.batch import MAX_TOKENS
-from oscar_train.checkpoints.init import Start, build
+from oscar_train.checkpoints.init import Start, build_for
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
 from oscar_train.data.sampling.shape import PAIR
@@ -36,16 +36,7 @@ def make_task(settings: Train, sources: Sequence[Source] = (), tokenizer: Tokeni
         return pairs(corpus, weights, objective, only)
 
     def make_network(start: Start, feature_dim: int, begin: Any) -> tuple[OscarForPreTraining, str]:
-        return build(
-            start,
-            feature_dim,
-            settings.seed,
-            classes=objective.classes,
-            image_layernorm=settings.image_layernorm,
-            position=settings.region_position,
-            attention_dropout=settings.attention_dropout,
-            begin=begin,
-        )
+        return build_for(settings, start, feature_dim, begin, classes=objective.classes)
 
     def evaluation(corpus: Corpus, reader: RegionReader, only: Only) -> Evaluation:
         exam = make_exam(corpus, reader, objective, only, triples=settings.eval_triples, images=settings.eval_images)
