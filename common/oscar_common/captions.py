@@ -122,8 +122,8 @@ def _vqa(questions: list[Any], path: Path) -> Iterator[list[str]]:
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     if beside == path or not beside.is_file():
         raise UsageError(f"{FLAG} {path}: questions without answers: no *_annotations.json of the same name beside it")
-    found = read_json(beside, FLAG, lambda o: {k: o[k] for k in _VQA & o.keys()})["annotations"]
-    answers = {one["question_id"]: str(one["multiple_choice_answer"]) for one in found}
+    annotations = read_json(beside, FLAG, lambda o: {k: o[k] for k in _VQA & o.keys()})["annotations"]
+    answers = {one["question_id"]: str(one["multiple_choice_answer"]) for one in annotations}
     for asked in questions:
         if (number := asked["question_id"]) in answers:
             yield [str(asked["image_id"]), str(number), str(asked["question"]), answers[number]]
@@ -222,17 +222,17 @@ def _columns(batch: pa.RecordBatch, start: int, source: str) -> pa.Table | None:
     None: columns are missing, or hold something else than text and whole numbers, which Python's `str` has to see to.
     """
     known = {*IMAGE_COLUMNS, *TEXT_COLUMNS, "question", "answer", "question_id", "caption_id"}
-    found = {n: _strings(batch.column(n)) for n in batch.schema.names if n in known}
-    said = {n: column for n, column in found.items() if column is not None}
-    ids = [said[n] for n in ("question_id", "caption_id") if n in said]
-    if len(said) < len(found) or any(column.null_count for column in ids):
+    by_name = {n: _strings(batch.column(n)) for n in batch.schema.names if n in known}
+    present = {n: column for n, column in by_name.items() if column is not None}
+    ids = [present[n] for n in ("question_id", "caption_id") if n in present]
+    if len(present) < len(by_name) or any(column.null_count for column in ids):
         return None
-    image, text = ([said[n] for n in names if n in said] for names in (IMAGE_COLUMNS, TEXT_COLUMNS))
+    image, text = ([present[n] for n in names if n in present] for names in (IMAGE_COLUMNS, TEXT_COLUMNS))
     nothing, number = (
         pa.nulls(len(batch), pa.string()),
         pa.array(np.arange(start, start + len(batch))).cast(pa.string()),
     )
-    question, answer = (said.get(n, nothing) for n in ("question", "answer"))
+    question, answer = (present.get(n, nothing) for n in ("question", "answer"))
     is_qa = pc.and_(question.is_valid(), answer.is_valid())
     if not image or not (text or pc.all(is_qa).as_py()):
         return None
@@ -242,7 +242,7 @@ def _columns(batch: pa.RecordBatch, start: int, source: str) -> pa.Table | None:
         image=_normal(pc.coalesce(*image, "")),
         kind=pc.if_else(is_qa, "qa", "caption"),
         source=source,
-        id=pc.if_else(is_qa, said.get("question_id", number), said.get("caption_id", number)),
+        id=pc.if_else(is_qa, present.get("question_id", number), present.get("caption_id", number)),
         text=pc.if_else(is_qa, None, pc.coalesce(*text, "")),
         question=pc.if_else(is_qa, question, None),
         answer=pc.if_else(is_qa, answer, None),
@@ -288,8 +288,8 @@ def _records(records: Iterable[dict[str, Any]], path: Path, start: int = 0) -> I
 
 def _first(record: dict[str, Any], names: Sequence[str]) -> Any:
     """Return what the first of these columns says that is not empty; "" if all are, None if there is none."""
-    said = [record[name] for name in names if name in record]
-    return next((value for value in said if value is not None), "" if said else None)
+    values = [record[name] for name in names if name in record]
+    return next((value for value in values if value is not None), "" if values else None)
 
 
 _FORMS: dict[str, Callable[[Path, str], Iterator[pa.Table]]] = {

@@ -149,13 +149,13 @@ def settings_command(
     def decorate(function: Callable[[S, Catalog], None]) -> click.Command:
         def callback(pipeline: str | None, pipelines: Path | None, resume: Path | None = None, **flags: Any) -> None:
             catalog = load_catalog(pipelines)
-            said = _said(schema, flags)
+            given_flags = _said(schema, flags)
             if resume is not None and resumed is not None:
-                _refuse_with_resume({"pipeline": pipeline, **said}, settled)
+                _refuse_with_resume({"pipeline": pipeline, **given_flags}, settled)
                 layer = vars(resumed(resume))
             else:
                 layer = _pipeline(catalog, pipeline, stage) if pipeline is not None else {}
-            settings = resolve(schema, catalog, layer, {**said, **fixed})
+            settings = resolve(schema, catalog, layer, {**given_flags, **fixed})
             check_paths(settings)
             function(settings, catalog)
 
@@ -287,13 +287,13 @@ def _type(field: "dataclasses.Field[Any]", hint: Any) -> Any:
 
 def _said(schema: type[Any], flags: dict[str, Any]) -> dict[str, Any]:
     """Return the flags that were given, checked."""
-    said = {
+    given_flags = {
         name: list(flag) if isinstance(flag, tuple) else flag for name, flag in flags.items() if flag not in (None, ())
     }
     for field in dataclasses.fields(schema):
-        if field.name in said:
-            said[field.name] = meaning(said[field.name], f"--{field.name.replace('_', '-')}", field)
-    return said
+        if field.name in given_flags:
+            given_flags[field.name] = meaning(given_flags[field.name], f"--{field.name.replace('_', '-')}", field)
+    return given_flags
 
 
 def _pipeline(catalog: Catalog, name: str, stage: str) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def strings(values: Sequence[Any]) -> pa.Array:
 def find(wanted: pa.Array, names: pa.Array) -> Ints:
     """Return for each wanted name the first row of `names` that equals it, or -1; int64 [len(wanted)]."""
     rows = pc.index_in(wanted, value_set=names, skip_nulls=True).fill_null(-1)
-    found: Ints = rows.to_numpy(zero_copy_only=False).astype(np.int64)
-    return found
+    positions: Ints = rows.to_numpy(zero_copy_only=False).astype(np.int64)
+    return positions
 
 
 def once(names: pa.Array) -> pa.Array:
@@ -141,5 +141,5 @@ def reading(path: Path, flag: str) -> Iterator[None]:
         CSVError,
         pa.ArrowException,
     ) as error:
-        found = in_line(f"{type(error).__name__}: {error}")
-        raise UsageError(f"{flag} {path}: cannot be read as {path.suffix or 'what it should be'}: {found}") from None
+        cause = in_line(f"{type(error).__name__}: {error}")
+        raise UsageError(f"{flag} {path}: cannot be read as {path.suffix or 'what it should be'}: {cause}") from None

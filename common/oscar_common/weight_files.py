@@ -49,6 +49,6 @@ def fault(path: Path, error: Exception) -> str:
         if begin.startswith(magic):
             return line
     if "weights_only" in str(error):  # torch's own words advise to execute what is in the file
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        return f"it holds a {found[1]}; only tensors are read" if found else "it is not a file of tensors, or damaged"
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return f"it holds a {match[1]}; only tensors are read" if match else "it is not a file of tensors, or damaged"
     return reason(error)

@@ -96,9 +96,9 @@ def detect(detector: Detector, inputs: list[Input], selection: Selection) -> lis
     images = load_batch(detector, inputs)
     maps = feature_maps(detector, images)
     proposals = preset.propose(model, images, maps, targets)
-    found = classify(detector, maps, proposals, targets)
-    kept = preset.select(model.roi_heads.box_predictor, found, selection)
-    return collect(detector, inputs, maps, found, kept)
+    detections = classify(detector, maps, proposals, targets)
+    kept = preset.select(model.roi_heads.box_predictor, detections, selection)
+    return collect(detector, inputs, maps, detections, kept)
 
 
 def load_batch(detector: Detector, inputs: list[Input]) -> ImageList:

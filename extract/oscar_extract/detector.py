@@ -194,9 +194,9 @@ def _check_architecture(name: str, model: nn.Module) -> None:
         or not isinstance(heads, Res5ROIHeads | StandardROIHeads)
         or isinstance(heads, CascadeROIHeads)
     ):
-        found = f"{type(model).__name__} with {type(heads).__name__}"
+        architecture = f"{type(model).__name__} with {type(heads).__name__}"
         raise UsageError(
-            f"--detector {name}: a {found}; allowed: GeneralizedRCNN with StandardROIHeads or Res5ROIHeads"
+            f"--detector {name}: a {architecture}; allowed: GeneralizedRCNN with StandardROIHeads or Res5ROIHeads"
         )
 
 

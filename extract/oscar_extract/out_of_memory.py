@@ -26,19 +26,19 @@ def detect_within(
 
     When memory runs out the limit is halved, for all that comes after as well. Smaller batches give the same regions.
     """
-    found: list[Regions | RefusedImage | None] = []
-    while len(found) < len(inputs):
-        part = inputs[len(found) : len(found) + limit.images]
+    results: list[Regions | RefusedImage | None] = []
+    while len(results) < len(inputs):
+        part = inputs[len(results) : len(results) + limit.images]
         regions = _try(detector, part, selection)
         if regions is not None:
-            found += regions
+            results += regions
         elif len(part) == 1:
-            found.append(None)
+            results.append(None)
         else:
             limit.images = len(part) // 2
             shape = f"{part[0].target.width}x{part[0].target.height}"
             print(f"out of memory at {len(part)} images of {shape}: going on with {limit.images}", file=sys.stderr)
-    return found
+    return results
 
 
 def _try(detector: Detector, inputs: list[Input], selection: Selection) -> list[Regions | RefusedImage] | None:

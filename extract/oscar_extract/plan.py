@@ -92,13 +92,13 @@ def plan_of(request: Request, settings: Extract) -> Plan:
         UsageError: see `read_corpus`.
     """
     with phase("listing files"):
-        found = find_files(request)
+        input_files = find_files(request)
     choices = settings.images_per_shard, settings.limit, settings.shuffle_seed
-    inputs = inputs_digest(request, found, *choices)
+    inputs = inputs_digest(request, input_files, *choices)
     if settings.out and not settings.overwrite and (plan := saved_plan(Path(settings.out), inputs, cache_of(settings))):
         return plan
     with phase("looking into tars"):
-        inventory = take_inventory(found)
+        inventory = take_inventory(input_files)
     with phase("reading and joining datasets"):
         return make_plan(read_corpus(request, inventory), request, inputs, *choices)
 
@@ -202,8 +202,8 @@ def inputs_digest(request: Request, found: Listing, *settings: object) -> str:
     read += [path for folder in captions if folder.is_dir() for path in sorted(folder.rglob("*.txt"))]
     stats = [(str(p), s.st_size, s.st_mtime_ns) for p in read if p.exists() for s in [p.stat()]]
     asked = repr(dataclasses.replace(request, out=None, splits=frozenset()))  # the order of a set is not fixed
-    said = json.dumps([asked, sorted(request.splits), settings, stats])
-    return _digest([array(found.files[n]) for n in ("root", "path")], said)
+    content = json.dumps([asked, sorted(request.splits), settings, stats])
+    return _digest([array(found.files[n]) for n in ("root", "path")], content)
 
 
 def _digest(columns: list[pa.Array], first: str = "") -> str:
@@ -235,7 +235,7 @@ def _update(digest: Any, column: pa.Array) -> None:
 
 def write_plan(out: Path, plan: Plan) -> None:
     """Write the plan, and the list of what was left out, beside the shards."""
-    said = {
+    metadata = {
         "roots": [_described(root) for root in plan.roots],
         "counts": [dataclasses.asdict(count) for count in plan.counts],
         "record": dataclasses.asdict(plan.record),
@@ -243,7 +243,7 @@ def write_plan(out: Path, plan: Plan) -> None:
     }
     size = plan.record.images_per_shard
     with replacing(out / PLAN_FILE) as file:
-        table = plan.table.replace_schema_metadata({"oscar.plan": json.dumps(said)})
+        table = plan.table.replace_schema_metadata({"oscar.plan": json.dumps(metadata)})
         write_sealed(table, file, compression="zstd", row_group_size=size * -(-GROUP // size))
     if len(plan.left_out):
         with replacing(out / LEFT_OUT_FILE) as file:
@@ -287,14 +287,14 @@ def joined_plan(out: Path, cache: Cache) -> Plan:
 
 
 def _read_plan(out: Path, cache: Cache) -> Plan:
-    said = _said(out)
+    metadata = _said(out)
     return Plan(
-        roots=_roots(said, cache),
+        roots=_roots(metadata, cache),
         table=PLAN.empty_table(),
-        counts=[Count(**c) for c in said["counts"]],
+        counts=[Count(**c) for c in metadata["counts"]],
         left_out=LEFT_OUT.empty_table(),
-        record=PlanRecord(**said["record"]),
-        inputs=said["inputs"],
+        record=PlanRecord(**metadata["record"]),
+        inputs=metadata["inputs"],
     )
 
 
@@ -323,12 +323,12 @@ def planned_record(out: Path) -> PlanRecord:
 
 def read_shard_plan(out: Path, number: int, cache: Cache) -> tuple[list[Root], list[PlannedImage]]:
     """Return the roots and the images of one shard, from the plan that lies in `out`; nothing else of it is read."""
-    said = _said(out)
-    size = PlanRecord(**said["record"]).images_per_shard
+    metadata = _said(out)
+    size = PlanRecord(**metadata["record"]).images_per_shard
     with pq.ParquetFile(out / PLAN_FILE) as file:
         rows = file.metadata.row_group(0).num_rows
         table = file.read_row_group(number * size // rows)
-    return _roots(said, cache), planned_images(table.slice(number * size % rows, size))
+    return _roots(metadata, cache), planned_images(table.slice(number * size % rows, size))
 
 
 def planned_images(table: pa.Table) -> list[PlannedImage]:

@@ -42,8 +42,8 @@ def dry_run(job: Job, plan: Plan) -> None:
         print_size(estimate(job, plan, job.settings.rate), job.settings.rate)
         return
     with choose_workers(job, plan, plan.record.num_images, plan.record.num_shards) as workers:
-        found = workers.survey(job, trial_of(job, plan, DRY_SECONDS))
-        print_estimate(plan, found, workers.describe(), speedup(job, workers))
+        survey = workers.survey(job, trial_of(job, plan, DRY_SECONDS))
+        print_estimate(plan, survey, workers.describe(), speedup(job, workers))
 
 
 def write_job(job: Job, plan: Plan) -> None:
@@ -80,18 +80,18 @@ def run(job: Job, plan: Plan, joins: bool = False) -> None:
         left, todo = sum(map(record.images_in, remaining.left)), len(remaining.left)
 
     with choose_workers(job, plan, left, todo) as workers, _giving_back(job, workers):
-        found = workers.survey(job, trial_of(job, plan) if workers.tries else Trial(plan=record, roots=[], images=[]))
-        prepare(job, plan, found.manifest)
+        survey = workers.survey(job, trial_of(job, plan) if workers.tries else Trial(plan=record, roots=[], images=[]))
+        prepare(job, plan, survey.manifest)
         if settings.overwrite:
             remaining = Remaining(job, record)
         remaining.sweep()
-        print_start(plan, found, out, workers.describe())
+        print_start(plan, survey, out, workers.describe())
 
         with meter("images", record.num_images, record.num_images - left) as progress:
             done = list(follow(workers, job, record, remaining, progress))
         is_last = remaining.finish()
         time = f"{progress.seconds:,.0f} s, {progress.rate:.1f} images/s" if todo else "nothing was left to do"
-        memory = max([found.memory, *(d.memory for d in done)])
+        memory = max([survey.memory, *(d.memory for d in done)])
         use = f"at most {memory / 1e9:.2f} GB a process; {workers.describe()}"
         lost = workers.lost
 

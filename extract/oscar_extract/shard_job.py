@@ -279,8 +279,8 @@ def detect_batch(tools: Equipment, batch: list[Loaded] | Reject) -> list[Sample 
     """Find the regions of a batch and return its samples, and rejects where there is nothing to store."""
     if isinstance(batch, Reject):
         return [batch]
-    found = detect_within(tools.limit, tools.detector, [image.input for image in batch], tools.selection)
-    return [_sample_or_reject(image, regions) for image, regions in zip(batch, found, strict=True)]
+    results = detect_within(tools.limit, tools.detector, [image.input for image in batch], tools.selection)
+    return [_sample_or_reject(image, regions) for image, regions in zip(batch, results, strict=True)]
 
 
 def _sample_or_reject(image: Loaded, regions: Regions | RefusedImage | None) -> Sample | Reject:

@@ -134,13 +134,13 @@ def check_missing(out: Path, plan: Plan, allowed: float) -> None:
     missing, total = plan.record.num_missing, _total(plan)
     if missing <= allowed * total:
         return
-    found = plan.left_out.filter(pc.is_in(plan.left_out["reason"], value_set=pa.array(MISSING)))
-    list_file = out / (MISSING_FILE if len(found) else LEFT_OUT_FILE)  # the second of a plan that lies there
-    if len(found):
+    missing_rows = plan.left_out.filter(pc.is_in(plan.left_out["reason"], value_set=pa.array(MISSING)))
+    list_file = out / (MISSING_FILE if len(missing_rows) else LEFT_OUT_FILE)  # the second of a plan that lies there
+    if len(missing_rows):
         out.mkdir(parents=True, exist_ok=True)
         with replacing(list_file) as file:
             write_sealed(plan.left_out, file, compression="zstd")
-    like = ", ".join(found["image"][:3].to_pylist())
+    like = ", ".join(missing_rows["image"][:3].to_pylist())
     raise OperationError(
         f"{missing} of {total} images are missing ({missing / total:.3f}{f', like {like}' if like else ''}), more than "
         f"--max-reject-fraction {allowed}; {list_file} lists them"

@@ -133,14 +133,14 @@ class Dask:
         with self._listening(lambda *_: None):
             ((_, future),) = self._done(iter([(_survey_task, anywhere(job), trial)]))
             try:
-                found: Survey = future.result()
+                result: Survey = future.result()
             except KilledWorker:
                 raise OperationError(
                     "every worker that loaded the detector and tried it died (out of memory?); see the workers' logs"
                 ) from None
         if self.grow:
-            self.size, self.threads = self.grow(found)
-        return found
+            self.size, self.threads = self.grow(result)
+        return result
 
     def extract(self, job: Job, shares: Iterator[Share], tell: Tell) -> Iterator[Done]:
         """See `Workers`. A shard that kills its workers again and again is given up; the others go on.
@@ -258,12 +258,12 @@ def _survey_task(job: Job, trial: Trial) -> Survey:
 def _extract_task(job: Job, share: Share) -> Done:
     from oscar_extract.shard_job import extract_shard
 
-    worker, told = get_worker(), 0.0
+    worker, last_report = get_worker(), 0.0
 
     def tell(images: int, rejects: int) -> None:
-        nonlocal told
-        if monotonic() - told > TELL_SECONDS:
-            told = monotonic()
+        nonlocal last_report
+        if monotonic() - last_report > TELL_SECONDS:
+            last_report = monotonic()
             worker.log_event(TOPIC, (share.shard, images, rejects))
 
     with _giving_way():

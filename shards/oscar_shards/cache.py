@@ -98,9 +98,9 @@ class ShardCache:
         with suppress(FileNotFoundError):
             file = FileIO(path)
             fcntl.flock(file, fcntl.LOCK_SH)
-            found = os.fstat(file.fileno())
+            status = os.fstat(file.fileno())
             with suppress(FileNotFoundError):  # evicted before it was locked
-                if os.path.samestat(found, path.stat()) and found.st_size == size:
+                if os.path.samestat(status, path.stat()) and status.st_size == size:
                     os.utime(file.fileno())
                     return Held(file)
             file.close()
@@ -228,8 +228,8 @@ class ShardCache:
             if not freed:
                 raise
             fetch(self._unfinished(name))
-        if (found := os.fstat(handle).st_size) != size:
-            raise OperationError(f"{name}: {found:,} bytes were fetched, not {size:,}")
+        if (size_on_disk := os.fstat(handle).st_size) != size:
+            raise OperationError(f"{name}: {size_on_disk:,} bytes were fetched, not {size:,}")
         os.fsync(handle)  # what has its final name is whole, after a power cut, too
 
     def _finish(self, handle: int, name: str, size: int) -> Held:
@@ -278,9 +278,9 @@ class ShardCache:
     def _files(self) -> Iterator[_File]:
         for path in self.folder.iterdir():
             with suppress(FileNotFoundError):  # unfinished ones are removed without `_alone`
-                found = path.lstat()
-                if path.name != LOCK and stat.S_ISREG(found.st_mode):
-                    yield _File(path, max(cost(found.st_size), found.st_blocks * 512), found.st_mtime_ns)
+                status = path.lstat()
+                if path.name != LOCK and stat.S_ISREG(status.st_mode):
+                    yield _File(path, max(cost(status.st_size), status.st_blocks * 512), status.st_mtime_ns)
 
 
 def cost(size: int) -> int:

@@ -158,10 +158,10 @@ def read_bounded(path: Path, rows: int, size: int) -> pa.Table:
         ValueError, pa.ArrowException, OSError: it is larger, or damaged.
     """
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        schema, found = file.schema_arrow, file.metadata
-        said = sum(found.row_group(n).total_byte_size for n in range(found.num_row_groups))
-        if said > size:
-            raise ValueError(f"{found.num_rows:,} rows and {said:,} bytes are more than there can be")
+        schema, metadata = file.schema_arrow, file.metadata
+        num_bytes = sum(metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups))
+        if num_bytes > size:
+            raise ValueError(f"{metadata.num_rows:,} rows and {num_bytes:,} bytes are more than there can be")
         batches = []
         for batch in _bounded(file, rows):
             size -= batch.nbytes
@@ -184,8 +184,8 @@ def _bounded(file: pq.ParquetFile, rows: int) -> Iterator[pa.RecordBatch]:
 
 def size_said(schema: pa.Schema) -> int:
     """Return how many bytes the tar had when its index was made, or -1."""
-    said = (schema.metadata or {}).get(SIZE, b"")
-    return int(said) if said.isdigit() else -1
+    stored = (schema.metadata or {}).get(SIZE, b"")
+    return int(stored) if stored.isdigit() else -1
 
 
 def _batches(window: Window) -> Iterator[pa.RecordBatch]:

@@ -105,10 +105,10 @@ def tars_at(path: Path, flag: str = "PATH") -> list[Path]:
     manifest = None
     with suppress(UsageError):  # a manifest that is damaged does not hide the tars
         manifest = manifest_of(path)
-    found = manifest.tars(path) if manifest else in_order(path.glob("[!.]*.tar"))
-    if not found:
+    paths = manifest.tars(path) if manifest else in_order(path.glob("[!.]*.tar"))
+    if not paths:
         raise UsageError(f"{flag} {path}: no tar in it; give a folder of shards, or a tar")
-    return found
+    return paths
 
 
 def manifest_of(path: Path) -> Manifest | None:
@@ -189,8 +189,8 @@ def _made(form: type[T], content: dict[str, Any]) -> T:
 
 def read_rejects(tars: list[Path]) -> pa.Table | None:
     """Return the rejects of shards (path, reason, message), or None if there are none."""
-    found = [pq.read_table(p) for p in map(rejects_path, tars) if p.exists()]
-    return pa.concat_tables(found) if found else None
+    tables = [pq.read_table(p) for p in map(rejects_path, tars) if p.exists()]
+    return pa.concat_tables(tables) if tables else None
 
 
 def read_boxes(tar: Path, row: dict[str, Any]) -> npt.NDArray[np.float32]:

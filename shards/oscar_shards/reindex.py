@@ -96,8 +96,8 @@ def manifest_from(folder: Path, classes: list[str]) -> Manifest:
         for width, integer in set(zip(wide.tolist(), integers[counts > 0].tolist(), strict=True)):
             layouts.setdefault((width, "int8" if integer else "float16"), tar)
     if len(layouts) > 1:
-        said = ", ".join(f"{dtype} with P = {width} ({tar.name})" for (width, dtype), tar in layouts.items())
-        raise UsageError(f"PATH {folder}: features of more than one kind: {said}; put them into folders of their own")
+        listed = ", ".join(f"{dtype} with P = {width} ({tar.name})" for (width, dtype), tar in layouts.items())
+        raise UsageError(f"PATH {folder}: features of more than one kind: {listed}; put them into folders of their own")
     width, dtype = next(iter(layouts), (0, "float16"))
     detector = DetectorRecord(
         name=UNKNOWN,
@@ -123,8 +123,8 @@ def manifest_from(folder: Path, classes: list[str]) -> Manifest:
 
 def _name(tars: list[Path]) -> str:
     """Return NAME if the tars are NAME-000000.tar and so on, else an empty one."""
-    found = {match[1] if (match := re.fullmatch(r"([\w-]+)-\d{6,}\.tar", tar.name)) else "" for tar in tars}
-    return found.pop() if len(found) == 1 else ""
+    names = {match[1] if (match := re.fullmatch(r"([\w-]+)-\d{6,}\.tar", tar.name)) else "" for tar in tars}
+    return names.pop() if len(names) == 1 else ""
 
 
 def read_lines(path: Path) -> list[str]:

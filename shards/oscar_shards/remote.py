@@ -71,8 +71,8 @@ class RemoteFolder:
         def attempt() -> dict[str, Stamp]:
             with explained(self.url):
                 self.fs.invalidate_cache(self.path)
-                found = self._call("ls", path, detail=True)
-            files = ((self._name(entry["name"]), entry) for entry in found if entry["type"] == "file")
+                entries = self._call("ls", path, detail=True)
+            files = ((self._name(entry["name"]), entry) for entry in entries if entry["type"] == "file")
             return {name: _stamp(entry) for name, entry in sorted(files, key=lambda f: f[0]) if _is_safe(name)}
 
         return retried(attempt, self.url)
@@ -166,21 +166,21 @@ class RemoteFolder:
     def _stamp(self, name: str) -> Stamp:
         with explained(self.at(name)):
             self.fs.invalidate_cache(self.path)
-            found = self._call("info", self._path(name))
-        if found["type"] != "file":
+            info = self._call("info", self._path(name))
+        if info["type"] != "file":
             raise Gone(self.at(name), "it is a folder, not a file")
-        return _stamp(found)
+        return _stamp(info)
 
     def _read(self, name: str, limit: int) -> bytes:
-        said = self._stamp(name).size if self._has_ranges else None
+        expected = self._stamp(name).size if self._has_ranges else None
         content = bytearray()
-        with closing(self._pieces(name, min(limit, limit if said is None else said))) as pieces:
+        with closing(self._pieces(name, min(limit, limit if expected is None else expected))) as pieces:
             for piece in pieces:
                 content += piece
                 if len(content) > limit:
                     raise OperationError(f"{self.at(name)}: it has more than {limit:,} bytes, the most that are read")
-        if said is not None and len(content) != said:
-            raise RemoteError(self.at(name), f"{len(content):,} bytes came instead of {said:,}")
+        if expected is not None and len(content) != expected:
+            raise RemoteError(self.at(name), f"{len(content):,} bytes came instead of {expected:,}")
         return bytes(content)
 
     def _pieces(self, name: str, size: int) -> Generator[bytes, None, None]:
@@ -262,6 +262,6 @@ def _is_safe(name: str) -> bool:
 
 
 def _stamp(info: dict[str, Any]) -> Stamp:
-    found = next((info[key] for key in _VERSIONS if info.get(key)), "")
-    version = found.timestamp() if isinstance(found, datetime) else found  # listings may have it as a number
+    details = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    version = details.timestamp() if isinstance(details, datetime) else details  # listings may have it as a number
     return Stamp(info.get("size"), str(version).strip('"'))

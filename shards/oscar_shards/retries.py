@@ -71,27 +71,27 @@ def explained(url: str) -> Iterator[None]:
 def _explain(url: str, error: BaseException) -> RemoteError:
     if url.startswith("http") and isinstance(error, FileNotFoundError) and error.__cause__:
         error = error.__cause__  # fsspec says so of all that goes wrong
-    status, said = _status(error), _said(error)
+    status, message = _status(error), _said(error)
     if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError)):
         return Gone(url, "there is no such file or folder")
     missing = "Credentials" in type(error).__name__ or str(error).startswith("Forbidden")
     if status in (401, 403, 407) or isinstance(error, PermissionError) or missing:
         public = """; for a public bucket set FSSPEC_S3='{"anon": true}'""" if url.startswith("s3") else ""
         return Denied(
-            url, f"access is denied ({said}); its driver's credentials are missing or do not allow it{public}"
+            url, f"access is denied ({message}); its driver's credentials are missing or do not allow it{public}"
         )
-    return RemoteError(url, said)
+    return RemoteError(url, message)
 
 
 def _status(error: BaseException) -> int | None:
     """Return the HTTP status that a driver's exception carries in one way or another."""
-    found: list[Any] = [getattr(error, "status" if hasattr(error, "status") else "code", None)]
+    codes: list[Any] = [getattr(error, "status" if hasattr(error, "status") else "code", None)]
     for response in (getattr(e, "response", None) for e in (error, error.__cause__)):
         if isinstance(response, dict):  # botocore
-            found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+            codes.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
         else:
-            found.append(getattr(response, "status_code", None))
-    return next((int(s) for s in found if str(s).isdigit()), None)
+            codes.append(getattr(response, "status_code", None))
+    return next((int(s) for s in codes if str(s).isdigit()), None)
 
 
 def _said(error: BaseException) -> str:

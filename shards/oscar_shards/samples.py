@@ -164,8 +164,12 @@ def parse_npy_header(header: bytes) -> tuple[tuple[int, ...], str]:
     """
     start = 10 if header[6] == 1 else 12
     try:
-        said = ast.literal_eval(header[start:].decode("latin1").strip())
-        shape, fortran, dtype = said["shape"], said["fortran_order"], np.dtype(str(said["descr"]))
+        header_fields = ast.literal_eval(header[start:].decode("latin1").strip())
+        shape, fortran, dtype = (
+            header_fields["shape"],
+            header_fields["fortran_order"],
+            np.dtype(str(header_fields["descr"])),
+        )
     except (ValueError, SyntaxError, TypeError, LookupError, RecursionError, MemoryError) as error:
         raise ValueError(f"a damaged .npy header ({type(error).__name__})") from None
     if dtype.hasobject or dtype.names or dtype.subdtype:

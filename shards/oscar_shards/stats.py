@@ -83,15 +83,15 @@ def count_shard(tar: Path, table: pa.Table) -> Stats:
     names = (pc.fill_null(pc.struct_field(texts, name), "?") for name in ("source", "kind"))
     refused = read_rejects([tar])
     index = index_path(tar)
-    found = set(table.column_names)
+    columns = set(table.column_names)
     return Stats(
         images=len(table),
         images_without_text=int((pc.fill_null(pc.list_value_length(of_image), 0).to_numpy() == 0).sum()),
         triples=_counter(pc.binary_join_element_wise(*names, ", ")),
         regions_of_image=_counter(table["num_boxes"]),
         tags=_counter(pc.list_flatten(table["tags"])),
-        attributes=_counter(_attributes(table["attributes"])) if "attributes" in found else Counter(),
-        scores=_scores(table["scores"]) if "scores" in found else _no_scores(),
+        attributes=_counter(_attributes(table["attributes"])) if "attributes" in columns else Counter(),
+        scores=_scores(table["scores"]) if "scores" in columns else _no_scores(),
         rejects=_counter(refused["reason"]) if refused is not None else Counter(),
         shards=1,
         bytes=tar.stat().st_size,

@@ -131,25 +131,25 @@ def members(window: Window, offset: int = 0, foreign: bool = False) -> Iterator[
             if a member is a link or a device, or would lie outside the folder that the tar is unpacked into.
     """
     begin = offset
-    told: dict[str, str] = {}  # by an extended header, of the member that follows
+    extended: dict[str, str] = {}  # by an extended header, of the member that follows
     while (header := _header(window, offset)) is not None:
         if header.type in EXTENDED:
-            told |= _told(window, header, offset)
+            extended |= _told(window, header, offset)
             offset += BLOCK + -(-header.size // BLOCK) * BLOCK
             continue
 
-        name = told.get("path") or header.name
+        name = extended.get("path") or header.name
         if not foreign:
             name = _allowed(name, header.type, offset)
-        size = 0 if header.type in WITHOUT_DATA else _size(told, header, offset)
+        size = 0 if header.type in WITHOUT_DATA else _size(extended, header, offset)
         member = Member(name, begin, offset + BLOCK, size)
         if member.end > window.size:
             raise TarFault(window.size, f"cut off: {name!r} should end at byte {member.end:,} of {window.size:,}")
         if header.type in tarfile.REGULAR_TYPES:
             yield member
-        offset, told, begin = member.end, {}, member.end
+        offset, extended, begin = member.end, {}, member.end
 
-    if told:
+    if extended:
         raise TarFault(offset, "an extended header without a file")
     _check_end(window, offset, BLOCK if foreign else 2 * BLOCK)
 
@@ -212,7 +212,7 @@ def _sum(block: bytes) -> int:
 
 def _pax(content: bytes, offset: int) -> dict[str, str]:
     """Return the records "length key=value\\n" of a pax header."""
-    found = {}
+    records = {}
     begin, whole = 0, len(content.rstrip(b"\0"))
     while begin < whole:
         length = content[begin : begin + 8].partition(b" ")[0]
@@ -222,9 +222,9 @@ def _pax(content: bytes, offset: int) -> dict[str, str]:
         key, equals, value = record.removesuffix(b"\n").partition(b"=")
         if not equals or not record.endswith(b"\n"):
             raise TarFault(offset, "a damaged pax header")
-        found[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         begin += int(length)
-    return found
+    return records
 
 
 def _size(told: dict[str, str], header: Header, offset: int) -> int:
@@ -232,10 +232,10 @@ def _size(told: dict[str, str], header: Header, offset: int) -> int:
         raise TarFault(offset, "a sparse file; write the tar without --sparse")
     if "size" not in told:
         return header.size
-    said = told["size"]
-    if not (said.isascii() and said.isdigit() and len(said) < 19):
-        raise TarFault(offset, f"a member of {said[:40]!r} bytes")
-    return int(said)
+    size = told["size"]
+    if not (size.isascii() and size.isdigit() and len(size) < 19):
+        raise TarFault(offset, f"a member of {size[:40]!r} bytes")
+    return int(size)
 
 
 def _allowed(name: str, kind: bytes, offset: int) -> str:

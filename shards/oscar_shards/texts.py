@@ -184,15 +184,15 @@ def read_overlay(file: Path, flag: str = "--texts") -> tuple[pa.Table, str]:
     if not file.is_file():
         raise UsageError(f"{flag} {file}: no such file; give one that oscar-shards texts wrote")
     with reading(file, flag):
-        found = pq.read_table(file, partitioning=None, page_checksum_verification=True)
-        said = found.schema.metadata or {}
-        if (version := said.get(FORMAT, VERSION)) != VERSION:
+        table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
+        metadata = table.schema.metadata or {}
+        if (version := metadata.get(FORMAT, VERSION)) != VERSION:
             raise UsageError(
                 f"{flag} {file}: format {in_line(version.decode())}; this version reads {VERSION.decode()}"
             )
-        if (mode := said.get(REPLACE, b"none").decode()) not in MODES:
+        if (mode := metadata.get(REPLACE, b"none").decode()) not in MODES:
             raise UsageError(f"{flag} {file}: its metadata says replace {mode!r}{nearest(mode, MODES)}")
-        return _checked(found, file, flag), mode
+        return _checked(table, file, flag), mode
 
 
 def _checked(found: pa.Table, file: Path, flag: str) -> pa.Table:
@@ -232,8 +232,8 @@ def _cast(column: pa.ChunkedArray, name: str) -> pa.Array:
 
 
 def _bools(column: pa.Array) -> npt.NDArray[np.bool_]:
-    found: npt.NDArray[np.bool_] = column.to_numpy(zero_copy_only=False)
-    return found
+    values: npt.NDArray[np.bool_] = column.to_numpy(zero_copy_only=False)
+    return values
 
 
 def _merged(chunk: pa.ListArray, new: pa.StructArray, rows: Ints, mode: str) -> pa.ListArray:

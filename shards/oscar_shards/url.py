@@ -21,8 +21,8 @@ _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*)\s*:(?=(//|:)?)")
 
 def is_url(text: str) -> bool:
     """Whether `text` has the form of a URL, file:// and pipe: included; a folder with such a name is ./NAME."""
-    found = _SCHEME.match(text)
-    return found is not None and (found[2] is not None or found[1].lower() in STORES | {"pipe", *LOCAL})
+    match = _SCHEME.match(text)
+    return match is not None and (match[2] is not None or match[1].lower() in STORES | {"pipe", *LOCAL})
 
 
 def local_path(text: str) -> Path | None:
@@ -49,8 +49,8 @@ def folder_url(url: str, flag: str) -> tuple[str, str]:
         UsageError: it is not read, or not the URL of a folder.
     """
     url = url.strip()
-    found = _SCHEME.match(url)
-    protocol, rest = (found[1].lower(), url[found.end() :]) if found else ("", url)
+    match = _SCHEME.match(url)
+    protocol, rest = (match[1].lower(), url[match.end() :]) if match else ("", url)
     where = f"{flag} {shown(url)}"
     if protocol == "pipe":
         raise UsageError(f"{where}: pipe: runs a shell command, and shards are data; give the URL of their folder")

@@ -40,9 +40,9 @@ class Boxes:
         x1, y1, x2, y2 = np.concatenate([np.zeros((0, 4), np.float32), *self._boxes]).T
         inside = (x1 >= -SLACK) & (y1 >= -SLACK) & (x1 <= x2) & (y1 <= y2)  # each is false for NaN
         inside &= (x2 <= width[image] + SLACK) & (y2 <= height[image] + SLACK)
-        found = np.zeros(len(counts), bool)
-        found[image[~inside]] = True
-        return found
+        is_outside = np.zeros(len(counts), bool)
+        is_outside[image[~inside]] = True
+        return is_outside
 
 
 def check_fit(found: Iterator[Entry], manifest: Manifest | None, faults: list[tuple[str, str]]) -> Iterator[Entry]:
@@ -92,9 +92,9 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
 def _rows(column: pa.ChunkedArray, wrong: pa.Array) -> Bools:
     """Return for each list whether any of its items is `wrong`, which counts the items of all lists."""
     lengths = pc.list_value_length(column).to_numpy()
-    found = np.zeros(len(lengths), bool)
-    found[np.repeat(np.arange(len(lengths)), lengths)[wrong.to_numpy(zero_copy_only=False).astype(bool)]] = True
-    return found
+    is_bad = np.zeros(len(lengths), bool)
+    is_bad[np.repeat(np.arange(len(lengths)), lengths)[wrong.to_numpy(zero_copy_only=False).astype(bool)]] = True
+    return is_bad
 
 
 def _no_probability(scores: pa.Array) -> pa.Array:

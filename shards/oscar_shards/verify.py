@@ -121,8 +121,8 @@ def check(tar: Path, quick: bool) -> Report:
         table = SCHEMA.empty_table()
     sealed = manifest is not None and manifest.seal is not None
     for path in (index_path(tar), rejects_path(tar)):
-        told = path == index_path(tar) and stored is None
-        if path.exists() and not told and (message := _check_seal(path, sealed, unsealed)):
+        is_reported = path == index_path(tar) and stored is None
+        if path.exists() and not is_reported and (message := _check_seal(path, sealed, unsealed)):
             faults.append(("", f"{path.name}: {message}"))
     if stored is not None:
         faults.extend(_differences(stored, table, {key for key, _ in faults}))
@@ -167,8 +167,8 @@ def read_stored(tar: Path, faults: list[tuple[str, str]]) -> pa.Table | None:
     except ValueError as error:
         faults.append(("", str(error)))
         return None
-    if (said := size_said(table.schema)) != (there := tar.stat().st_size):
-        faults.append(("", f"it has {there:,} bytes, its index says {said:,}"))
+    if (stored_size := size_said(table.schema)) != (actual_size := tar.stat().st_size):
+        faults.append(("", f"it has {actual_size:,} bytes, its index says {stored_size:,}"))
     return table
 
 
@@ -177,14 +177,14 @@ def _read(
 ) -> pa.Table:
     """Read a tar and return its index anew, without the images whose faults are noted; if `quick`, key and places."""
     with Window(tar, GLANCE) if quick else Window(tar) as window:
-        found = check_fit(_sound(_entries(window, stored, faults), faults), manifest, faults)
+        fitting = check_fit(_sound(_entries(window, stored, faults), faults), manifest, faults)
         if quick:
-            rows = [(entry.key, places(entry, None, lambda span: None)) for entry in found]
+            rows = [(entry.key, places(entry, None, lambda span: None)) for entry in fitting]
             keys = pa.array([key for key, _ in rows], pa.string())
             return pa.table([keys, *columns(row for _, row in rows)], schema=pa.schema([SCHEMA.field("key"), *PLACES]))
         boxes = Boxes()
         batches = []
-        for part in in_batches(_rows(window, found, boxes, faults)):
+        for part in in_batches(_rows(window, fitting, boxes, faults)):
             batch, wrong = make_batch(part)
             batches.append(batch)
             faults.extend(wrong)
@@ -314,8 +314,8 @@ def _twice(keys: dict[str, pa.Array]) -> Iterator[str]:
     counts = pc.value_counts(pa.chunked_array(keys.values(), pa.string()))
     several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     where: dict[str, list[str]] = defaultdict(list)
-    for name, mine in keys.items() if len(several) else ():
-        for key in mine.filter(pc.is_in(mine, value_set=several)).to_pylist():
+    for name, own_rows in keys.items() if len(several) else ():
+        for key in own_rows.filter(pc.is_in(own_rows, value_set=several)).to_pylist():
             where[key].append(name)
     for key, names in where.items():
         yield f"{key}: it is there {len(names)} times, in {', '.join(dict.fromkeys(names))}"

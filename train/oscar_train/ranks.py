@@ -51,10 +51,10 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     place = torch.device(kind)
     if kind == "cuda":
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= there:
+        local, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= num_devices:
             raise UsageError(
-                f"--nproc-per-node: more than the {there} GPUs that are here; give {there}, or --device cpu"
+                f"--nproc-per-node: more than the {num_devices} GPUs that are here; give {num_devices}, or --device cpu"
             )
         place = torch.device(kind, local)
         torch.cuda.set_device(place)

@@ -75,7 +75,7 @@ def check_same_job(out: Path, settings: Extract, entry: Detector) -> None:
     """
     if not (out / JOB_FILE).exists():
         return
-    there, entry_there = read_job(out)
+    existing, existing_entry = read_job(out)
 
     def refuse(name: str, old: object, new: object) -> None:
         raise UsageError(
@@ -83,11 +83,11 @@ def check_same_job(out: Path, settings: Extract, entry: Detector) -> None:
         )
 
     for name in DECISIVE:
-        old, new = getattr(there, name), getattr(settings, name)
+        old, new = getattr(existing, name), getattr(settings, name)
         if old != new:
             refuse(name, old, new)
 
-    for name, old in vars(entry_there).items():
+    for name, old in vars(existing_entry).items():
         new = _absolute(getattr(entry, name))
         if old != new:
             refuse(f"the detector's {name}", old, new)

@@ -112,7 +112,7 @@ def _check_nobody_works(out: Path) -> None:
         OperationError: one of them lives.
     """
     watch, first = Watch(out, this_process()), dict[int, int]()
-    told = False
+    is_reported = False
     while True:
         waiting = False
         for shard, number in claim_numbers(out).items():
@@ -126,8 +126,8 @@ def _check_nobody_works(out: Path) -> None:
             waiting = True
         if not waiting:
             return
-        if not told:
-            told = True
+        if not is_reported:
+            is_reported = True
             print(f"watching for {PATIENCE:.0f} s whether others still work in {out}", file=sys.stderr, flush=True)
         time.sleep(POLL)
 

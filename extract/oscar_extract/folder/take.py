@@ -187,8 +187,8 @@ def _link(own: Path, path: Path, claim: Claim) -> bool:
         os.link(own, path)
         return True
     except FileExistsError:  # perhaps by this very call: NFS repeats one whose answer was lost
-        there = parse_claim(read_bytes(path))
-        return there is not None and there.token == claim.token
+        existing = parse_claim(read_bytes(path))
+        return existing is not None and existing.token == claim.token
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise

@@ -122,9 +122,11 @@ class LiteTrunk(Backbone):
         levels = list(zip(STRIDES, self.neck(x), self.towers, self.heads, strict=True))
         for name, y, tower, head in reversed(levels):
             hidden = tower(y)
-            found = detections(head(hidden), coarser)
-            maps[name] = torch.cat([y, hidden, found if coarser is None else found - coarser], dim=1)
-            coarser = functional.interpolate(found, scale_factor=2.0)
+            detections_of_head = detections(head(hidden), coarser)
+            maps[name] = torch.cat(
+                [y, hidden, detections_of_head if coarser is None else detections_of_head - coarser], dim=1
+            )
+            coarser = functional.interpolate(detections_of_head, scale_factor=2.0)
         return maps
 
     def output_shape(self) -> dict[str, ShapeSpec]:

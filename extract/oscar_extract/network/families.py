@@ -149,10 +149,10 @@ def convert(family: Family, preset: str, state: Mapping[str, Tensor]) -> dict[st
     Raises:
         ValueError: VinVL's attribute head has a feature extractor of its own.
     """
-    found = {family.ours(name): tensor for name, tensor in _without_twins(state).items()}
-    anchors = found.get("proposal_generator.anchor_generator.cell_anchors.0")
+    converted = {family.ours(name): tensor for name, tensor in _without_twins(state).items()}
+    anchors = converted.get("proposal_generator.anchor_generator.cell_anchors.0")
     order = _anchor_order(family, preset, anchors)
-    return {name: _reorder(family, order, name, tensor) for name, tensor in found.items()}
+    return {name: _reorder(family, order, name, tensor) for name, tensor in converted.items()}
 
 
 def _without_twins(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,11 +188,11 @@ def _anchor_order(family: Family, preset: str, anchors: Tensor | None) -> list[i
     Caffe's channels are ratio-major. detectron2 makes its anchors size-major, so the files of the port are, too; but if
     one holds its anchors and these begin with one ratio in all sizes, nobody reordered its channels.
     """
-    stored, wanted = family.anchors, "size-major" if preset == "lxmert" else "ratio-major"
+    stored, expected = family.anchors, "size-major" if preset == "lxmert" else "ratio-major"
     if family is AIRSPLAY and anchors is not None and anchors.shape == (ANCHORS, 4):
         width, height = (anchors[:SIZES, 2:] - anchors[:SIZES, :2]).unbind(dim=1)
         stored = "ratio-major" if (height / width).log().std() < 0.1 else "size-major"
-    if stored in ("as-they-are", wanted):
+    if stored in ("as-they-are", expected):
         return None
-    outer, inner = (RATIOS, SIZES) if wanted == "ratio-major" else (SIZES, RATIOS)
+    outer, inner = (RATIOS, SIZES) if expected == "ratio-major" else (SIZES, RATIOS)
     return [i * outer + o for o in range(outer) for i in range(inner)]

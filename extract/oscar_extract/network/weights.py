@@ -79,15 +79,15 @@ def fill(model: nn.Module, family: Family, preset: str, state: dict[str, Tensor]
         converted = convert(family, preset, state)
     except ValueError as error:
         raise UsageError(f"--weights {path}: {error}") from None
-    found = {name: t for name, t in converted.items() if not COMPUTED.search(name)}
-    wanted = {name: t for name, t in model.state_dict().items() if not COMPUTED.search(name)}
+    tensors = {name: t for name, t in converted.items() if not COMPUTED.search(name)}
+    expected = {name: t for name, t in model.state_dict().items() if not COMPUTED.search(name)}
     problems = [
-        *(f"missing {family.theirs(n)} {list(wanted[n].shape)}" for n in wanted if n not in found),
-        *(f"unused {family.theirs(n)} {list(found[n].shape)}" for n in found if n not in wanted),
+        *(f"missing {family.theirs(n)} {list(expected[n].shape)}" for n in expected if n not in tensors),
+        *(f"unused {family.theirs(n)} {list(tensors[n].shape)}" for n in tensors if n not in expected),
         *(
-            f"{family.theirs(n)} is {list(found[n].shape)}, not {list(wanted[n].shape)}"
-            for n in wanted
-            if n in found and found[n].shape != wanted[n].shape
+            f"{family.theirs(n)} is {list(tensors[n].shape)}, not {list(expected[n].shape)}"
+            for n in expected
+            if n in tensors and tensors[n].shape != expected[n].shape
         ),
     ]
     if problems:
@@ -96,4 +96,4 @@ def fill(model: nn.Module, family: Family, preset: str, state: dict[str, Tensor]
         raise UsageError(
             f"--weights {path}: of family {family.name}, but does not fit the --detector's config: {listed}{rest}"
         )
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(tensors, strict=False)

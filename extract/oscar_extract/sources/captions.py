@@ -31,8 +31,8 @@ def read_captions(captions: str, place: Place, paths: pa.Array, ids: pa.Array) -
         source, texts = path.stem, read_texts(path, path.stem)
     else:
         raise UsageError(f"{FLAG} {captions}: no such file (or say txt for .txt files beside the images)")
-    wanted = array(texts["image"])
-    rows = match(wanted, (paths, ids), paths, ids)
+    images = array(texts["image"])
+    rows = match(images, (paths, ids), paths, ids)
     if not (rows >= 0).any():
         raise UsageError(
             f"{FLAG} {captions}: none of its {len(texts)} texts names an image under {place.root} (images there are "

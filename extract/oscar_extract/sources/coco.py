@@ -31,10 +31,10 @@ def read_coco(place: Place) -> Annotations:
         with reading(path, "--root"):
             content = read_json(path, dict)
             of_file = split_of(path.name.partition("_")[2])
-            found = [(int(i["id"]), str(i.get("file_name", ""))) for i in content["images"]]
-            images += [("coco", f"coco/{n}", name, split.get(f"coco/{n}", of_file)) for n, name in found]
-            texts += _captions(path, content, {n: split.get(f"coco/{n}", of_file) for n, _ in found}, of_file, place)
-            captioned |= {f"coco/{n}" for n, _ in found if path.name.startswith("captions")}
+            listed = [(int(i["id"]), str(i.get("file_name", ""))) for i in content["images"]]
+            images += [("coco", f"coco/{n}", name, split.get(f"coco/{n}", of_file)) for n, name in listed]
+            texts += _captions(path, content, {n: split.get(f"coco/{n}", of_file) for n, _ in listed}, of_file, place)
+            captioned |= {f"coco/{n}" for n, _ in listed if path.name.startswith("captions")}
     if split and not captioned.issuperset(split):
         more, of_more = karpathy_texts(place, "coco")
         images += [image for image in more if image[1] not in captioned]
@@ -61,11 +61,11 @@ def locate_coco(place: Place, images: list[tuple[Any, ...]]) -> Ints:
     """
     inventory = place.inventory
     rows = place.locate(strings([i[2].rpartition("/")[2] or None for i in images]), inventory.names, "coco")
-    wanted = strings([i[1].removeprefix("coco/") for i in images])
+    names = strings([i[1].removeprefix("coco/") for i in images])
     long = pc.match_substring_regex(inventory.names, r"^(COCO_\w+_)?\d{12}(\.|$)")
     of_coco = pc.or_(long, pa.array(inventory.outer_family == "coco"))
     photograph = pc.match_substring_regex(inventory.names, r"(?i)\.jpe?g$")
     for which in (pc.and_(of_coco, photograph), of_coco):
-        found = place.locate(wanted, pc.if_else(which, numbers(inventory.names), None), "coco")
-        rows = np.where(rows < 0, found, rows)
+        files = place.locate(names, pc.if_else(which, numbers(inventory.names), None), "coco")
+        rows = np.where(rows < 0, files, rows)
     return rows

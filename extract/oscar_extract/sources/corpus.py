@@ -136,14 +136,14 @@ def read_corpus(request: Request, inventory: Inventory) -> Corpus:
     mention = images.take(pa.array(np.unique(of_mention, return_index=True)[1]))
     unwanted, held_out = _held_out(request, karpathy, images, of_mention, names)
     excluded = _excluded(request, files, images, called, of_mention, len(names))
-    there = np.flatnonzero((file >= 0) & ~unwanted)
-    group = _groups(request, roots, files, file[there])
-    held_out, excluded = (_with_copies(which, there, group) for which in (held_out, excluded))
+    present = np.flatnonzero((file >= 0) & ~unwanted)
+    group = _groups(request, roots, files, file[present])
+    held_out, excluded = (_with_copies(which, present, group) for which in (held_out, excluded))
     missing = (file < 0) & ~held_out & ~excluded & ~unwanted
-    keep = ((file >= 0) & ~held_out & ~excluded & ~unwanted)[there]
+    keep = ((file >= 0) & ~held_out & ~excluded & ~unwanted)[present]
     if not keep.any():
         raise _nothing_left(request, missing, held_out, excluded, inventory.damage)
-    kept, group = there[keep], np.unique(group[keep], return_inverse=True)[1].ravel()
+    kept, group = present[keep], np.unique(group[keep], return_inverse=True)[1].ravel()
     row = np.full(len(names), -1, np.int64)
     row[kept] = group
     # Groups are numbered by their first image, so the corpus keeps the order in which the datasets name images.
@@ -177,9 +177,9 @@ def _left_out(
         (is_twin, "duplicate", "its bytes are those of another image, which has its texts"),
     ):
         some = mention.filter(pa.array(rows))
-        said = {"dataset": some["dataset"], "image": some["image"], "reason": reason}
+        table_columns = {"dataset": some["dataset"], "image": some["image"], "reason": reason}
         yield columns(
-            LEFT_OUT, len(some), **said, message=message or some["name" if reason == "missing" else "message"]
+            LEFT_OUT, len(some), **table_columns, message=message or some["name" if reason == "missing" else "message"]
         )
 
 
@@ -195,20 +195,20 @@ def _read_parts(
 ) -> tuple[list[Root], pa.Table, pa.Table, pa.Table, list[pa.Table]]:
     """Read every dataset; files of manifests follow those found in folders."""
     roots: list[Root] = [request.remotes.get(root, root) for root in inventory.roots]
-    files, said = [inventory.files], []
+    files, parts = [inventory.files], []
     for part in request.parts:
         place = _place(request, part, inventory, karpathy)
         if part.layout:
-            said.append(READERS[part.layout](place))
+            parts.append(READERS[part.layout](place))
         elif not part.is_listing:
-            said.append(read_folder(place, part.captions))
+            parts.append(read_folder(place, part.captions))
         else:
             start = sum(map(len, files))
             more, annotations = read_listing(part.root, part.name)
             files.append(columns(FILES, len(more), root=len(roots), path=more["path"]))
             roots.append(part.root.parent)
             moved = pc.add(array(annotations.images["file"]), start)
-            said.append(
+            parts.append(
                 Annotations(
                     images=annotations.images.set_column(3, "file", moved),
                     texts=annotations.texts,
@@ -223,8 +223,8 @@ def _read_parts(
         reason="damaged-tar",
         message=strings([f"{d.fault}; images that cannot be used: about {d.lost:,}" for d in inventory.damaged]),
     )
-    tables = [pa.concat_tables(getattr(a, n) for a in said) for n in ("images", "texts")]
-    return roots, pa.concat_tables(files), *tables, [damaged, *(a.left_out for a in said)]
+    tables = [pa.concat_tables(getattr(a, n) for a in parts) for n in ("images", "texts")]
+    return roots, pa.concat_tables(files), *tables, [damaged, *(a.left_out for a in parts)]
 
 
 def _place(request: Request, part: Part, inventory: Inventory, karpathy: dict[str, dict[str, str]]) -> Place:
@@ -256,8 +256,8 @@ def _renamed(names: pa.Array, same: dict[str, str]) -> pa.Array:
 def _first_file(file: Ints, of_mention: Ints, count: int) -> Ints:
     """Return the file of each image, the first that a dataset has for it, or -1; int64 [count]."""
     result = np.full(count, -1, np.int64)
-    there = np.flatnonzero(file >= 0)[::-1]
-    result[of_mention[there]] = file[there]  # of several assignments the last one stays, which is the first mention
+    present = np.flatnonzero(file >= 0)[::-1]
+    result[of_mention[present]] = file[present]  # of several assignments the last one stays, which is the first mention
     return result
 
 
@@ -266,12 +266,12 @@ def _held_out(
 ) -> tuple[Bools, Bools]:
     """Return which images no wanted split has, and which are held out: in a val or test split that is not wanted."""
     split = array(images["split"])
-    wanted = pc.is_in(split, value_set=strings(sorted(request.splits))).to_numpy(zero_copy_only=False)
+    is_held_out = pc.is_in(split, value_set=strings(sorted(request.splits))).to_numpy(zero_copy_only=False)
     unwanted = pc.is_in(split, value_set=strings(sorted(set(SPLITS[1:]) - request.splits))).to_numpy(
         zero_copy_only=False
     )
     in_wanted, held_out = np.zeros(len(names), bool), np.zeros(len(names), bool)
-    in_wanted[of_mention[wanted]] = True
+    in_wanted[of_mention[is_held_out]] = True
     held_out[of_mention[unwanted]] = True
     splits = [item for of_family in karpathy.values() for item in of_family.items()]
     outside = strings([image for image, split in splits if split != "train" and split not in request.splits])
@@ -288,9 +288,9 @@ def _excluded(
         file = array(images["file"]).to_numpy()
         paths = array(files["path"]).take(pa.array(file, mask=file < 0))
         for path in request.exclude:
-            wanted = read_excluded(path)
+            named = read_excluded(path)
             for image in (called, array(images["image"])):
-                excluded[of_mention[are_named(wanted, image, paths, array(images["name"]))]] = True
+                excluded[of_mention[are_named(named, image, paths, array(images["name"]))]] = True
     return excluded
 
 
@@ -332,13 +332,13 @@ def _texts(texts: pa.Table, names: pa.Array, row: Ints, missing: Bools) -> tuple
         columns(
             LEFT_OUT,
             int(which.sum()),
-            dataset=found["source"],
-            image=found["image"],
+            dataset=selected["source"],
+            image=selected["image"],
             reason=reason,
-            message=found["id"],
+            message=selected["id"],
         )
         for which, reason in ((homeless, "text-without-image"), (~homeless & empty, "empty-text"))
-        for found in [texts.filter(pa.array(which))]
+        for selected in [texts.filter(pa.array(which))]
     ]
     order = np.flatnonzero(rows >= 0)
     order = order[np.argsort(rows[order], kind="stable")]

@@ -58,8 +58,8 @@ def read_sbu(place: Place) -> Annotations:
         with reading(path, "--root"):
             content = read_json(path, (dict, list))
             if isinstance(content, dict) and {"image_urls", "captions"} <= content.keys():
-                found = [strings(content[k]) for k in ("image_urls", "captions")]
-                return _joined(place, [_listed(place, "", "train", *found)])
+                fields = [strings(content[k]) for k in ("image_urls", "captions")]
+                return _joined(place, [_listed(place, "", "train", *fields)])
     return _downloads(place)
 
 
@@ -159,8 +159,8 @@ def _locate(place: Place, images: pa.Table, starts: Ints) -> Ints:
     stems = place.inventory.stems
     numbered = pc.match_substring_regex(stems, r"^\d+$").to_numpy(zero_copy_only=False)
     if (which := free & place.silent & ~numbered).any():
-        for wanted, names in _names(place, urls, starts, which):
-            rows = _filled(rows, place.locate(wanted, names, place.name))
+        for candidates, names in _names(place, urls, starts, which):
+            rows = _filled(rows, place.locate(candidates, names, place.name))
     if (which := free & place.certain & numbered).any():
         rows = _filled(rows, max(_numbers(place, images, starts, which), key=lambda found: int((found >= 0).sum())))
     return rows
@@ -209,8 +209,8 @@ def _numbers(place: Place, images: pa.Table, starts: Ints, which: Bools) -> Iter
 
 def _of_split(paths: pa.Array, split: str) -> Bools:
     """Which files may belong to a split: validation images lie in a folder that says so."""
-    said = pc.match_substring_regex(paths, r"(?i)(^|/)([^/]*[-_])?val(id|idation)?([-_][^/]*)?/")
-    is_val: Bools = said.to_numpy(zero_copy_only=False)
+    is_validation = pc.match_substring_regex(paths, r"(?i)(^|/)([^/]*[-_])?val(id|idation)?([-_][^/]*)?/")
+    is_val: Bools = is_validation.to_numpy(zero_copy_only=False)
     return is_val if split == "val" else ~is_val
 
 

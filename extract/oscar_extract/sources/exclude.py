@@ -74,20 +74,23 @@ def are_named(names: list[str], images: pa.Array, paths: pa.Array, called: pa.Ar
     A name is "source/id", an id, a path, a URL, a file's name with or without extension, or COCO's number. A bare
     number names the image of that id in every source: too many is the lesser evil, and `source/id` is exact.
     """
-    wanted = text_array(names, pa.string())
-    plain = pc.coalesce(stems(wanted), wanted)
+    name_array = text_array(names, pa.string())
+    plain = pc.coalesce(stems(name_array), name_array)
     ids = pc.replace_substring_regex(images, r"^[^/]*/", "")
-    found = np.zeros(len(images), bool)
+    is_named = np.zeros(len(images), bool)
     coco = pc.starts_with(images, "coco/")
     digits = pc.if_else(coco, ids, None)
     for column, values in (
-        (images, wanted),
-        (ids, wanted),
-        (paths, wanted),
-        (called, wanted),
-        (last(paths), wanted),
-        (stems(paths), plain.filter(pc.invert(pc.match_substring(wanted, "/")))),
-        (digits, numbers(wanted.filter(pc.match_substring_regex(wanted, r"^(.*/)?(COCO_\w+_)?\d{12}(\.\w+)?$")))),
+        (images, name_array),
+        (ids, name_array),
+        (paths, name_array),
+        (called, name_array),
+        (last(paths), name_array),
+        (stems(paths), plain.filter(pc.invert(pc.match_substring(name_array, "/")))),
+        (
+            digits,
+            numbers(name_array.filter(pc.match_substring_regex(name_array, r"^(.*/)?(COCO_\w+_)?\d{12}(\.\w+)?$"))),
+        ),
     ):
-        found |= pc.is_in(column, value_set=values, skip_nulls=True).to_numpy(zero_copy_only=False)
-    return found
+        is_named |= pc.is_in(column, value_set=values, skip_nulls=True).to_numpy(zero_copy_only=False)
+    return is_named

@@ -113,18 +113,18 @@ class Inventory:
     def family(self) -> npt.NDArray[np.str_]:
         """The image set that a file's folders under its root speak of, or "", [F]."""
         folder = pc.replace_substring_regex(self.paths, r"[^/]*$", "").dictionary_encode()
-        said = np.full(len(folder.dictionary), "", dtype="U9")
+        families = np.full(len(folder.dictionary), "", dtype="U9")
         for name, pattern in FAMILIES.items():
-            said[pc.match_substring_regex(folder.dictionary, pattern).to_numpy(zero_copy_only=False)] = name
-        found: npt.NDArray[np.str_] = said[folder.indices.to_numpy()]
-        return found
+            families[pc.match_substring_regex(folder.dictionary, pattern).to_numpy(zero_copy_only=False)] = name
+        inner: npt.NDArray[np.str_] = families[folder.indices.to_numpy()]
+        return inner
 
     @cached_property
     def outer_family(self) -> npt.NDArray[np.str_]:
         """The same, and where those say nothing, what the root's own name speaks of."""
         outer = [next((n for n, p in FAMILIES.items() if re.search(p, r.resolve().name)), "") for r in self.roots]
-        found = np.array(outer or [""], dtype="U9")[array(self.files["root"]).to_numpy()]
-        return np.where(self.family == "", found, self.family)
+        outer_families = np.array(outer or [""], dtype="U9")[array(self.files["root"]).to_numpy()]
+        return np.where(self.family == "", outer_families, self.family)
 
     def under(self, folder: Path) -> Bools:
         """Which files lie under a folder of the job, bool [F]."""
@@ -145,8 +145,8 @@ class Inventory:
         ):
             places = np.flatnonzero(mask)
             if len(places):
-                found = find(wanted, names.take(pa.array(places)))
-                rows = np.where(rows < 0, np.where(found < 0, -1, places[found]), rows)
+                matched_rows = find(wanted, names.take(pa.array(places)))
+                rows = np.where(rows < 0, np.where(matched_rows < 0, -1, places[matched_rows]), rows)
         return rows
 
 
@@ -186,17 +186,17 @@ def list_files(
     Raises:
         UsageError: no such folder.
     """
-    found = Listing(roots=roots)
+    listing = Listing(roots=roots)
     seen: set[str] = {os.path.realpath(skip)} if skip else set()
     walked = []
     for number, root in enumerate(roots):
         if remotes and root in remotes:
-            _add_remote(number, remotes[root], found)
+            _add_remote(number, remotes[root], listing)
         else:
-            walked.append(_rows(number, root, flag, found, seen))
+            walked.append(_rows(number, root, flag, listing, seen))
     rows = chain.from_iterable(walked)
-    found.files = table(FILES, rows)
-    return found
+    listing.files = table(FILES, rows)
+    return listing
 
 
 def _add_remote(number: int, tars: RemoteTars, found: Listing) -> None:
@@ -348,9 +348,9 @@ def scan_tar(place: tuple[int, File, str]) -> Scan:
     """
     number, tar, path = place
     beside = tar.beside if isinstance(tar, RemoteFile) else tar.with_suffix(".parquet")
-    told = _told(beside) if beside else set()
+    listed = _told(beside) if beside else set()
     with opened(tar) as local:
-        return _scanned(number, Path(local), path, readable(path or tar.name), told)
+        return _scanned(number, Path(local), path, readable(path or tar.name), listed)
 
 
 def _scanned(number: int, tar: Path, path: str, label: str, told: set[str]) -> Scan:
@@ -438,13 +438,13 @@ def _sidecar(extension: str, content: bytes) -> dict[str, str]:
     if extension == ".txt":
         return {"text": text}
     try:
-        said = json.loads(text)
+        record = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(said, dict):
+    if not isinstance(record, dict):
         return {}
     names = {"url": "url", "caption": "text"}
-    return {names[k]: v.strip() for k, v in said.items() if k in names and isinstance(v, str)}
+    return {names[k]: v.strip() for k, v in record.items() if k in names and isinstance(v, str)}
 
 
 def read_downloads(number: int, root: Path, file: File) -> pa.Table:
@@ -454,19 +454,19 @@ def read_downloads(number: int, root: Path, file: File) -> pa.Table:
         schema = pq.read_schema(path)
         if not {"key", "url", "status"} <= set(schema.names):
             return DOWNLOADS.empty_table()
-        wanted = [n for n in ("key", "url", "status", "caption", "error_message") if n in schema.names]
-        rows = pq.read_table(path, columns=wanted)
-        said = {n: array(rows[n]).cast(pa.string()) for n in wanted}
-    image = pc.binary_join_element_wise(readable(str(Path(inner).with_suffix(""))), said["key"], "/")
-    message = pc.coalesce(said.get("error_message", pa.nulls(len(rows), pa.string())), said["status"])
+        names = [n for n in ("key", "url", "status", "caption", "error_message") if n in schema.names]
+        rows = pq.read_table(path, columns=names)
+        by_name = {n: array(rows[n]).cast(pa.string()) for n in names}
+    image = pc.binary_join_element_wise(readable(str(Path(inner).with_suffix(""))), by_name["key"], "/")
+    message = pc.coalesce(by_name.get("error_message", pa.nulls(len(rows), pa.string())), by_name["status"])
     return columns(
         DOWNLOADS,
         len(rows),
         root=number,
         image=image,
-        url=said["url"],
-        text=said.get("caption"),
-        status=said["status"],
+        url=by_name["url"],
+        text=by_name.get("caption"),
+        status=by_name["status"],
         message=message,
     )
 
@@ -478,8 +478,8 @@ def _described(files: pa.Table, downloads: pa.Table) -> pa.Table:
     keys = without_extension(pc.replace_substring(array(files["path"]), ".tar/", "/"))
     rows = find(_rooted(files, keys), _rooted(downloads, array(downloads["image"])))
     for name in ("url", "text"):
-        said = array(downloads[name]).take(pa.array(rows, mask=rows < 0))
-        files = files.set_column(FILES.get_field_index(name), name, pc.coalesce(array(files[name]), said))
+        values = array(downloads[name]).take(pa.array(rows, mask=rows < 0))
+        files = files.set_column(FILES.get_field_index(name), name, pc.coalesce(array(files[name]), values))
     return files
 
 

@@ -134,9 +134,9 @@ def _numbered(number: pa.Array, rows: Ints) -> pa.Array:
 def _parquet(path: Path) -> Iterator[pa.Table]:
     known = {n for names in NAMES.values() for n in names}
     with pq.ParquetFile(path) as file:
-        wanted = [n for n in file.schema_arrow.names if n.strip().lower() in known]
+        known_columns = [n for n in file.schema_arrow.names if n.strip().lower() in known]
         start = 0
-        for batch in file.iter_batches(CHUNK, columns=wanted):
+        for batch in file.iter_batches(CHUNK, columns=known_columns):
             yield _renamed(path, pa.Table.from_batches([batch]), start)
             start += len(batch)
 
@@ -156,8 +156,8 @@ def _tables(path: Path, records: Iterator[dict[str, Any]]) -> Iterator[pa.Table]
     start, chunk = 0, []
     known = {n for names in NAMES.values() for n in names}
     for record in records:
-        said = {k.strip().lower(): v for k, v in record.items() if isinstance(k, str) and v not in (None, "")}
-        chunk.append({k: said.get(k) for k in sorted(known & said.keys())})
+        fields = {k.strip().lower(): v for k, v in record.items() if isinstance(k, str) and v not in (None, "")}
+        chunk.append({k: fields.get(k) for k in sorted(known & fields.keys())})
         if not (known & {str(k).strip().lower() for k in record}) & set(PATH_COLUMNS):
             raise UsageError(
                 f"{FLAG} {path}: row {start + len(chunk) - 1} has the columns {in_line(', '.join(map(str, record)))}; "
@@ -173,15 +173,17 @@ def _tables(path: Path, records: Iterator[dict[str, Any]]) -> Iterator[pa.Table]
 def _from_records(path: Path, chunk: list[dict[str, Any]], start: int) -> pa.Table:
     names = sorted({k for record in chunk for k in record} | {"path"})
     lists = any(isinstance(record.get(n), list) for record in chunk for n in TEXT_COLUMNS)
-    found = {}
+    by_name = {}
     for name in names:
         values = [record.get(name) for record in chunk]
         if lists and name in TEXT_COLUMNS:
             several = [v if isinstance(v, list) else [v] for v in values]
-            found[name] = text_array([[t if t is None else str(t) for t in v] for v in several], pa.list_(pa.string()))
+            by_name[name] = text_array(
+                [[t if t is None else str(t) for t in v] for v in several], pa.list_(pa.string())
+            )
         else:
-            found[name] = text_array([None if v is None else str(v) for v in values], pa.string())
-    return _renamed(path, pa.table(found), start)
+            by_name[name] = text_array([None if v is None else str(v) for v in values], pa.string())
+    return _renamed(path, pa.table(by_name), start)
 
 
 _FORMS: dict[str, Callable[[Path], Iterator[pa.Table]]] = {

@@ -44,10 +44,10 @@ class Place:
         Raises:
             UsageError: there is none.
         """
-        found = self.annotations(pattern)
-        if not found:
+        paths = self.annotations(pattern)
+        if not paths:
             raise UsageError(f"--root {self.root}: no {what} in it, which --dataset {self.name} needs")
-        return found
+        return paths
 
     @cached_property
     def silent(self) -> Bools:

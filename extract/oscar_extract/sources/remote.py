@@ -147,10 +147,10 @@ def _split(given: str, flag: str) -> tuple[str, list[str]]:
 def _listed(folder: RemoteFolder, protocol: str, flag: str) -> dict[str, Stamp]:
     hint = "; name the tars with braces, like /{00000..00331}.tar" if protocol in HTTP else ""
     try:
-        found = folder.listing()
+        entries = folder.listing()
     except Gone as error:
         raise UsageError(f"{flag} {folder.url}: it cannot be listed ({error.cause}){hint}") from None
-    files = {name: stamp for name, stamp in found.items() if name.endswith((".tar", ".parquet"))}
+    files = {name: stamp for name, stamp in entries.items() if name.endswith((".tar", ".parquet"))}
     if not any(name.endswith(".tar") for name in files):
         raise UsageError(f"{flag} {folder.url}: no .tar is listed there, and images behind a URL lie in tars{hint}")
     unknown = [name for name, stamp in files.items() if stamp.size is None or not stamp.version]
@@ -160,7 +160,7 @@ def _listed(folder: RemoteFolder, protocol: str, flag: str) -> dict[str, Stamp]:
 def _stamps(folder: RemoteFolder, names: list[str], flag: str) -> dict[str, Stamp]:
     """Ask for what is known of files, and of the tables beside tars."""
     tables = [str(Path(name).with_suffix(".parquet")) for name in names if name.endswith(".tar")]
-    wanted = list(dict.fromkeys([*names, *tables]))
+    unique_names = list(dict.fromkeys([*names, *tables]))
 
     def ask(name: str) -> Stamp | None:
         try:
@@ -174,8 +174,8 @@ def _stamps(folder: RemoteFolder, names: list[str], flag: str) -> dict[str, Stam
         return stamp
 
     with ThreadPoolExecutor(THREADS) as pool:
-        stamps = list(pool.map(ask, wanted))
-    return {name: stamp for name, stamp in sorted(zip(wanted, stamps, strict=True)) if stamp is not None}
+        stamps = list(pool.map(ask, unique_names))
+    return {name: stamp for name, stamp in sorted(zip(unique_names, stamps, strict=True)) if stamp is not None}
 
 
 @lru_cache(maxsize=16)

@@ -132,12 +132,12 @@ def _has_lists(layout: str, folder: Path, depth: int = 3) -> bool:
 
 def _beside(parts: list[Part], roots: list[str]) -> tuple[Path, ...]:
     """Return the folders in --root whose images the datasets of the job share, although they are others'."""
-    found = []
+    paths = []
     for part in parts:
         for root in map(Path, roots):
             if part.layout and part.root.parent == root:
-                found += [p for p in sorted(root.iterdir()) if p.is_dir() and _has_images_of(part.layout, p.name)]
-    return tuple(dict.fromkeys(p for p in found if p not in {part.root for part in parts}))
+                paths += [p for p in sorted(root.iterdir()) if p.is_dir() and _has_images_of(part.layout, p.name)]
+    return tuple(dict.fromkeys(p for p in paths if p not in {part.root for part in parts}))
 
 
 def _has_images_of(layout: str, folder: str) -> bool:

@@ -22,13 +22,13 @@ def karpathy_texts(place: Place, family: str) -> tuple[list[tuple[Any, ...]], li
     for image, split, name, sentences in _entries(place.inventory, family):
         images.append((place.name, image, name, split))
         if split in place.splits:
-            texts += [(image, "caption", family, number, said, None, None) for number, said in sentences]
+            texts += [(image, "caption", family, number, sentence, None, None) for number, sentence in sentences]
     return images, texts
 
 
 def _entries(inventory: Inventory, family: str) -> list[tuple[str, str, str, list[tuple[str, str]]]]:
     """Return ("coco/139", split, file name, [(id, caption)]) of each image."""
-    found = []
+    entries = []
     for path in inventory.annotations:
         if path.name in FILES[family]:
             with reading(path, "--root"):
@@ -36,5 +36,5 @@ def _entries(inventory: Inventory, family: str) -> list[tuple[str, str, str, lis
                     name = str(entry["filename"])
                     number = int(entry["cocoid"]) if family == "coco" else name.rpartition(".")[0] or name
                     sentences = [(str(s.get("sentid", "")), str(s["raw"])) for s in entry.get("sentences", [])]
-                    found.append((f"{family}/{number}", split_of(str(entry["split"])), name, sentences))
-    return found
+                    entries.append((f"{family}/{number}", split_of(str(entry["split"])), name, sentences))
+    return entries

@@ -121,9 +121,9 @@ def select_lxmert(predictor: Any, found: Candidates, selection: Selection) -> Ke
     first = enough.int().argmax(dim=1)
     kept = survives[torch.arange(len(first), device=first.device), first]
     order = scores.masked_fill(~kept, -1).argsort(dim=1, descending=True, stable=True)[:, : selection.max_boxes]
-    there = kept.gather(1, order) & ((boxes[..., 2:] > boxes[..., :2]).all(dim=-1)).gather(1, order)
-    order = order.gather(1, _true_first(there))
-    return _keep(order, boxes, scores, classes, there.sum(dim=1), selection)
+    is_valid = kept.gather(1, order) & ((boxes[..., 2:] > boxes[..., :2]).all(dim=-1)).gather(1, order)
+    order = order.gather(1, _true_first(is_valid))
+    return _keep(order, boxes, scores, classes, is_valid.sum(dim=1), selection)
 
 
 def select_detectron2(predictor: Any, found: Candidates, selection: Selection) -> Kept:
@@ -136,8 +136,8 @@ def select_detectron2(predictor: Any, found: Candidates, selection: Selection) -
         found.valid & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1) & boxes.isfinite().all(dim=-1) & scores.isfinite()
     )
     orders = []
-    for b, s, c, there in zip(boxes, scores, classes, sound, strict=True):
-        rows = there.nonzero()[:, 0]
+    for b, s, c, is_valid in zip(boxes, scores, classes, sound, strict=True):
+        rows = is_valid.nonzero()[:, 0]
         orders.append(rows[batched_nms(b[rows], s[rows], c[rows], predictor.test_nms_thresh)])
     order, survives = pad(orders)
     number = _clamped(
@@ -153,14 +153,14 @@ def select_bua_d2(predictor: Any, found: Candidates, selection: Selection) -> Ke
     """
     boxes, probabilities = _regress(predictor, found).flatten(2), found.logits.softmax(dim=-1)
     results = [
-        _infer(predictor, b[there], p[there], target, selection)
-        for b, p, there, target in zip(boxes, probabilities, found.valid, found.targets, strict=True)
+        _infer(predictor, b[is_valid], p[is_valid], target, selection)
+        for b, p, is_valid, target in zip(boxes, probabilities, found.valid, found.targets, strict=True)
     ]
-    index, there = pad([i for i, _ in results])
+    index, is_valid = pad([i for i, _ in results])
     fields = ("scores", "pred_classes")
     scores, classes = (pad([r.get(f) for _, r in results])[0] for f in fields)
     kept, _ = pad([r.pred_boxes.tensor for _, r in results])
-    return Kept(index=index, boxes=kept, scores=scores, classes=classes, number=there.sum(dim=1))
+    return Kept(index=index, boxes=kept, scores=scores, classes=classes, number=is_valid.sum(dim=1))
 
 
 def _infer(

@@ -214,8 +214,8 @@ def _begin(out: Path, manifest: Manifest) -> None:
         UsageError: other shards are there.
     """
     if (out / FILE).exists():
-        there = read_manifest(out, "--out")
-        if (there.plan.sha256, there.detector, there.plan.num_images) != (
+        existing = read_manifest(out, "--out")
+        if (existing.plan.sha256, existing.detector, existing.plan.num_images) != (
             manifest.plan.sha256,
             manifest.detector,
             manifest.plan.num_images,

@@ -130,9 +130,9 @@ def _heads_at(handle: int, begins: list[int]) -> list[bytes] | None:
 def _is_last(handle: int, begin: int, size: int) -> bool:
     """Whether the line at `begin` ends with the file."""
     for offset in range(begin, size, BLOCK):
-        found = os.pread(handle, BLOCK, offset).find(b"\n")
-        if found >= 0:
-            return offset + found == size - 1
+        newline = os.pread(handle, BLOCK, offset).find(b"\n")
+        if newline >= 0:
+            return offset + newline == size - 1
     return True
 
 
@@ -150,11 +150,11 @@ def _beginnings(handle: int, size: int) -> Iterator[int]:
         yield 0
     for offset in range(0, size, BLOCK):
         block = os.pread(handle, BLOCK, offset)
-        found = block.find(b"\n")
-        while found >= 0:
-            if offset + found + 1 < size:
-                yield offset + found + 1
-            found = block.find(b"\n", found + 1)
+        newline = block.find(b"\n")
+        while newline >= 0:
+            if offset + newline + 1 < size:
+                yield offset + newline + 1
+            newline = block.find(b"\n", newline + 1)
 
 
 def _name(head: bytes) -> str:

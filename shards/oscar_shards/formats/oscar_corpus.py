@@ -62,27 +62,27 @@ def read_rows(path: Path, source: str | None, vocabulary: Vocabulary, with_texts
         UsageError: a file is missing or is not what it should be.
     """
     datasets, corpus = _datasets(path, source)
-    found = _Found()
+    parsed = _Found()
     for dataset in datasets:
-        _index_dataset(found, dataset, with_texts and corpus is not None)
-    count = len(found.ids)
+        _index_dataset(parsed, dataset, with_texts and corpus is not None)
+    count = len(parsed.ids)
     texts = answers = np.zeros(0, SPAN)
     owners = np.zeros(0, np.int64)
     if corpus is not None and with_texts:
-        owners, texts, answers = _index_corpus(found, corpus, datasets)
+        owners, texts, answers = _index_corpus(parsed, corpus, datasets)
     order = np.argsort(owners, kind="stable")
     return OscarRows(
-        paths=found.paths,
-        ids=found.ids,
-        sources=found.sources,
-        spans=np.concatenate([np.zeros(0, SPAN), *found.spans]),
-        labels=np.concatenate([np.zeros(0, SPAN), *found.labels]),
+        paths=parsed.paths,
+        ids=parsed.ids,
+        sources=parsed.sources,
+        spans=np.concatenate([np.zeros(0, SPAN), *parsed.spans]),
+        labels=np.concatenate([np.zeros(0, SPAN), *parsed.labels]),
         starts=np.searchsorted(owners[order], np.arange(count + 1)),
         texts=texts[order],
         answers=answers[order],
         vocabulary=vocabulary,
-        misfits=found.misfits,
-        notes=found.notes,
+        misfits=parsed.misfits,
+        notes=parsed.notes,
     )
 
 
@@ -130,10 +130,10 @@ def _read_yaml(path: Path, source: str | None) -> tuple[list[_Dataset], Path | N
 
 
 def _paths(content: dict[str, Any], key: str, path: Path) -> dict[str, Path]:
-    said = content.get(key) or {}
-    if not isinstance(said, dict) or not all(isinstance(p, str) for p in said.values()):
+    listed = content.get(key) or {}
+    if not isinstance(listed, dict) or not all(isinstance(p, str) for p in listed.values()):
         raise UsageError(f"FROM {path}: {key} is no mapping of datasets to folders")
-    return {str(name): path.parent / place for name, place in said.items()}  # absolute ones stay
+    return {str(name): path.parent / place for name, place in listed.items()}  # absolute ones stay
 
 
 def _features(path: Path, folder: Path) -> list[Path]:

@@ -92,8 +92,8 @@ def read_features(line: bytes) -> Floats:
     """
     fields = line.split(b"\t")
     if len(fields) == 2 and fields[1].startswith(b"{"):
-        said = _json(fields[1], "features")
-        k, packed = said.get("num_boxes"), said.get("features")
+        content = _json(fields[1], "features")
+        k, packed = content.get("num_boxes"), content.get("features")
         if type(k) is not int or k < 0 or not isinstance(packed, str):
             raise Refused("json", "features: no num_boxes and features in the JSON")
         field = packed.encode("utf-8", "replace")
@@ -128,12 +128,12 @@ def read_label(line: bytes) -> Label:
     if len(fields) < 2:
         raise Refused("label", "predictions: no second field")
     content = _json(fields[1], "predictions", list)
-    said = {"objects": content} if isinstance(content, list) else content
-    objects, gt_objects = (said.get(name, []) for name in ("objects", "gt_objects"))
+    record = {"objects": content} if isinstance(content, list) else content
+    objects, gt_objects = (record.get(name, []) for name in ("objects", "gt_objects"))
     for some, name in ((objects, "objects"), (gt_objects, "gt_objects")):
         if not isinstance(some, list) or not all(isinstance(o, dict) for o in some):
             raise Refused("label", f"predictions: no list of {name}")
-    size = (_side(said["image_w"]), _side(said["image_h"])) if {"image_h", "image_w"} <= said.keys() else None
+    size = (_side(record["image_w"]), _side(record["image_h"])) if {"image_h", "image_w"} <= record.keys() else None
     return Label(objects, gt_objects, size)
 
 
@@ -181,7 +181,7 @@ def _attributes(objects: list[dict[str, Any]], known: list[str]) -> list[list[At
     """Return the attributes of each region, if their numbers are known and any region has some."""
     number = {name: n for n, name in enumerate(known)}
     try:
-        found = [
+        attributes = [
             [
                 Attribute(id=number[name], name=name, score=float(score))
                 for name, score in zip(o.get("attributes", ()), o.get("attr_scores", ()), strict=False)
@@ -191,21 +191,21 @@ def _attributes(objects: list[dict[str, Any]], known: list[str]) -> list[list[At
         ]
     except (TypeError, ValueError):
         raise Refused("label", "predictions: attributes and attr_scores are no lists of names and numbers") from None
-    return found if any(found) else []
+    return attributes if any(attributes) else []
 
 
 def _text(lines: Lines, span: np.void, answer: np.void, source: str) -> Text:
     fields = _decoded(lines.read(span), "corpus").split("\t")
-    said = fields[2].strip() if len(fields) > 2 else ""
-    if not said:
+    text = fields[2].strip() if len(fields) > 2 else ""
+    if not text:
         raise Refused("text", "corpus: the text is empty")
     if answer["file"] < 0:
-        return Text(kind="caption", source=source, id=str(span["line"] - 1), text=said)
+        return Text(kind="caption", source=source, id=str(span["line"] - 1), text=text)
     row = lines.read(answer).split(b"\t")
     labels = _json(row[1], "QA").get("labels") if len(row) > 1 else None
     if not isinstance(labels, list) or not all(isinstance(one, str) for one in labels) or not " ".join(labels):
         raise Refused("answer", "QA: no labels for the question")
-    return Text(kind="qa", source=source, id=_decoded(row[0], "QA").strip(), question=said, answer=" ".join(labels))
+    return Text(kind="qa", source=source, id=_decoded(row[0], "QA").strip(), question=text, answer=" ".join(labels))
 
 
 def _decoded(raw: bytes, name: str) -> str:

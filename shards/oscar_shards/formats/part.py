@@ -52,10 +52,10 @@ def is_done(part: Part) -> bool:
     """Whether a shard is there and nothing of it was refused, so that it needs no second try."""
     refused = rejects_path(part.tar)
     try:
-        there = pq.read_metadata(refused).num_rows if refused.exists() else 0
+        num_rejects = pq.read_metadata(refused).num_rows if refused.exists() else 0
     except (OSError, ValueError):
         return False
-    return is_whole(part.tar) and there == part.known_rejects
+    return is_whole(part.tar) and num_rejects == part.known_rejects
 
 
 def write_part(job: tuple[Part, Layout]) -> Written:
@@ -91,8 +91,8 @@ def _from_files(part: Part, layout: Layout) -> Iterator[Sample | Reject]:
     with Lines(rows.paths) as lines:
         for row in range(len(part.places)):
             if row in part.duplicates:
-                said = f"{rows.sources[row]} has an image {rows.ids[row]!r} before"
-                yield Reject(path=rows.name(row), reason="duplicate", message=said)
+                message = f"{rows.sources[row]} has an image {rows.ids[row]!r} before"
+                yield Reject(path=rows.name(row), reason="duplicate", message=message)
                 continue
             try:
                 sample, refused = rows.read(row, lines)
@@ -127,9 +127,9 @@ def _from_sidecar(part: Part, layout: Layout) -> Iterator[Sample | Reject]:
 
 
 def _sample(key: str, content: dict[str, Any], regions: Regions) -> Sample:
-    said = {name: content[name] for name in ("tags", "scores", "attributes")}
+    labels = {name: content[name] for name in ("tags", "scores", "attributes")}
     others = {name: content[name] for name in ("image", "texts", "gt_tags")}
-    return Sample(key=key, regions=dataclasses.replace(regions, **said), **others)
+    return Sample(key=key, regions=dataclasses.replace(regions, **labels), **others)
 
 
 def _reject(path: str, error: Exception) -> Reject:

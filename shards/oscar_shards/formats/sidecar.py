@@ -95,13 +95,13 @@ def read_images(path: Path, format: str, found: Rows) -> Images:
     try:
         file = pq.ParquetFile(path)
         metadata = file.schema_arrow.metadata or {}
-        said, tars = metadata[FORMAT].decode(), json.loads(metadata[SHARDS])
+        version, tars = metadata[FORMAT].decode(), json.loads(metadata[SHARDS])
         tables = [file.read_row_group(n, ["shard", "key", "file", "id"]) for n in range(file.num_row_groups)]
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         again = "export again, or delete it to have the files alone read"
         raise UsageError(f"FROM {path}: it is damaged ({reason(error)}); {again}") from None
-    if said != format:
-        raise UsageError(f"FORMAT {format}: {path} is of an export in the format {said}; give that")
+    if version != format:
+        raise UsageError(f"FORMAT {format}: {path} is of an export in the format {version}; give that")
     if not all(isinstance(t, str) and t.endswith(".tar") and Path(t).name == t and t[0] != "." for t in tars):
         raise UsageError(f"FROM {path}: it names shards that are no files of a folder: {tars[:3]}")
     places: dict[str, dict[str, int]] = {}  # by file and id

@@ -24,10 +24,10 @@ def find_photos(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Path | Non
     """
     root = folder.resolve()
     direct = [_direct(root, row.get("path")) for row in rows]
-    left = [row for row, found in zip(rows, direct, strict=True) if found is None]
+    left = [row for row, match in zip(rows, direct, strict=True) if match is None]
     listed = _listed(root, {name for row in left for name in _names(row)}) if left else {}
     elsewhere = ((listed[name] for name in _names(row) if name in listed) for row in rows)
-    return [found or next(others, None) for found, others in zip(direct, elsewhere, strict=True)]
+    return [match or next(others, None) for match, others in zip(direct, elsewhere, strict=True)]
 
 
 def _direct(root: Path, path: object) -> Path | None:
@@ -55,14 +55,14 @@ def _names(row: dict[str, Any]) -> Iterator[tuple[bool, str]]:
 
 def _listed(root: Path, wanted: set[tuple[bool, str]]) -> dict[tuple[bool, str], Path]:
     """Walk through a folder for files of the wanted names; the first in the order of names counts."""
-    found: dict[tuple[bool, str], Path] = {}
+    by_name: dict[tuple[bool, str], Path] = {}
     for place, folders, files in os.walk(root):
         folders.sort()
         for name in sorted(files):
             for form in ((True, name), (False, name.rpartition(".")[0] or name)):
-                if form in wanted and form not in found and (path := _inside(root, Path(place, name))):
-                    found[form] = path
-    return found
+                if form in wanted and form not in by_name and (path := _inside(root, Path(place, name))):
+                    by_name[form] = path
+    return by_name
 
 
 def embedded(photos: Iterable[Path | None]) -> Iterator[tuple[str, int, int] | None]:

@@ -48,11 +48,11 @@ def write_report(paths: Sequence[Path], html: Path | None, overwrite: bool = Fal
     """
     if html:
         check_output_file(html, "--html", mark=MARK, overwrite=overwrite)
-    found = measure(paths)
-    print_report(found)
+    statistics = measure(paths)
+    print_report(statistics)
     if html:
         with replacing(html) as file:
-            for piece in page("Shards in numbers", _body(found)):
+            for piece in page("Shards in numbers", _body(statistics)):
                 file.write(piece.encode("utf-8", "replace"))
         print(f"{html}: {size(html.stat().st_size)}")
 

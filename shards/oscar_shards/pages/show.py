@@ -47,8 +47,8 @@ def show(
         body = _body(path, lead, sheet(rows, photos, MIN_SCORE, _first(tags)))
         for piece in page(f"Shards: {path.name or path}", body):
             file.write(piece.encode("utf-8", "replace"))
-    found = sum(photo is not None for photo in photos)
-    blank = f" ({len(rows) - found:,} without their photo)" if images and found < len(rows) else ""
+    num_photos = sum(photo is not None for photo in photos)
+    blank = f" ({len(rows) - num_photos:,} without their photo)" if images and num_photos < len(rows) else ""
     print(f"{html}: {plural(len(rows), 'image')}{blank}, {size(html.stat().st_size)}")
 
 
@@ -96,24 +96,24 @@ def choose(
     Raises:
         UsageError: a key or a tag that no image has.
     """
-    found: list[tuple[Path, dict[str, Any]]] = []
+    images: list[tuple[Path, dict[str, Any]]] = []
     tars = tars_at(path)
     missing, met = set(keys), _Names()
     with meter("shards", len(tars)) as shown:
         for number, tar in enumerate(tars, start=1):
             table = checked_index(tar)
-            chosen = table.filter(_wanted(table, keys, tags)).slice(0, limit - len(found))
-            found += [(tar, row) for row in _rows(chosen)]
+            chosen = table.filter(_wanted(table, keys, tags)).slice(0, limit - len(images))
+            images += [(tar, row) for row in _rows(chosen)]
             missing -= set(chosen["key"].to_pylist()) if missing else set()
             shown.show(number, 0)
-            if len(found) == limit or (keys and not missing):
-                return found
+            if len(images) == limit or (keys and not missing):
+                return images
             met.add(table["key"] if keys else pc.list_flatten(table["tags"]) if tags else None)
     if keys and missing and not tags:
         raise UsageError(f"--key {min(missing)!r}: no image of {path} has it{met.like(min(missing))}")
-    if tags and not found:
+    if tags and not images:
         raise UsageError(f"--tag {tags[0]!r}: no image of {path} has it{met.like(tags[0])}")
-    return found
+    return images
 
 
 class _Names:
@@ -150,15 +150,15 @@ def checked_index(tar: Path) -> pa.Table:
 
 def _wanted(table: pa.Table, keys: Sequence[str], tags: Sequence[str]) -> pa.Array:
     """Return whether each row has one of the keys and one of the tags (in any case), as far as any are asked for."""
-    wanted = pa.repeat(True, len(table))
+    mask = pa.repeat(True, len(table))
     if keys:
-        wanted = pc.and_(wanted, pc.is_in(table["key"].combine_chunks(), value_set=pa.array(keys, pa.string())))
+        mask = pc.and_(mask, pc.is_in(table["key"].combine_chunks(), value_set=pa.array(keys, pa.string())))
     if tags:
         column = table["tags"].combine_chunks()
         has = pc.is_in(pc.utf8_lower(column.flatten()), value_set=pc.utf8_lower(pa.array(tags, pa.string())))
         rows = pc.list_parent_indices(column).filter(has)
-        wanted = pc.and_(wanted, pc.is_in(pa.array(range(len(table)), rows.type), value_set=rows))
-    return wanted
+        mask = pc.and_(mask, pc.is_in(pa.array(range(len(table)), rows.type), value_set=rows))
+    return mask
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:

@@ -51,14 +51,14 @@ def boxes_of(tar: Path, row: dict[str, Any]) -> npt.NDArray[np.float32]:
 def regions_of(row: dict[str, Any], boxes: npt.NDArray[np.float32]) -> list[Region]:
     """Pair boxes with tags, scores and attributes, the surest last; what is not a box in the plane is left out."""
     tags, scores, attributes = ((row.get(name) or [])[: len(boxes)] for name in ("tags", "scores", "attributes"))
-    found = []
+    regions = []
     for corners, tag, score, some in zip_longest(boxes.tolist()[:MOST], tags, scores, attributes):
         if all(map(math.isfinite, corners)):
             x0, y0, x1, y1 = (min(max(c, -FAR), FAR) for c in corners)
             box = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
             known = score if score is not None and math.isfinite(score) else None
-            found.append(Region(box, tag or "", known, [_attribute(a) for a in some or () if a and a.get("name")]))
-    return sorted(found, key=lambda region: -1.0 if region.score is None else region.score)
+            regions.append(Region(box, tag or "", known, [_attribute(a) for a in some or () if a and a.get("name")]))
+    return sorted(regions, key=lambda region: -1.0 if region.score is None else region.score)
 
 
 def _attribute(attribute: dict[str, Any]) -> str:
@@ -174,9 +174,9 @@ def _texts(row: dict[str, Any]) -> str:
 
 
 def _text(one: dict[str, Any]) -> str:
-    said = one.get("text") or one.get("question") or ""
+    content = one.get("text") or one.get("question") or ""
     answer = f" <b>{text(one['answer'])}</b>" if one.get("answer") else ""
-    return f'<li dir="auto" title="{text(one.get("source") or "", 100)}">{text(said)}{answer}</li>'
+    return f'<li dir="auto" title="{text(one.get("source") or "", 100)}">{text(content)}{answer}</li>'
 
 
 def figures(rows: Sequence[tuple[Path, dict[str, Any]]], photos: Iterable[Path | None]) -> Iterator[str]:

@@ -91,10 +91,10 @@ def masked_places(lengths: Ints, chance: "np.typing.NDArray[np.float64]") -> Boo
         lengths: int64 [B], of the captions, [CLS] and [SEP] included. [CLS] is never chosen.
         chance: random numbers in [0, 1), [B, 40]; the tokens with the smallest are chosen.
     """
-    wanted = np.clip(np.round(MASK_RATE * lengths), 1, MOST_MASKED).astype(np.int64)
+    num_masked = np.clip(np.round(MASK_RATE * lengths), 1, MOST_MASKED).astype(np.int64)
     place = np.arange(CAPTION)[None]
     chance = np.where((place >= 1) & (place < lengths[:, None]), chance, 2.0)
-    last = np.take_along_axis(np.sort(chance, 1), wanted[:, None] - 1, 1)
+    last = np.take_along_axis(np.sort(chance, 1), num_masked[:, None] - 1, 1)
     return (chance <= last) & (chance < 2.0)
 
 

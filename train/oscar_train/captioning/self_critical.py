@@ -42,9 +42,9 @@ def draw_captions(
 
     def choose(log_probabilities: Tensor, step: int) -> Tensor:
         cumulative = log_probabilities.exp().double().cumsum(-1)
-        wanted = uniform[:, :, step, None] * cumulative[..., -1:]
+        threshold = uniform[:, :, step, None] * cumulative[..., -1:]
         last = cumulative.shape[-1] - 1
-        return torch.searchsorted(cumulative, wanted, right=True)[..., 0].clamp(max=last)
+        return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp(max=last)
 
     return step_by_step(decoder, context, choose, drawn, most)
 
@@ -94,11 +94,11 @@ def probing(batch: Batch, tokens: Sequence[Sequence[int]], decoder: Decoder, dev
     ids, present = batch.input_ids.clone(), batch.attention_mask.clone()
     labels = torch.full_like(ids, IGNORED)
     present[:, :CAPTION] = False
-    for row, wanted in enumerate(tokens):
-        count = len(wanted)
-        ids[row, :count] = torch.tensor([decoder.first, *wanted[:-1]])
+    for row, row_tokens in enumerate(tokens):
+        count = len(row_tokens)
+        ids[row, :count] = torch.tensor([decoder.first, *row_tokens[:-1]])
         ids[row, PROBES : PROBES + count] = decoder.mask
-        labels[row, PROBES : PROBES + count] = torch.tensor(wanted)
+        labels[row, PROBES : PROBES + count] = torch.tensor(row_tokens)
         present[row, :count] = present[row, PROBES : PROBES + count] = True
 
     asked = {"input_ids": ids, "attention_mask": present, "mlm_labels": labels}

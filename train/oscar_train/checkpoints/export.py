@@ -288,5 +288,5 @@ def _classes(config: Any) -> str:
     if hasattr(config, "loss_type"):
         return f"{config.num_labels:,} of a fine-tuned head ({config.classifier}, {config.loss_type})"
     names = ", ".join(classes_of(config)) or "of unknown names"
-    told = "" if getattr(config, "contrast_classes", None) else ", as in the releases"
-    return f"{config.num_contrast_classes} ({names}{told})"
+    note = "" if getattr(config, "contrast_classes", None) else ", as in the releases"
+    return f"{config.num_contrast_classes} ({names}{note})"

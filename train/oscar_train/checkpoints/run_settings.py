@@ -59,8 +59,8 @@ def resumed(folder: Path, schema: type[S] = Train) -> S:  # type: ignore[assignm
     before = settings.out or str(folder)
 
     def moved(path: Path) -> str:
-        found = folder / os.path.relpath(path, before) if path.is_absolute() else path
-        return str(found.resolve() if not path.exists() and found.exists() else path)
+        new_path = folder / os.path.relpath(path, before) if path.is_absolute() else path
+        return str(new_path.resolve() if not path.exists() and new_path.exists() else path)
 
     values = {name: _each(getattr(settings, name), moved, missing=True) for name in paths(schema)}
     if checkpoints(folder):

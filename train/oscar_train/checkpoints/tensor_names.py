@@ -94,16 +94,16 @@ def modules(names: Iterable[str]) -> list[str]:
     counts: Counter[str] = Counter()
     layers: dict[str, set[int]] = {}
     for name in names:
-        if found := re.match(r"(.*\.layer)\.(\d+)\.", name):
-            counts[found[1]] += 1
-            layers.setdefault(found[1], set()).add(int(found[2]))
+        if match := re.match(r"(.*\.layer)\.(\d+)\.", name):
+            counts[match[1]] += 1
+            layers.setdefault(match[1], set()).add(int(match[2]))
         else:
             counts[name.rpartition(".")[0] or name] += 1
-    said = []
+    listed = []
     for module, count in sorted(counts.items()):
         numbers = f".{_runs(layers[module])}" if module in layers else ""
-        said.append(f"{module}{numbers} ({count} tensor{'s' * (count > 1)})")
-    return said
+        listed.append(f"{module}{numbers} ({count} tensor{'s' * (count > 1)})")
+    return listed
 
 
 def _parts(path: Path) -> list[Path]:

@@ -199,7 +199,7 @@ def _whole(folder: Path) -> dict[str, Any] | None:
     """Return what is said of a corpus in the cache; None if there is none, or it is damaged."""
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_text())
-        damaged = [name for name, said in meta["files"].items() if seal(folder / name) != said]
+        damaged = [name for name, stored_seal in meta["files"].items() if seal(folder / name) != stored_seal]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -96,10 +96,10 @@ def open_source(place: str, skip_corrupt: bool, flag: str = FLAG) -> Source:
     """
     folder = local_path(place)
     source = _remote(place, flag) if folder is None else _local(place, folder, flag)
-    there = sum(size is not None for size in source.sizes)
-    if there != source.manifest.plan.num_shards and not (skip_corrupt and source.tars):
+    num_whole = sum(size is not None for size in source.sizes)
+    if num_whole != source.manifest.plan.num_shards and not (skip_corrupt and source.tars):
         raise UsageError(
-            f"{flag} {place}: {there} of {source.manifest.plan.num_shards} shards are there; run its oscar-extract "
+            f"{flag} {place}: {num_whole} of {source.manifest.plan.num_shards} shards are there; run its oscar-extract "
             "command again, or go on without the others: --skip-corrupt"
         )
     return source
@@ -135,12 +135,12 @@ def suspect(tar: Path) -> str:
     try:
         with Window(tar) as window:
             faults = (f"{entry.key}: {entry.faults[0]}" for entry in entries(window, members(window)) if entry.faults)
-            found = next(faults, "")
+            fault = next(faults, "")
     except ValueError as error:
-        found = str(error)
+        fault = str(error)
     except OSError:
-        found = ""
-    return f" ({found})" if found else ""
+        fault = ""
+    return f" ({fault})" if fault else ""
 
 
 def _local(place: str, folder: Path, flag: str) -> Source:
@@ -148,14 +148,14 @@ def _local(place: str, folder: Path, flag: str) -> Source:
         what = "a file; give its folder" if folder.exists() else "no such folder; give one made by oscar-extract"
         raise UsageError(f"{flag} {folder}: {what}")
     manifest = read_manifest(folder, flag)
-    found = {path.name: path.stat() for path in folder.iterdir() if path.suffix in (".tar", ".parquet")}
-    tars = manifest.tar_names(found)
-    stamps = [found.get(index_path(Path(tar)).name) for tar in tars]
+    stats = {path.name: path.stat() for path in folder.iterdir() if path.suffix in (".tar", ".parquet")}
+    tars = manifest.tar_names(stats)
+    stamps = [stats.get(index_path(Path(tar)).name) for tar in tars]
     return Source(
         place=place,
         manifest=manifest,
         tars=tars,
-        sizes=[found[tar].st_size if tar in found else None for tar in tars],
+        sizes=[stats[tar].st_size if tar in stats else None for tar in tars],
         stamp=_stamp(manifest, tars, [(s.st_size, s.st_mtime_ns) if s else None for s in stamps]),
         folder=folder,
     )
@@ -169,14 +169,14 @@ def _remote(place: str, flag: str) -> Source:
         raise UsageError(
             f"{flag} {remote.url}: no {FILE} there ({error.cause}); give the URL of a folder made by oscar-extract"
         ) from None
-    found = _listed(remote, manifest)
-    tars = manifest.tar_names(found)
+    listing = _listed(remote, manifest)
+    tars = manifest.tar_names(listing)
     return Source(
         place=remote.url,
         manifest=manifest,
         tars=tars,
-        sizes=[_size(found.get(tar)) for tar in tars],
-        stamp=_stamp(manifest, tars, [found.get(index_path(Path(tar)).name) for tar in tars]),
+        sizes=[_size(listing.get(tar)) for tar in tars],
+        stamp=_stamp(manifest, tars, [listing.get(index_path(Path(tar)).name) for tar in tars]),
         remote=remote,
     )
 
@@ -200,21 +200,21 @@ def _fetched_index(remote: RemoteFolder, tar: Path) -> tuple[int, Iterator[pa.Re
 def _listed(remote: RemoteFolder, manifest: Manifest) -> dict[str, Stamp]:
     """Return the files of a folder; web servers often have no listing, or one without sizes, but answer for a name."""
     try:
-        found = remote.listing()
+        listing = remote.listing()
     except Gone:
-        found = {}
-    if not manifest.tar_names(found):
+        listing = {}
+    if not manifest.tar_names(listing):
         if not manifest.name:
             raise UsageError(f"{FLAG} {remote.url}: it cannot be listed, and its {FILE} does not name the shards")
-        found = {
+        listing = {
             name: Stamp(None, "")
             for number in range(manifest.plan.num_shards)
             for name in (f"{manifest.name}-{number:06d}.tar", f"{manifest.name}-{number:06d}.parquet")
         }
-    unknown = [n for n, stamp in found.items() if n.endswith(".parquet") and stamp == Stamp(None, "")]
+    unknown = [n for n, stamp in listing.items() if n.endswith(".parquet") and stamp == Stamp(None, "")]
     with ThreadPoolExecutor(ASKERS) as askers:
         asked = dict(zip(unknown, askers.map(lambda name: _asked(remote, name), unknown), strict=True))
-    return {name: stamp for name, stamp in {**found, **asked}.items() if stamp is not None}
+    return {name: stamp for name, stamp in {**listing, **asked}.items() if stamp is not None}
 
 
 def _asked(remote: RemoteFolder, name: str) -> Stamp | None:

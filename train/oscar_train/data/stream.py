@@ -110,8 +110,12 @@ class Stream:
     @property
     def fingerprint(self) -> str:
         """Changes with anything that a training run could see of the corpus, or with the triples that there are."""
-        mine = self.corpus.fingerprint
-        return mine if self.only is None else digest((mine, xxh3_128_hexdigest(self.only.tobytes())))
+        corpus_fingerprint = self.corpus.fingerprint
+        return (
+            corpus_fingerprint
+            if self.only is None
+            else digest((corpus_fingerprint, xxh3_128_hexdigest(self.only.tobytes())))
+        )
 
     def room(self) -> Room:
         """Make room for a batch."""

@@ -121,9 +121,9 @@ def opened(model: Model, sources: list[Source], objective: Objective, given: Ask
 
 def tag_rule_of(about: dict[str, Any]) -> TagRule:
     """Return the rule for tags that a model was trained with."""
-    said = dict(about.get("tags", {}))
-    vocabulary = said.pop("vocabulary", None)
-    return TagRule(**said, vocabulary=None if vocabulary is None else tuple(vocabulary))
+    rule = dict(about.get("tags", {}))
+    vocabulary = rule.pop("vocabulary", None)
+    return TagRule(**rule, vocabulary=None if vocabulary is None else tuple(vocabulary))
 
 
 def loaded(model: Model, feature_dim: int) -> OscarForPreTraining:
@@ -135,8 +135,8 @@ def loaded(model: Model, feature_dim: int) -> OscarForPreTraining:
     network = OscarForPreTraining(model.config)
     width = network.bert.img_embedding.in_features
     if width - feature_dim not in POSITIONS:
-        wanted = width - position_of(model.config)
-        raise UsageError(f"--shards: their regions have {feature_dim} features, the model is for {wanted}")
+        expected_dim = width - position_of(model.config)
+        raise UsageError(f"--shards: their regions have {feature_dim} features, the model is for {expected_dim}")
     network.load_state_dict(model.tensors)
     return network.eval()
 

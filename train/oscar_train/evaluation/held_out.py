@@ -61,10 +61,10 @@ def asked(corpus: Corpus, partly: list[bool], fraction: float) -> Array | None:
     if not any(partly):
         return None
     source = np.searchsorted(corpus.source_shards, corpus.images.shard, "right") - 1
-    found = _of(corpus, ~np.array(partly)[source] | held_images(corpus.images, fraction))
-    if not len(found):
+    selected = _of(corpus, ~np.array(partly)[source] | held_images(corpus.images, fraction))
+    if not len(selected):
         raise UsageError("--shards: no image with a text was held out of training; give other shards, or --all")
-    return found
+    return selected
 
 
 def apart(corpus: Corpus, others: Images) -> Array | None:
@@ -127,16 +127,16 @@ def held_images(images: Images, fraction: float) -> Bools:
 
 def _identity(images: Images) -> Array:
     """Return a number that stands for each image: for the bytes of its file, or, where these are unknown, its key."""
-    found: Array = np.where(images.content != 0, images.content, images.key_xxh3)
-    return found
+    identity: Array = np.where(images.content != 0, images.content, images.key_xxh3)
+    return identity
 
 
 def _mixed(numbers: Array) -> Array:
     """Return other 64 bits for 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    found: Array = numbers ^ (numbers >> np.uint64(31))
-    return found
+    mixed: Array = numbers ^ (numbers >> np.uint64(31))
+    return mixed
 
 
 def _of(corpus: Corpus, images: Bools) -> Array:

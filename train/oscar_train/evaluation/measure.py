@@ -72,9 +72,9 @@ def answer(model: nn.Module, precision: str, batch: Batch) -> Any:
 
 def names(exam: Exam) -> list[str]:
     """Return the names of an exam's numbers, in their order."""
-    found = [f"{side}_{what}" for side in SIDES for what in ("loss", "accuracy")]
-    found += ["match_loss", "match_accuracy", *(f"{_plain(exam, name)}_accuracy" for name in exam.asked)]
-    return found + [f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in RANKS if len(exam.gallery)]
+    columns = [f"{side}_{what}" for side in SIDES for what in ("loss", "accuracy")]
+    columns += ["match_loss", "match_accuracy", *(f"{_plain(exam, name)}_accuracy" for name in exam.asked)]
+    return columns + [f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in RANKS if len(exam.gallery)]
 
 
 @torch.no_grad()
@@ -111,11 +111,11 @@ def _questions(exam: Exam, answering: Answering, shuffled: str | None) -> dict[s
         exam.regions(exam.triples[rows], exam.partners[rows], room, shuffled)
         for number, name in enumerate(exam.asked):
             exam.text(name, begin, room, shuffled)
-            said, classes = answering.forward(room.batch)
+            scores, classes = answering.forward(room.batch)
             pairs[number] += _counted(classes, room.batch.match_labels.to(device)).sum(0)
             if name == MATCHED:
                 labels, sides = (each.to(device) for each in _masked(exam, room.batch))
-                tokens.index_add_(0, sides, _counted(said, labels))
+                tokens.index_add_(0, sides, _counted(scores, labels))
     answering.ranks.total(tokens), answering.ranks.total(pairs)
     return _named(exam, tokens.cpu(), pairs.cpu())
 

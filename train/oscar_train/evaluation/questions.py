@@ -154,8 +154,8 @@ def _asked(objective: Objective) -> dict[str, Objective]:
     """Return for each class what makes every triple one of it."""
     matched = replace(objective, wrong_w=0.0, wrong_q=0.0)
     wrong = {WRONG_W: replace(matched, wrong_w=1.0), WRONG_Q: replace(matched, wrong_q=1.0)}
-    there = {WRONG_W: objective.wrong_w > 0, WRONG_Q: objective.wrong_q > 0}
-    return {MATCHED: matched} | {name: made for name, made in wrong.items() if there[name]}
+    exists = {WRONG_W: objective.wrong_w > 0, WRONG_Q: objective.wrong_q > 0}
+    return {MATCHED: matched} | {name: made for name, made in wrong.items() if exists[name]}
 
 
 def _drawn(seed: int, triples: Ints, count: int, lane: int) -> Ints:

@@ -36,15 +36,15 @@ def line(values: Numbers) -> str:
 
 def table(exam: Exam, columns: dict[str, Numbers], title: str) -> Table:
     """Put evaluations side by side; what cannot be measured on these shards is a dash."""
-    found = Table(title=title, title_justify="left")
-    found.add_column("", no_wrap=True)
+    grid = Table(title=title, title_justify="left")
+    grid.add_column("", no_wrap=True)
     for name in (*columns, "chance"):
-        found.add_column(name, justify="right")
+        grid.add_column(name, justify="right")
     for name in next(iter(columns.values())):
-        found.add_row(
+        grid.add_row(
             name.replace("_", " "), *(_shown(name, values[name]) for values in columns.values()), _chance(exam, name)
         )
-    return found
+    return grid
 
 
 def _shown(name: str, value: float) -> str:

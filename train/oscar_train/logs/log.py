@@ -107,9 +107,9 @@ class Log:
         `values` has the names that the log was opened for.
         """
         assert self._evaluations is not None
-        found = {name: value for name, value in values.items() if not math.isnan(value)}
-        self._evaluations.add(step, {**dict.fromkeys(values), **found})
-        self._boards.show({f"eval/{name}": value for name, value in found.items()}, step)
+        finite = {name: value for name, value in values.items() if not math.isnan(value)}
+        self._evaluations.add(step, {**dict.fromkeys(values), **finite})
+        self._boards.show({f"eval/{name}": value for name, value in finite.items()}, step)
         self.say(line)
 
     def settle(self) -> None:

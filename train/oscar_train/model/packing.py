@@ -173,8 +173,8 @@ def copied_together(tensors: dict[str, Tensor], device: torch.device) -> dict[st
     buffer = torch.empty(sum(map(_room, tensors.values())), dtype=torch.uint8, pin_memory=True)
     for part, tensor in zip(_parts(buffer, tensors), tensors.values(), strict=True):
         part.copy_(tensor)
-    there = buffer.to(device, non_blocking=True)
-    return dict(zip(tensors, _parts(there, tensors), strict=True))
+    on_device = buffer.to(device, non_blocking=True)
+    return dict(zip(tensors, _parts(on_device, tensors), strict=True))
 
 
 def _parts(buffer: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:

@@ -74,8 +74,8 @@ def train(
         task = make_task(settings, [*sources, *eval_sources], start.tokenizer)
         check_weights(settings, start, feature_dim, ranks, task)
         if settings.batch_size == AUTO:
-            found = largest_batch(settings, start, feature_dim, ranks, _triples(settings, sources), task)
-            settings = replace(settings, batch_size=found)
+            batch_sizes = largest_batch(settings, start, feature_dim, ranks, _triples(settings, sources), task)
+            settings = replace(settings, batch_size=batch_sizes)
         with (
             holding_out(settings, eval_sources, tags, start.tokenizer, task) as held,
             _stream(settings, sources, tags, start.tokenizer, ranks, held) as stream,

@@ -64,14 +64,14 @@ class Guard:
         """
         self.skipped += 1
         more = f" and {len(keys) - NAMES} more" if len(keys) > NAMES else ""
-        said = f"step {step}: {fault}; images: {', '.join(keys[:NAMES])}{more}"
+        message = f"step {step}: {fault}; images: {', '.join(keys[:NAMES])}{more}"
         if self.skipped > self.max_skipped:
             raise OperationError(
-                f"{said}; {self.skipped} steps were skipped, --max-skipped allows {self.max_skipped}; try a smaller "
+                f"{message}; {self.skipped} steps were skipped, --max-skipped allows {self.max_skipped}; try a smaller "
                 "--lr or more --warmup-steps, or look for damaged features in --shards"
             )
         if aloud:
-            warn(f"{said}; the step is skipped ({self.skipped} so far, --max-skipped {self.max_skipped})")
+            warn(f"{message}; the step is skipped ({self.skipped} so far, --max-skipped {self.max_skipped})")
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold."""

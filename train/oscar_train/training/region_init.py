@@ -107,8 +107,8 @@ def _tagged_regions(stream: Stream) -> Iterator[tuple[list[str], Tensor]]:
             part = room.rows(0, len(images))
             stream.reader.read(images, part.slots)
             put_regions(stream.reader, images, part)
-            there = part.batch.region_mask
-            regions = torch.cat([part.batch.features[there].double(), part.batch.z[there].double()], 1)
+            region_mask = part.batch.region_mask
+            regions = torch.cat([part.batch.features[region_mask].double(), part.batch.z[region_mask].double()], 1)
             counts = part.slots.counts.tolist()
             names = [tag for image, count in zip(images.tolist(), counts, strict=True) for tag in tags[image][:count]]
             whole = regions.isfinite().all(1)
@@ -117,15 +117,15 @@ def _tagged_regions(stream: Stream) -> Iterator[tuple[list[str], Tensor]]:
 
 def _region_tags(corpus: Corpus, images: Ints) -> dict[int, list[str]]:
     """Return the tags of images, which rise, that have one for each of their regions."""
-    found: dict[int, list[str]] = {}
+    tags_of: dict[int, list[str]] = {}
     for shard, group in groupby(images.tolist(), lambda image: corpus.images.shard[image]):
         source, number = corpus.place(shard)
-        first, wanted = int(corpus.shard_images[shard]), set(group)
+        first, chosen_images = int(corpus.shard_images[shard]), set(group)
         with suppress(ValueError):  # an index that is damaged, with --skip-corrupt: the rows before that are here
             for rows in source.index(number)[1]:
                 here = range(first, first := first + len(rows))
-                for image in wanted.intersection(here):
+                for image in chosen_images.intersection(here):
                     tags = rows.column("tags")[image - here.start].as_py() or []
                     if len(tags) == corpus.images.num_boxes[image] and all(tags):
-                        found[image] = tags
-    return found
+                        tags_of[image] = tags
+    return tags_of

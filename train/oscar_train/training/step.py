@@ -236,8 +236,8 @@ def _gradient(shop: Workshop, parts: list[Packed], stopping: Tensor) -> tuple[Te
     for part in parts:
         last = part is parts[-1]
         with nullcontext() if last or shop.ranks.size == 1 else shop.network.no_sync():  # type: ignore[operator]
-            found, finite_of_part = _backward(shop, part, numbers)
-        totals += found
+            losses, finite_of_part = _backward(shop, part, numbers)
+        totals += losses
         finite.append(finite_of_part)
     means = outcome(shop.ranks.total(totals), numbers)
     norm = nn.utils.clip_grad_norm_(shop.model.parameters(), shop.settings.max_grad_norm or math.inf)
@@ -249,10 +249,10 @@ def _backward(shop: Workshop, part: Packed, numbers: Tensor) -> tuple[Tensor, Te
     device, bf16 = shop.ranks.device.type, shop.settings.precision == "bf16"
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         scores = shop.network(part)
-    found, finite = shop.task.criterion(scores, part)
-    loss = (found[:2] / numbers[:2].clamp(min=1)).sum()
+    losses, finite = shop.task.criterion(scores, part)
+    loss = (losses[:2] / numbers[:2].clamp(min=1)).sum()
     (loss * shop.ranks.size).backward()  # of which the ranks' mean is taken
-    return found.detach(), finite
+    return losses.detach(), finite
 
 
 def set_rate(shop: Workshop, rate: float) -> None:

@@ -47,9 +47,9 @@ class Ahead:
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
-            wanted, n = taken
-            if not self._fetch(wanted, n):
-                self._put_back(wanted, n)
+            job, n = taken
+            if not self._fetch(job, n):
+                self._put_back(job, n)
 
     def _take(self) -> tuple[Sequence[int], int] | None:
         """Wait for the next tar to look at; None if it is over."""

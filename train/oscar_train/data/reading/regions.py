@@ -127,10 +127,10 @@ class RegionReader:
         try:
             with self.tars.open(shard) as handle:
                 unusual = self._read_usual(handle, places, slots)
-                found = [(place, self._read_image(handle, place, slots)) for place in unusual]
+                read_images = [(place, self._read_image(handle, place, slots)) for place in unusual]
         except Lost as error:
             return [(place, str(error)) for place in places]
-        return [(place, what) for place, what in found if what]
+        return [(place, what) for place, what in read_images if what]
 
     def _read_usual(self, handle: int, places: list[Place], slots: Slots) -> list[Place]:
         """Fill the rows of images that are as most are: float16, at most R regions, boxes and features with one call,

@@ -139,8 +139,8 @@ class Tars:
                 raise Lost(self._lost[shard])
             held = cache.open(name, size)
             if held is None:
-                wanted = self.corpus.shard_name(shard)
-                with self._fetches.fetched(shard, lambda: cache.hold(name, size, self._fetcher(shard)), wanted):
+                shard_name = self.corpus.shard_name(shard)
+                with self._fetches.fetched(shard, lambda: cache.hold(name, size, self._fetcher(shard)), shard_name):
                     held = cache.open(name, size)
         return held
 
@@ -193,8 +193,8 @@ class Tars:
                     def xxh3(span: Span) -> int:
                         return window.xxh3((span.begin, span.end))
 
-                    found = places(entry, window.xxh3(*entry.frame()), xxh3)
-                    if expected.pop(entry.begin, None) not in (None, _comparable(found)):
+                    faults = places(entry, window.xxh3(*entry.frame()), xxh3)
+                    if expected.pop(entry.begin, None) not in (None, _comparable(faults)):
                         return f"{entry.key} in it is not what the index says (checksum)"
         except TarFault as error:
             return str(error)
@@ -203,8 +203,8 @@ class Tars:
     def _expected(self, shard: int) -> dict[int, tuple[int, ...]]:
         """Return what the index says of the images of a shard, as far as it can be true, by the offset of each."""
         rows = zip(*(getattr(self.corpus.images, n)[self._images(shard)].tolist() for n in _COMPARED), strict=True)
-        told = (dict(zip(_COMPARED, row, strict=True)) for row in rows)
-        return {row["sample_offset"]: (*row.values(),) for row in told if row["features_offset"] != UNREADABLE}
+        records = (dict(zip(_COMPARED, row, strict=True)) for row in rows)
+        return {row["sample_offset"]: (*row.values(),) for row in records if row["features_offset"] != UNREADABLE}
 
 
 _COMPARED = [name for name in PLACES.names if name.partition("_")[2] != "bytes" or name == "sample_bytes"]

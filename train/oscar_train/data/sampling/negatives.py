@@ -36,8 +36,8 @@ class Pool:
     def draw(self, drawn: Words) -> Ints:
         """Turn random words into triples, by all their bits but the last 11."""
         places = np.interp(uniform(drawn) * self.edges[-1], self.edges, self.starts).astype(np.int64)
-        found: Ints = np.minimum(places, self.starts[-1] - 1)
-        return found if self.triples is None else self.triples[found].astype(np.int64)
+        chosen: Ints = np.minimum(places, self.starts[-1] - 1)
+        return chosen if self.triples is None else self.triples[chosen].astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,8 @@ def _of_kind(corpus: Corpus, kind: int, with_q: Array, only: Array | None) -> Ar
     if only is not None:
         some: Array = only[corpus.kind[only] == kind]
         return some
-    found = corpus.kind == kind
-    return with_q if np.count_nonzero(found) == len(with_q) else np.flatnonzero(found).astype(np.int32)
+    is_of_kind = corpus.kind == kind
+    return with_q if np.count_nonzero(is_of_kind) == len(with_q) else np.flatnonzero(is_of_kind).astype(np.int32)
 
 
 def _among(corpus: Corpus, triples: Array, only: Array | None) -> Array:
@@ -131,7 +131,7 @@ def _another(
     Args:
         of_w: whether w is replaced, by w. lines: whether w may replace q.
     """
-    found, are_w = triples.copy(), np.full(len(triples), of_w)
+    other, are_w = triples.copy(), np.full(len(triples), of_w)
     own, len_own = texts(corpus, triples, are_w)
     beside = lengths_of(corpus, triples, not of_w)
     seen = _seen(len_own, beside, of_w)
@@ -139,17 +139,19 @@ def _another(
     for attempt in drawn.T:
         if not len(waiting):
             break
-        mine, words = triples[waiting], attempt[waiting]
-        others = candidates(corpus, pools, mine, words)
+        waiting_triples, words = triples[waiting], attempt[waiting]
+        others = candidates(corpus, pools, waiting_triples, words)
         as_w = of_w | (words & np.uint64(lines)).astype(bool)  # a bit that the draw leaves
         tokens, lengths = texts(corpus, others, as_w)
         left = _seen(lengths, beside[waiting], of_w)
-        fits = (lengths > 0) & different_images(corpus, others, mine)
-        fits &= as_w | (corpus.second_set[corpus.second_row[others]] != corpus.second_set[corpus.second_row[mine]])
+        fits = (lengths > 0) & different_images(corpus, others, waiting_triples)
+        fits &= as_w | (
+            corpus.second_set[corpus.second_row[others]] != corpus.second_set[corpus.second_row[waiting_triples]]
+        )
         fits &= ~alike(own[waiting], seen[waiting], tokens, left)
-        found[waiting[fits]], are_w[waiting[fits]] = others[fits], as_w[fits]
+        other[waiting[fits]], are_w[waiting[fits]] = others[fits], as_w[fits]
         waiting = waiting[~fits]
-    return found, are_w
+    return other, are_w
 
 
 def _seen(lengths: Ints, beside: Ints, of_w: bool) -> Ints:
@@ -175,13 +177,13 @@ def set_rows(tokens: Tokens) -> Tokens:
 
 def candidates(corpus: Corpus, pools: Sequence[Pool | None], triples: Ints, drawn: Words) -> Ints:
     """Draw for each triple one from the pool of its kind; where there is none, the triple itself."""
-    found = triples.copy()
+    chosen = triples.copy()
     kinds = corpus.kind[triples]
     for kind, pool in enumerate(pools):
         if pool is not None:
-            mine = kinds == kind
-            found[mine] = pool.draw(drawn[mine])
-    return found
+            of_kind = kinds == kind
+            chosen[of_kind] = pool.draw(drawn[of_kind])
+    return chosen
 
 
 def different_images(corpus: Corpus, some: Ints, others: Ints) -> Bools:

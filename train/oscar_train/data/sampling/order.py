@@ -109,8 +109,8 @@ class Order:
         if not count:
             return [0] * len(self._sizes)
         sources = np.searchsorted(self._shards[self._sources], self._block(epoch, block)[:count], "right") - 1
-        found: list[int] = np.bincount(sources, minlength=len(self._sizes)).tolist()
-        return found
+        counts: list[int] = np.bincount(sources, minlength=len(self._sizes)).tolist()
+        return counts
 
     def _make_block(self, epoch: int, block: int) -> Ints:
         """Return the triples of a block: those of each source in their order, at places drawn for them."""

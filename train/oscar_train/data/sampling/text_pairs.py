@@ -29,17 +29,17 @@ def texts(corpus: Corpus, triples: Ints, of_w: Bools) -> tuple[Tokens, Ints]:
     """Return w of some triples, q of the others, int32 [n, 33] filled up with 0, and their lengths."""
     tokens = np.empty((len(triples), MAX_W), np.int32)
     lengths = np.empty(len(triples), np.int64)
-    for mine, rows, side in ((of_w, triples, corpus.first), (~of_w, corpus.second_row[triples], corpus.second)):
-        if mine.any():
-            tokens[mine], lengths[mine] = side.padded(rows[mine], MAX_W)
+    for is_from_side, rows, side in ((of_w, triples, corpus.first), (~of_w, corpus.second_row[triples], corpus.second)):
+        if is_from_side.any():
+            tokens[is_from_side], lengths[is_from_side] = side.padded(rows[is_from_side], MAX_W)
     return tokens, lengths
 
 
 def lengths_of(corpus: Corpus, triples: Ints, of_w: bool) -> Ints:
     """Return how many tokens w, or q, of each triple has."""
     rows, side = (triples, corpus.first) if of_w else (corpus.second_row[triples], corpus.second)
-    found: Ints = side.offsets[rows + 1] - side.offsets[rows]
-    return found
+    lengths: Ints = side.offsets[rows + 1] - side.offsets[rows]
+    return lengths
 
 
 def truncated(len_w: Ints, len_q: Ints, limit: int = MAX_TEXT) -> tuple[Ints, Ints]:

@@ -139,7 +139,7 @@ def chosen_tokens(tokenizer: Tokenizer, objective: Objective, ids: Tokens, maska
     if not objective.exact:
         return chance < MASK_RATE
     units = begins.sum(1)
-    wanted = np.floor(MASK_RATE * units + uniform(drawn[:, _ROUNDING])).astype(np.int64)
+    num_masked = np.floor(MASK_RATE * units + uniform(drawn[:, _ROUNDING])).astype(np.int64)
     ordered = np.sort(np.where(begins, chance, 2.0), 1)
-    last = np.take_along_axis(ordered, np.maximum(wanted, 1)[:, None] - 1, 1)
+    last = np.take_along_axis(ordered, np.maximum(num_masked, 1)[:, None] - 1, 1)
     return maskable & (chance <= last)

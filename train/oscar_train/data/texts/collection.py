@@ -220,19 +220,19 @@ def _contradictions(
     count = _numbers(rows, "num_boxes").astype(np.int64)
     each = {"boxes": 16, "scales": 4 * int8, "features": (1 if int8 else 2) * detector.feature_dim}
     for name, size in each.items():
-        begin, found = _numbers(rows, f"{name}_offset"), _numbers(rows, f"{name}_bytes")
-        wrong = found != count * size
+        begin, length = _numbers(rows, f"{name}_offset"), _numbers(rows, f"{name}_bytes")
+        wrong = length != count * size
         n = int(wrong.argmax())
-        what = f"has {found[n]} {name}_bytes for {count[n]} regions, not {size} each"
+        what = f"has {length[n]} {name}_bytes for {count[n]} regions, not {size} each"
         yield wrong, f"{what} (P = {detector.feature_dim} in manifest.json)"
-        outside = (begin < 0) | (found < 0) | (found > tar_bytes - begin)
+        outside = (begin < 0) | (length < 0) | (length > tar_bytes - begin)
         yield outside & (tar_bytes >= 0), f"has {name} outside its tar of {tar_bytes:,} bytes"
     yield np.minimum(_numbers(rows, "width"), _numbers(rows, "height")) < 1, "has no size"
 
 
 def _numbers(rows: pa.RecordBatch, name: str) -> Array:
-    found: Array = rows.column(name).fill_null(0).to_numpy(zero_copy_only=False)
-    return found
+    numbers: Array = rows.column(name).fill_null(0).to_numpy(zero_copy_only=False)
+    return numbers
 
 
 def _content(sha256: str | None) -> int:

@@ -18,9 +18,9 @@ def sums(row: Ints, code: npt.NDArray[np.integer], hashes: Words | None, rows: i
     pairs = np.sort(row << 32 | code.astype(np.int64))
     pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # as np.unique, which takes three times as long
     codes = pairs & 0xFFFFFFFF
-    found = np.zeros(rows, np.uint64)
-    np.add.at(found, pairs >> 32, spread(codes.astype(np.uint64)) if hashes is None else hashes[codes])
-    return found
+    totals = np.zeros(rows, np.uint64)
+    np.add.at(totals, pairs >> 32, spread(codes.astype(np.uint64)) if hashes is None else hashes[codes])
+    return totals
 
 
 def spread(values: Words) -> Words:

@@ -55,8 +55,8 @@ class Phrasing:
             pc.struct_field(texts.flatten(), name) for name in ("kind", "text", "question", "answer")
         )
         if len(odd := np.flatnonzero(~pc.is_in(kind, value_set=pa.array(KINDS)).to_numpy(zero_copy_only=False))):
-            key, found = rows.column("key")[int(image[odd[0]])], kind[int(odd[0])].as_py()
-            raise UsageError(f"{FLAG}: image {key} has a text of kind {found!r}; known: {', '.join(KINDS)}")
+            key, odd_kind = rows.column("key")[int(image[odd[0]])], kind[int(odd[0])].as_py()
+            raise UsageError(f"{FLAG}: image {key} has a text of kind {odd_kind!r}; known: {', '.join(KINDS)}")
         is_qa = pc.equal(kind, KINDS[QA])
         first = self._tokenizer(pc.if_else(is_qa, question, text).fill_null("").to_pylist(), self._width + 1)
         answers = self._tokenizer(pc.if_else(is_qa, answer, "").fill_null("").to_pylist(), self._width)

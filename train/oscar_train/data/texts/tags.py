@@ -186,8 +186,8 @@ def _hashes(tokens: Ragged) -> Words:
 
 
 def _lengths(lists: pa.ListArray) -> Ints:
-    found: Ints = pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
-    return found
+    lengths: Ints = pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
+    return lengths
 
 
 def _random(rows: pa.RecordBatch, tags: _Places) -> Words:

@@ -38,9 +38,9 @@ class Tokenizer:
     @cached_property
     def continues(self) -> npt.NDArray[np.bool_]:
         """Which tokens belong to the word before (of BERT's those with ##), bool [size]."""
-        found = np.zeros(self.size, bool)
-        found[[number for token, number in self._vocabulary.items() if token.startswith("##")]] = True
-        return found
+        is_continuation = np.zeros(self.size, bool)
+        is_continuation[[number for token, number in self._vocabulary.items() if token.startswith("##")]] = True
+        return is_continuation
 
     @cached_property
     def words(self) -> npt.NDArray[np.int32]:
@@ -56,8 +56,8 @@ class Tokenizer:
     @property
     def _vocabulary(self) -> dict[str, int]:
         """The tokens, without those that the library adds of itself."""
-        found: dict[str, int] = self.backend.backend_tokenizer.get_vocab(with_added_tokens=False)
-        return found
+        vocabulary: dict[str, int] = self.backend.backend_tokenizer.get_vocab(with_added_tokens=False)
+        return vocabulary
 
     def __call__(self, texts: Sequence[str], width: int) -> Ragged:
         """Tokenise texts; at most `width` tokens of each are kept.
