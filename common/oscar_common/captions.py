@@ -124,9 +124,9 @@ def _vqa(questions: list[Any], path: Path) -> Iterator[list[str]]:
         raise UsageError(f"{FLAG} {path}: questions without answers: no *_annotations.json of the same name beside it")
     annotations = read_json(beside, FLAG, lambda o: {k: o[k] for k in _VQA & o.keys()})["annotations"]
     answers = {one["question_id"]: str(one["multiple_choice_answer"]) for one in annotations}
-    for asked in questions:
-        if (number := asked["question_id"]) in answers:
-            yield [str(asked["image_id"]), str(number), str(asked["question"]), answers[number]]
+    for question in questions:
+        if (number := question["question_id"]) in answers:
+            yield [str(question["image_id"]), str(number), str(question["question"]), answers[number]]
 
 
 _VQA = {"annotations", "question_id", "multiple_choice_answer"}
@@ -163,8 +163,8 @@ def _table(path: Path, source: str) -> Iterator[pa.Table]:
 
 def _is_header(cells: list[str]) -> bool:
     """Whether the two cells of a first row are names of columns, though not such as are known, and not a caption."""
-    if known := {*IMAGE_COLUMNS, *TEXT_COLUMNS}.intersection(cells):
-        return all(cell in known or re.fullmatch(r"[a-z]+([ _-][a-z]+)?", cell) for cell in cells)
+    if recognised := {*IMAGE_COLUMNS, *TEXT_COLUMNS}.intersection(cells):
+        return all(cell in recognised or re.fullmatch(r"[a-z]+([ _-][a-z]+)?", cell) for cell in cells)
     return all(_HEADER_WORDS.issuperset(re.split(r"[ _-]", cell)) for cell in cells)
 
 
@@ -191,10 +191,10 @@ def _tell_ids(names: Iterable[str], path: Path) -> None:
     known = {*TEXT_COLUMNS, "question", "answer", "question_id", "caption_id"}
     if next((name for name in IMAGE_COLUMNS if name in names), None) != "id":
         return
-    if others := [name for name in names if name != "id" and name not in known]:
+    if other_names := [name for name in names if name != "id" and name not in known]:
         print(
             f"warning: {FLAG} {path}: its column id is taken for the image's; of its other columns "
-            f"({in_line(', '.join(others))}) none is an image by its name (such as image or file_name)",
+            f"({in_line(', '.join(other_names))}) none is an image by its name (such as image or file_name)",
             file=sys.stderr,
             flush=True,
         )
@@ -273,17 +273,17 @@ def _records(records: Iterable[dict[str, Any]], path: Path, start: int = 0) -> I
     for number, record in enumerate(records, start):
         image, text = _first(record, IMAGE_COLUMNS), _first(record, TEXT_COLUMNS)
         if image is not None and record.get("question") is not None and record.get("answer") is not None:
-            asked = str(record["question"]), str(record["answer"])
-            yield os.path.normpath(str(image)), "qa", str(record.get("question_id", number)), None, *asked
+            question = str(record["question"]), str(record["answer"])
+            yield os.path.normpath(str(image)), "qa", str(record.get("question_id", number)), None, *question
             continue
         if image is None or text is None:
             raise UsageError(
                 f"{FLAG} {path}: row {number} has the columns {in_line(', '.join(map(str, record)))}; needed are an "
                 f"image ({', '.join(IMAGE_COLUMNS)}) and a text ({', '.join(TEXT_COLUMNS)}), or question and answer"
             )
-        for several, one in enumerate(text if isinstance(text, list) else [text]):
+        for several, item in enumerate(text if isinstance(text, list) else [text]):
             id = str(record.get("caption_id", number if several == 0 else f"{number}-{several}"))
-            yield _caption(str(image), "" if one is None else str(one), id)
+            yield _caption(str(image), "" if item is None else str(item), id)
 
 
 def _first(record: dict[str, Any], names: Sequence[str]) -> Any:

@@ -28,8 +28,8 @@ def free_memory(processes: int = 1) -> int:
     shared = min(
         [psutil.virtual_memory().available, *_free_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]
     )
-    own, _ = resource.getrlimit(resource.RLIMIT_AS)
-    alone = UNLIMITED if own == resource.RLIM_INFINITY else own - psutil.Process().memory_info().vms
+    soft_limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    alone = UNLIMITED if soft_limit == resource.RLIM_INFINITY else soft_limit - psutil.Process().memory_info().vms
     return int(max(0, min(shared // processes, alone)))
 
 

@@ -69,8 +69,8 @@ class Meter:
 
     def text(self) -> str:
         """Return rate, ETA and rejects as one short phrase."""
-        left = str(timedelta(seconds=round((self.total - self.done) / self.rate))) if self.rate else "?"
-        return f"{self.rate:.1f} {self.unit}/s  ETA {left}  {self.rejects} {self.refusal}"
+        eta = str(timedelta(seconds=round((self.total - self.done) / self.rate))) if self.rate else "?"
+        return f"{self.rate:.1f} {self.unit}/s  ETA {eta}  {self.rejects} {self.refusal}"
 
 
 @contextmanager

@@ -167,12 +167,12 @@ def _split(texts: Iterable[str]) -> Iterator[str]:
     pieces: list[str] = []  # of the line that is not whole yet
     for text in texts:
         end = end or ("\r" if "\r" in text and "\n" not in text else "\n")
-        first, *others = text.split(end)
+        first, *rest = text.split(end)
         pieces.append(first)
-        if others:
+        if rest:
             yield "".join(pieces) + end
-            yield from (line + end for line in others[:-1])
-            pieces = others[-1:]
+            yield from (line + end for line in rest[:-1])
+            pieces = rest[-1:]
     if last := "".join(pieces):
         yield last
 
@@ -197,9 +197,9 @@ def _begun(head: bytes) -> tuple[str, bytes]:
     mark, encoding = next(((mark, name) for mark, name in MARKS if head.startswith(mark)), (b"", "utf-8"))
     if encoding == "utf-32":
         raise NotText("it is in UTF-32", encoding)
-    some = head[:HEAD]
-    even, odd = some[::2].count(0), some[1::2].count(0)
-    if not mark and max(even, odd) > len(some) // 4 > 2 * min(even, odd):
+    beginning = head[:HEAD]
+    even, odd = beginning[::2].count(0), beginning[1::2].count(0)
+    if not mark and max(even, odd) > len(beginning) // 4 > 2 * min(even, odd):
         guess = "utf-16le" if odd > even else "utf-16be"
         raise NotText("it seems to be in UTF-16, without the byte-order mark that would say so", guess)
     return encoding, head[len(mark) :]

@@ -60,12 +60,12 @@ def journal(tar: Path) -> Iterator[Journal]:
     It is a new file that takes the earlier one's name, so that an owner that comes back writes into none of others.
     """
     path = tar.with_name(TEMPORARY + tar.with_suffix(".decoding").name)
-    own = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
-    handle = os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    private_path = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
+    handle = os.open(private_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     with suppress(FileNotFoundError), path.open("rb") as earlier:
         os.pwrite(handle, earlier.read(LONGEST), 0)
     record = Journal(handle)
-    own.replace(path)
+    private_path.replace(path)
     try:
         yield record
     finally:  # a process that comes here has been killed by no image
@@ -130,9 +130,9 @@ class Decoders:
 
     def _wait(self, task: Task) -> Any:
         while True:
-            left = POLL if task.began is None else task.began + self.timeout - time.monotonic()
+            seconds = POLL if task.began is None else task.began + self.timeout - time.monotonic()
             try:
-                return task.future.result(max(0.0, left))
+                return task.future.result(max(0.0, seconds))
             except WaitedTooLong:
                 if task.future.done():  # in the meantime, or it was the work that timed out
                     return task.future.result()

@@ -97,8 +97,8 @@ def detect(detector: Detector, inputs: list[Input], selection: Selection) -> lis
     maps = feature_maps(detector, images)
     proposals = preset.propose(model, images, maps, targets)
     detections = classify(detector, maps, proposals, targets)
-    kept = preset.select(model.roi_heads.box_predictor, detections, selection)
-    return collect(detector, inputs, maps, detections, kept)
+    selected = preset.select(model.roi_heads.box_predictor, detections, selection)
+    return collect(detector, inputs, maps, detections, selected)
 
 
 def load_batch(detector: Detector, inputs: list[Input]) -> ImageList:

@@ -201,8 +201,8 @@ def inputs_digest(request: Request, found: Listing, *settings: object) -> str:
     read += [p.root for p in request.parts if p.is_listing]
     read += [path for folder in captions if folder.is_dir() for path in sorted(folder.rglob("*.txt"))]
     stats = [(str(p), s.st_size, s.st_mtime_ns) for p in read if p.exists() for s in [p.stat()]]
-    asked = repr(dataclasses.replace(request, out=None, splits=frozenset()))  # the order of a set is not fixed
-    content = json.dumps([asked, sorted(request.splits), settings, stats])
+    request_text = repr(dataclasses.replace(request, out=None, splits=frozenset()))  # the order of a set is not fixed
+    content = json.dumps([request_text, sorted(request.splits), settings, stats])
     return _digest([array(found.files[n]) for n in ("root", "path")], content)
 
 

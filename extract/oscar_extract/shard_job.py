@@ -210,8 +210,8 @@ def extract_shard(job: Job, share: Share, tell: Callable[[int, int], None]) -> D
         roots, planned = read_shard_plan(job.out, share.shard, cache_of(job.settings))
         with journal(tar) as record:
             items = with_twins(counted(extract(job, tools, roots, planned, record)), planned)
-            taken = finish_shard(held, share, items, manifest.layout)
-    return Done(shard=share.shard, images=images, rejects=rejects, memory=peak_memory(), taken=taken)
+            is_taken = finish_shard(held, share, items, manifest.layout)
+    return Done(shard=share.shard, images=images, rejects=rejects, memory=peak_memory(), taken=is_taken)
 
 
 def extract(

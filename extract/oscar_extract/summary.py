@@ -97,9 +97,9 @@ def print_start(plan: Plan, found: Survey, out: Path, workers: str) -> None:
     """Say what is about to happen."""
     record, detector = plan.record, found.manifest.detector
     files = f" ({plural(record.num_images + record.num_duplicates, 'file')})" if record.num_duplicates else ""
-    what = f"{plural(record.num_images, 'image')}{files} of {record.images}, {plural(record.num_texts, 'text')}"
+    counts = f"{plural(record.num_images, 'image')}{files} of {record.images}, {plural(record.num_texts, 'text')}"
     print(
-        f"{what} -> {plural(record.num_shards, 'shard')} in {out}; detector {detector.name} "
+        f"{counts} -> {plural(record.num_shards, 'shard')} in {out}; detector {detector.name} "
         f"(P = {detector.feature_dim}) on {found.device}, {workers}",
         flush=True,
     )

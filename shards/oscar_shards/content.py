@@ -41,8 +41,8 @@ def read_content(contents: list[bytes]) -> tuple[pa.RecordBatch, dict[int, str]]
     rows = []
     for number, content in enumerate(contents):
         try:
-            one = _parse([content])
-            rows.append(_parse_slowly(content) if one is None else one)
+            document = _parse([content])
+            rows.append(_parse_slowly(content) if document is None else document)
         except (ValueError, TypeError, OverflowError, RecursionError, LookupError, pa.ArrowException) as error:
             wrong[number] = f"json: {' '.join(str(error).split())[:200]}"
     whole: pa.StructArray = pa.concat_arrays(rows) if rows else pa.array([], _FORM)

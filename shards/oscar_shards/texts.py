@@ -203,23 +203,23 @@ def _checked(found: pa.Table, file: Path, flag: str) -> pa.Table:
             f"{flag} {file}: it has the columns {in_line(', '.join(found.column_names))}; needed are key, and text or "
             "question and answer"
         )
-    given = {name: _cast(found[name], name) for name in OVERLAY.names if name in names}
+    columns_cast = {name: _cast(found[name], name) for name in OVERLAY.names if name in names}
     nothing = pa.nulls(len(found), pa.string())
-    is_qa = pc.and_(*(given.get(name, nothing).is_valid() for name in ("question", "answer")))
+    is_qa = pc.and_(*(columns_cast.get(name, nothing).is_valid() for name in ("question", "answer")))
     derived = {
         "kind": pc.if_else(is_qa, "qa", "caption"),
         "source": pa.repeat(pa.scalar(file.stem), len(found)),
         "id": pa.array(np.arange(len(found))).cast(pa.string()),
     }
-    given |= {name: pc.coalesce(given.get(name, nothing), fill) for name, fill in derived.items()}
-    if len(odd := np.flatnonzero(~_bools(pc.is_in(given["kind"], value_set=pa.array(KINDS))))):
-        kind = given["kind"][int(odd[0])].as_py()
+    columns_cast |= {name: pc.coalesce(columns_cast.get(name, nothing), fill) for name, fill in derived.items()}
+    if len(odd := np.flatnonzero(~_bools(pc.is_in(columns_cast["kind"], value_set=pa.array(KINDS))))):
+        kind = columns_cast["kind"][int(odd[0])].as_py()
         raise UsageError(f"{flag} {file}: row {odd[0]} has the kind {kind!r}; known: {', '.join(KINDS)}")
-    says = pc.if_else(pc.equal(given["kind"], "qa"), is_qa, given.get("text", nothing).is_valid())
-    if len(odd := np.flatnonzero(~_bools(pc.and_(says, given["key"].is_valid())))):
-        what = "question and answer" if given["kind"][int(odd[0])].as_py() == "qa" else "text"
-        raise UsageError(f"{flag} {file}: row {odd[0]} lacks its key or its {what}")
-    return columns(OVERLAY, len(found), **given)
+    says = pc.if_else(pc.equal(columns_cast["kind"], "qa"), is_qa, columns_cast.get("text", nothing).is_valid())
+    if len(odd := np.flatnonzero(~_bools(pc.and_(says, columns_cast["key"].is_valid())))):
+        column_name = "question and answer" if columns_cast["kind"][int(odd[0])].as_py() == "qa" else "text"
+        raise UsageError(f"{flag} {file}: row {odd[0]} lacks its key or its {column_name}")
+    return columns(OVERLAY, len(found), **columns_cast)
 
 
 def _cast(column: pa.ChunkedArray, name: str) -> pa.Array:

@@ -98,11 +98,11 @@ def verify(paths: Iterable[Path], quick: bool, workers: int | None) -> int:
         return int(faults > 0)
     images, texts = (sum(n) for n in zip(*((len(r.keys), r.texts) for r in reports.values()), strict=True))
     read, seconds = sum(r.bytes for r in reports.values()), time.monotonic() - began
-    what = "sizes and headers" if quick else size(read)
+    extent = "sizes and headers" if quick else size(read)
     rate = "" if quick else f", {size(read / seconds)}/s"
     result = plural(faults, "fault") if faults else "no fault"
     counts = f"{plural(len(tars), 'shard')}, {plural(images, 'image')}, {plural(texts, 'text')}"
-    print(f"{counts}: {result} ({what} in {seconds:.1f} s{rate})")
+    print(f"{counts}: {result} ({extent} in {seconds:.1f} s{rate})")
     return int(faults > 0)
 
 

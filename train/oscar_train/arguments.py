@@ -129,5 +129,5 @@ def check_model(path: Path, flag: str = "FOLDER") -> None:
     if not path.is_dir():
         raise UsageError(f"{flag} {path}: {no_folder(path)}; give that of a model or of a run")
     if not any((path / name).is_file() for name in ("config.json", RECORD)) and not checkpoints(path):
-        what = "a run without any checkpoint yet" if (path / RUN_FILE).is_file() else "neither a model nor a run"
-        raise UsageError(f"{flag} {path}: {what}; give a folder with config.json or {CHECKPOINT}*")
+        problem = "a run without any checkpoint yet" if (path / RUN_FILE).is_file() else "neither a model nor a run"
+        raise UsageError(f"{flag} {path}: {problem}; give a folder with config.json or {CHECKPOINT}*")

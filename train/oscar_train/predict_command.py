@@ -109,8 +109,8 @@ def answer(question: str, path: Path, **flags: Any) -> None:
     model = open_model(path, ("vqa", "gqa"), flags["device"], flags["precision"])
     photos = open_photos(_places(flags), model)
     result = answers(model, photos, question, flags["limit"])
-    for one in result:
-        print(f"{one.path}: {one.answer} ({one.probability:.1%})")
+    for prediction in result:
+        print(f"{prediction.path}: {prediction.answer} ({prediction.probability:.1%})")
     if flags["json_file"] is not None:
         _write(flags["json_file"], {"model": str(model.folder), "query": question, "answers": list(map(vars, result))})
 

@@ -31,11 +31,11 @@ FIXED = tuple(field.name for field in fields(Extract) if field.name not in OF_A_
 
 def job_content(settings: Extract, entry: Detector) -> bytes:
     """Return what _job.json holds: settings and the detector's entry, with absolute paths of files that are there."""
-    kept = {name: value for name, value in asdict(settings).items() if name not in NOT_KEPT}
-    named = [field.name for field in fields(Extract) if field.metadata["path"] and field.name in kept]
-    kept |= {name: _absolute(kept[name]) for name in named}
+    content = {name: value for name, value in asdict(settings).items() if name not in NOT_KEPT}
+    named = [field.name for field in fields(Extract) if field.metadata["path"] and field.name in content]
+    content |= {name: _absolute(content[name]) for name in named}
     files = {name: _absolute(value) for name, value in asdict(entry).items()}
-    return sealed_json({"settings": kept, "entry": files})
+    return sealed_json({"settings": content, "entry": files})
 
 
 def resumed(folder: Path) -> Extract:
@@ -56,8 +56,8 @@ def read_job(folder: Path) -> tuple[Extract, Detector]:
     """
     path = folder / JOB_FILE
     if not path.is_file():
-        what = _no_job(folder) if folder.is_dir() else no_folder(folder)
-        raise UsageError(f"--resume {folder}: {what}")
+        reason = _no_job(folder) if folder.is_dir() else no_folder(folder)
+        raise UsageError(f"--resume {folder}: {reason}")
 
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         content = json.loads(path.read_bytes())

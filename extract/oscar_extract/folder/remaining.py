@@ -80,15 +80,15 @@ class Remaining:
 
     def _not_done(self) -> dict[int, Stamp | None]:
         names = self._names()
-        left: dict[int, Stamp | None] = {}
+        not_done: dict[int, Stamp | None] = {}
         for number, tar in enumerate(self._tars):
             if self._indexes[number] not in names:
-                left[number] = None
+                not_done[number] = None
                 continue
             stamp = index_stamp(tar)  # before the look at the shard, which may be done in that moment
             if not is_done(tar, self._retries):
-                left[number] = stamp
-        return left
+                not_done[number] = stamp
+        return not_done
 
     def _names(self) -> set[str]:
         try:

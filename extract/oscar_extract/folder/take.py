@@ -147,16 +147,16 @@ def take(out: Path, tar: Path, share: Share, process: Process) -> Held | None:
 
 def make_claim(out: Path, shard: int, number: int, claim: Claim) -> bool:
     """Make the file of a claim, whole from the beginning; False if there is one of this number."""
-    path, own = claim_path(out, shard, number), out / FOLDER / f"{TEMPORARY}{claim.token}"
+    path, private_path = claim_path(out, shard, number), out / FOLDER / f"{TEMPORARY}{claim.token}"
     for _ in range(TRIES):
         path.parent.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):  # a process that had finished has just removed the folder
-            own.write_bytes(as_bytes(claim))
+            private_path.write_bytes(as_bytes(claim))
             try:
-                return _link(own, path, claim)
+                return _link(private_path, path, claim)
             finally:
-                own.unlink(missing_ok=True)
-    raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(own))
+                private_path.unlink(missing_ok=True)
+    raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(private_path))
 
 
 def change_claim(path: Path, claim: Claim) -> bool:
@@ -174,11 +174,11 @@ def change_claim(path: Path, claim: Claim) -> bool:
 
 def give_back_for_the_dead(out: Path) -> None:
     """Give back what processes of this machine have left that were killed, so that other machines need not wait."""
-    here = this_process()
+    this = this_process()
     for shard, number in claim_numbers(out).items():
         path = claim_path(out, shard, number)
         claim = parse_claim(read_bytes(path))
-        if claim is not None and claim.state == WORKING and is_gone(claim.owner, here):
+        if claim is not None and claim.state == WORKING and is_gone(claim.owner, this):
             change_claim(path, replace(claim, state=GIVEN_BACK, deaths=claim.deaths + 1))
 
 

@@ -193,8 +193,8 @@ def _preactivation_stage(
     count: int, into: int, out: int, width: int, stride: int, normed: bool = True
 ) -> list[CNNBlockBase]:
     first = {"in_channels": into, "stride": stride, "normed": normed}
-    others = [{"in_channels": out, "stride": 1}] * (count - 1)
-    return [PreActivationBlock(out_channels=out, bottleneck_channels=width, **b) for b in (first, *others)]  # type: ignore
+    later_blocks = [{"in_channels": out, "stride": 1}] * (count - 1)
+    return [PreActivationBlock(out_channels=out, bottleneck_channels=width, **b) for b in (first, *later_blocks)]  # type: ignore
 
 
 class PreActivationRes5ROIHeads(AttributeRes5ROIHeads):

@@ -70,8 +70,8 @@ def _check_reachable(name: str, url: str) -> None:
 
 def _give_up(name: str, url: str, error: Exception) -> NoReturn:
     cause = getattr(error, "reason", error)  # urllib's, which may be a text
-    what = reason(cause) if isinstance(cause, Exception) else shorten(str(cause)) or reason(error)
+    cause_text = reason(cause) if isinstance(cause, Exception) else shorten(str(cause)) or reason(error)
     raise UsageError(
-        f"--detector {name}: its weights are not on this machine and cannot be downloaded ({what}); fetch {url} "
+        f"--detector {name}: its weights are not on this machine and cannot be downloaded ({cause_text}); fetch {url} "
         "where there is a network, and give the file with --weights FILE"
     )

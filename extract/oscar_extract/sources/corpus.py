@@ -143,12 +143,12 @@ def read_corpus(request: Request, inventory: Inventory) -> Corpus:
     keep = ((file >= 0) & ~held_out & ~excluded & ~unwanted)[present]
     if not keep.any():
         raise _nothing_left(request, missing, held_out, excluded, inventory.damage)
-    kept, group = present[keep], np.unique(group[keep], return_inverse=True)[1].ravel()
+    kept_images, group = present[keep], np.unique(group[keep], return_inverse=True)[1].ravel()
     row = np.full(len(names), -1, np.int64)
-    row[kept] = group
+    row[kept_images] = group
     # Groups are numbered by their first image, so the corpus keeps the order in which the datasets name images.
-    leaders = kept[np.unique(group, return_index=True)[1]]
-    also, is_twin = _also(files, file, kept, group, leaders)
+    leaders = kept_images[np.unique(group, return_index=True)[1]]
+    also, is_twin = _also(files, file, kept_images, group, leaders)
     texts, text_row, strays = _texts(texts, names, row, missing)
     listed = row[of_mention]
     return Corpus(
@@ -176,10 +176,13 @@ def _left_out(
         (missing & is_dead, "dead-link", None),
         (is_twin, "duplicate", "its bytes are those of another image, which has its texts"),
     ):
-        some = mention.filter(pa.array(rows))
-        table_columns = {"dataset": some["dataset"], "image": some["image"], "reason": reason}
+        rows_left_out = mention.filter(pa.array(rows))
+        table_columns = {"dataset": rows_left_out["dataset"], "image": rows_left_out["image"], "reason": reason}
         yield columns(
-            LEFT_OUT, len(some), **table_columns, message=message or some["name" if reason == "missing" else "message"]
+            LEFT_OUT,
+            len(rows_left_out),
+            **table_columns,
+            message=message or rows_left_out["name" if reason == "missing" else "message"],
         )
 
 
@@ -228,8 +231,8 @@ def _read_parts(
 
 
 def _place(request: Request, part: Part, inventory: Inventory, karpathy: dict[str, dict[str, str]]) -> Place:
-    others = [p.root for p in request.parts if p.layout and p.name != part.name]
-    shared = any(part.root.is_relative_to(other) or other.is_relative_to(part.root) for other in others)
+    other_roots = [p.root for p in request.parts if p.layout and p.name != part.name]
+    shared = any(part.root.is_relative_to(other) or other.is_relative_to(part.root) for other in other_roots)
     return Place(
         name=part.name,
         root=part.root,
@@ -249,8 +252,8 @@ def _renamed(names: pa.Array, same: dict[str, str]) -> pa.Array:
     if not same:
         return names
     rows = find(names, strings(list(same)))
-    others = strings(list(same.values())).take(pa.array(rows, mask=rows < 0))
-    return pc.coalesce(others, names)
+    new_names = strings(list(same.values())).take(pa.array(rows, mask=rows < 0))
+    return pc.coalesce(new_names, names)
 
 
 def _first_file(file: Ints, of_mention: Ints, count: int) -> Ints:
@@ -358,8 +361,8 @@ def _is_empty(texts: pa.Array) -> Bools:
 def _first_of_each(texts: pa.Table, rows: Ints) -> Ints:
     """Return the first of texts that are the same in all they say and belong to one image, in order."""
     several = np.flatnonzero(np.bincount(rows)[rows] > 1)  # most images have but one
-    some = texts.take(pa.array(several))
-    parts = [pc.coalesce(array(some[n]), "") for n in ("kind", "source", "id", "text", "question", "answer")]
+    chosen = texts.take(pa.array(several))
+    parts = [pc.coalesce(array(chosen[n]), "") for n in ("kind", "source", "id", "text", "question", "answer")]
     whole = pc.binary_join_element_wise(pa.array(rows[several]).cast(pa.string()), *parts, "\x1f")
     keep = np.ones(len(rows), bool)
     keep[several] = find(whole, whole) == np.arange(len(whole))

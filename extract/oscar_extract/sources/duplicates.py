@@ -101,7 +101,7 @@ def _whole(place: Bytes) -> bytes | None:
 def _blocks(place: File, offset: int, size: int | None) -> Iterator[bytes]:
     with opened(place) as path, open(path, "rb") as file:
         file.seek(offset)
-        left = size
-        while block := file.read(1 << 20 if left is None else min(left, 1 << 20)):
+        remaining = size
+        while block := file.read(1 << 20 if remaining is None else min(remaining, 1 << 20)):
             yield block
-            left = None if left is None else left - len(block)
+            remaining = None if remaining is None else remaining - len(block)

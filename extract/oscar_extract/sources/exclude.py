@@ -49,12 +49,12 @@ def _json(content: Any) -> list[str]:
                 names.append(str(image.get("file_name") or image["id"]))
         return names
     if isinstance(content, dict):
-        kept = [k for k in content if {"val", "test"} & content.keys() and split_of(k) == "train"]
+        train_keys = [k for k in content if {"val", "test"} & content.keys() and split_of(k) == "train"]
         content = [
             name
             for key, names in content.items()
             for name in (names if isinstance(names, list) else [names])
-            if key not in kept
+            if key not in train_keys
         ]
     return [str(_name(entry)) for entry in content]
 

@@ -42,8 +42,8 @@ def read_gqa(place: Place) -> Annotations:
                 # An image of two splits counts as what keeps it out.
                 images[image] = max(images.get(image, "train"), split, key=SPLITS.index)
                 if split in place.splits and question.get("answer") is not None:
-                    asked = str(question["question"])
-                    texts.append((image, "qa", "gqa", str(number), None, asked, str(question["answer"])))
+                    question_text = str(question["question"])
+                    texts.append((image, "qa", "gqa", str(number), None, question_text, str(question["answer"])))
     listed = [("gqa", image, "", split) for image, split in images.items()]
     return annotations(listed, _locate(place, listed), texts)
 

@@ -136,12 +136,12 @@ class Inventory:
         The dataset's own folder comes first, and never a file from a folder that speaks of another image set.
         """
         rows = np.full(len(wanted), -1, np.int64)
-        own = self.under(root)
+        rows_of_root = self.under(root)
         for mask in (
-            own & (self.family == family),
-            own & (self.family == ""),
-            ~own & (self.outer_family == family),
-            ~own & (self.outer_family == ""),
+            rows_of_root & (self.family == family),
+            rows_of_root & (self.family == ""),
+            ~rows_of_root & (self.outer_family == family),
+            ~rows_of_root & (self.outer_family == ""),
         ):
             places = np.flatnonzero(mask)
             if len(places):

@@ -53,8 +53,8 @@ class Place:
     def silent(self) -> Bools:
         """Which files may be this dataset's images, as no folder's name speaks of another dataset, bool [F]."""
         inventory = self.inventory
-        own = inventory.under(self.root) & np.isin(inventory.family, ("", self.name))
-        return own | np.isin(inventory.outer_family, ("", self.name))
+        is_own = inventory.under(self.root) & np.isin(inventory.family, ("", self.name))
+        return is_own | np.isin(inventory.outer_family, ("", self.name))
 
     @cached_property
     def certain(self) -> Bools:

@@ -76,9 +76,9 @@ def _dataset_parts(settings: Extract, catalog: Catalog, names: list[str]) -> lis
             raise UsageError(f"--dataset: no dataset {name!r}{nearest(name, {*catalog.datasets, *LAYOUTS})}")
     roots = _roots(settings, catalog, names)
     parts = [_entry(settings, catalog, n, roots) if n in catalog.datasets else _layout(n, roots[n]) for n in names]
-    own = [part.name for part in parts if not part.layout]
-    for name in own:
-        if own.count(name) > 1:
+    own_names = [part.name for part in parts if not part.layout]
+    for name in own_names:
+        if own_names.count(name) > 1:
             raise UsageError(f"--dataset: two of {', '.join(names)} have the source {name!r}; give each its own")
     return parts
 

@@ -36,8 +36,10 @@ def read_vqa(place: Place) -> Annotations:
                 images[number] = of_image
                 answer = answers.get(of_file, {}).get(question["question_id"])
                 if answer is not None:
-                    asked = str(question["question"])
-                    texts.append((f"coco/{number}", "qa", "vqa", str(question["question_id"]), None, asked, answer))
+                    question_text = str(question["question"])
+                    texts.append(
+                        (f"coco/{number}", "qa", "vqa", str(question["question_id"]), None, question_text, answer)
+                    )
     listed = [("vqa", f"coco/{number}", "", of_image) for number, of_image in images.items()]
     return annotations(listed, locate_coco(place, listed), texts)
 

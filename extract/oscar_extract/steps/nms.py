@@ -104,11 +104,11 @@ def first_survivors(boxes: Tensor, valid: Tensor, threshold: float, plus: int, c
     """
     below = torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)).item() if plus else strict(threshold)
     wider = boxes + boxes.new_tensor([0, 0, plus, plus])
-    kept = []
+    survivors = []
     for of_image, is_valid in zip(wider, valid, strict=True):
         rows = is_valid.nonzero()[:, 0]
-        kept.append(rows[nms(of_image[rows], -rows.float(), below)[:count]])
-    return pad(kept)
+        survivors.append(rows[nms(of_image[rows], -rows.float(), below)[:count]])
+    return pad(survivors)
 
 
 def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,8 @@ def _suppress(rpn: Any, boxes: Tensor, scores: Tensor, plus: int) -> Proposals:
     boxes = boxes.masked_fill(~valid[..., None], 0)
     count = rpn.post_nms_topk[False]
     index, is_kept = first_survivors(boxes, valid, rpn.nms_thresh, plus, count)
-    kept = boxes.gather(1, index[..., None].expand(-1, -1, 4))
-    return Proposals(boxes=kept.masked_fill(~is_kept[..., None], 0), valid=is_kept)
+    kept_boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    return Proposals(boxes=kept_boxes.masked_fill(~is_kept[..., None], 0), valid=is_kept)
 
 
 def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -119,9 +119,9 @@ def select_lxmert(predictor: Any, found: Candidates, selection: Selection) -> Ke
     enough = survives.sum(dim=2).clamp(max=selection.max_boxes) >= selection.min_boxes
     enough[:, -1] = True  # the last result is taken, however few
     first = enough.int().argmax(dim=1)
-    kept = survives[torch.arange(len(first), device=first.device), first]
-    order = scores.masked_fill(~kept, -1).argsort(dim=1, descending=True, stable=True)[:, : selection.max_boxes]
-    is_valid = kept.gather(1, order) & ((boxes[..., 2:] > boxes[..., :2]).all(dim=-1)).gather(1, order)
+    is_kept = survives[torch.arange(len(first), device=first.device), first]
+    order = scores.masked_fill(~is_kept, -1).argsort(dim=1, descending=True, stable=True)[:, : selection.max_boxes]
+    is_valid = is_kept.gather(1, order) & ((boxes[..., 2:] > boxes[..., :2]).all(dim=-1)).gather(1, order)
     order = order.gather(1, _true_first(is_valid))
     return _keep(order, boxes, scores, classes, is_valid.sum(dim=1), selection)
 
@@ -159,8 +159,8 @@ def select_bua_d2(predictor: Any, found: Candidates, selection: Selection) -> Ke
     index, is_valid = pad([i for i, _ in results])
     fields = ("scores", "pred_classes")
     scores, classes = (pad([r.get(f) for _, r in results])[0] for f in fields)
-    kept, _ = pad([r.pred_boxes.tensor for _, r in results])
-    return Kept(index=index, boxes=kept, scores=scores, classes=classes, number=is_valid.sum(dim=1))
+    kept_boxes, _ = pad([r.pred_boxes.tensor for _, r in results])
+    return Kept(index=index, boxes=kept_boxes, scores=scores, classes=classes, number=is_valid.sum(dim=1))
 
 
 def _infer(

@@ -57,8 +57,8 @@ def import_shards(
     with phase(f"looking through {source_path}"):
         rows = find_rows(format, source_path, source, vocabulary, beside is None)
     if beside is not None:
-        given = {"source": source, "classes": classes, "attributes": attributes, "dtype": dtype}
-        manifest, parts = _same_again(format, beside, rows, out, given | {"images-per-shard": images_per_shard})
+        layout_fields = {"source": source, "classes": classes, "attributes": attributes, "dtype": dtype}
+        manifest, parts = _same_again(format, beside, rows, out, layout_fields | {"images-per-shard": images_per_shard})
         print(f"{beside} says what the shards were, and they become the same; delete it to have the files alone read")
     else:
         if not rows.ids:
@@ -234,12 +234,12 @@ def _write(parts: list[Part], layout: Layout, out: Path, workers: int | None) ->
     Raises:
         OperationError: rows were refused.
     """
-    left = [part for part in parts if not is_done(part)]
+    remaining = [part for part in parts if not is_done(part)]
     total = sum(len(p.places) for p in parts)
-    done = total - sum(len(p.places) for p in left)
+    done = total - sum(len(p.places) for p in remaining)
     written: dict[str, Written] = {}
     with meter("images", total, done) as progress:
-        for (part, _), result in each(write_part, [(part, layout) for part in left], workers):
+        for (part, _), result in each(write_part, [(part, layout) for part in remaining], workers):
             written[part.tar.name] = result
             done += len(part.places)
             progress.show(done, sum(w.rejects for w in written.values()))
@@ -247,7 +247,7 @@ def _write(parts: list[Part], layout: Layout, out: Path, workers: int | None) ->
     images = total - sum(w.refused_images for w in written.values())
     print(f"{out}: {plural(len(parts), 'shard')}, {plural(images, 'image')}")
     if refused:
-        path, message = next(written[p.tar.name].first for p in left if written[p.tar.name].rejects)
+        path, message = next(written[p.tar.name].first for p in remaining if written[p.tar.name].rejects)
         raise OperationError(
             f"{refused:,} rows were refused, the first: {path}: {message}; all are named in {out}/*.rejects.parquet"
         )

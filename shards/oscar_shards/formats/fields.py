@@ -104,7 +104,7 @@ def numbers_of(regions: Regions, vocabulary: Vocabulary) -> dict[str, npt.NDArra
     """Return tags, scores and the likeliest attributes of K regions as LXMERT's four arrays [K]; -1 where unknown."""
     k = len(regions.boxes)
     position = {name: number for number, name in reversed(list(enumerate(vocabulary.classes)))}
-    first = [some[0] if some else None for some in regions.attributes] or [None] * k
+    first = [attributes[0] if attributes else None for attributes in regions.attributes] or [None] * k
     return {
         "objects_id": np.array([position.get(tag, -1) for tag in regions.tags] or [-1] * k, "<i8"),
         "objects_conf": np.array(regions.scores or [0] * k, "<f4"),

@@ -181,7 +181,7 @@ def _index_corpus(found: _Found, corpus: Path, datasets: list[_Dataset]) -> tupl
     by_name = {d.name: d for d in datasets}
     spans = found.index(corpus)[0]
     kept = array("q")  # of each: text, image, answer
-    others = 0
+    num_skipped = 0
     with corpus.open("rb") as handle:
         for number, (begin, end) in enumerate(zip(spans["begin"].tolist(), spans["end"].tolist(), strict=True)):
             handle.seek(begin)
@@ -190,7 +190,7 @@ def _index_corpus(found: _Found, corpus: Path, datasets: list[_Dataset]) -> tupl
             name = image.partition("_")[0]
             dataset = by_name.get(RENAMED.get(name, name))
             if dataset is None and label and rest[0]:
-                others += 1
+                num_skipped += 1
                 continue
             row, answer, fault = _resolve(dataset, image.strip().split("_"), label.strip().split("_"))
             if fault:
@@ -198,8 +198,10 @@ def _index_corpus(found: _Found, corpus: Path, datasets: list[_Dataset]) -> tupl
                 found.misfits.append(Reject(path=place, reason="corpus", message=f"{image.strip()[:80]}: {fault}"))
             else:
                 kept.extend((number, row, answer))
-    if others:
-        found.notes.append(f"{others:,} rows of {corpus.name} are of datasets that `corpus` does not name: left out")
+    if num_skipped:
+        found.notes.append(
+            f"{num_skipped:,} rows of {corpus.name} are of datasets that `corpus` does not name: left out"
+        )
     texts, owners, answers = np.array(kept, np.int64).reshape(-1, 3).T
     return owners, spans[texts], np.concatenate(found.answers)[answers]
 

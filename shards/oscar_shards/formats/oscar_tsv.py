@@ -203,7 +203,7 @@ def _text(lines: Lines, span: np.void, answer: np.void, source: str) -> Text:
         return Text(kind="caption", source=source, id=str(span["line"] - 1), text=text)
     row = lines.read(answer).split(b"\t")
     labels = _json(row[1], "QA").get("labels") if len(row) > 1 else None
-    if not isinstance(labels, list) or not all(isinstance(one, str) for one in labels) or not " ".join(labels):
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or not " ".join(labels):
         raise Refused("answer", "QA: no labels for the question")
     return Text(kind="qa", source=source, id=_decoded(row[0], "QA").strip(), question=text, answer=" ".join(labels))
 

@@ -30,9 +30,9 @@ def files_beside(features: Iterable[str]) -> set[str]:
     places = [Path(name).parent for name in features]
     tables = [Path(CORPUS), *(place / name for place in places for name in (FEATURES, LABELS[1]))]
     tables += [Path(place.parts[0], name) for place in places for name in (LABELS[0], QA)]
-    others = [Path(YAML), *(place / IDS for place in places)]
-    others += [Path(place.parts[0], name) for place in places for name in (IDS, ANSWER_IDS)]
-    return {str(path) for path in [*others, *tables, *(table.with_suffix(".lineidx") for table in tables)]}
+    side_files = [Path(YAML), *(place / IDS for place in places)]
+    side_files += [Path(place.parts[0], name) for place in places for name in (IDS, ANSWER_IDS)]
+    return {str(path) for path in [*side_files, *tables, *(table.with_suffix(".lineidx") for table in tables)]}
 
 
 class TsvFile:
@@ -156,8 +156,8 @@ class OscarWriter:
         row = f"{name}_{image}"
         label = row
         if is_qa:
-            own = f"{image}-{plain(text.id)}"
-            id = free_id(dataset.answers, plain(text.id), own, f"{own}-{len(dataset.answers)}")
+            text_id = f"{image}-{plain(text.id)}"
+            id = free_id(dataset.answers, plain(text.id), text_id, f"{text_id}-{len(dataset.answers)}")
             dataset.answer(id, second)
             label = f"{name}_qa_{image}_{id}"
         self._corpus.write(row.encode(), label.encode(), first.encode("utf-8", "replace"))

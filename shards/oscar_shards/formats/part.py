@@ -128,8 +128,8 @@ def _from_sidecar(part: Part, layout: Layout) -> Iterator[Sample | Reject]:
 
 def _sample(key: str, content: dict[str, Any], regions: Regions) -> Sample:
     labels = {name: content[name] for name in ("tags", "scores", "attributes")}
-    others = {name: content[name] for name in ("image", "texts", "gt_tags")}
-    return Sample(key=key, regions=dataclasses.replace(regions, **labels), **others)
+    image_fields = {name: content[name] for name in ("image", "texts", "gt_tags")}
+    return Sample(key=key, regions=dataclasses.replace(regions, **labels), **image_fields)
 
 
 def _reject(path: str, error: Exception) -> Reject:

@@ -44,11 +44,11 @@ class Lengths:
         self.tags += Counter(dict(zip(*(a.tolist() for a in np.unique(of_tags, return_counts=True)), strict=True)))
         column = table["texts"].combine_chunks()
         texts, image = column.flatten(), pc.list_parent_indices(column).to_numpy().astype(np.int64)
-        taken = np.arange(-self.seen % self.stride, len(texts), self.stride)
+        sampled = np.arange(-self.seen % self.stride, len(texts), self.stride)
         self.seen += len(texts)
-        words, answers, is_qa = self._of_texts(texts.take(pa.array(taken)))
+        words, answers, is_qa = self._of_texts(texts.take(pa.array(sampled)))
         self.words = np.concatenate([self.words, words])
-        self.triples = np.concatenate([self.triples, words + np.where(is_qa, answers, of_tags[image[taken]])])
+        self.triples = np.concatenate([self.triples, words + np.where(is_qa, answers, of_tags[image[sampled]])])
         while len(self.words) > self.sample:
             self.words, self.triples, self.stride = self.words[::2], self.triples[::2], 2 * self.stride
 

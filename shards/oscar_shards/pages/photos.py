@@ -24,10 +24,10 @@ def find_photos(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Path | Non
     """
     root = folder.resolve()
     direct = [_direct(root, row.get("path")) for row in rows]
-    left = [row for row, match in zip(rows, direct, strict=True) if match is None]
-    listed = _listed(root, {name for row in left for name in _names(row)}) if left else {}
+    unmatched = [row for row, match in zip(rows, direct, strict=True) if match is None]
+    listed = _listed(root, {name for row in unmatched for name in _names(row)}) if unmatched else {}
     elsewhere = ((listed[name] for name in _names(row) if name in listed) for row in rows)
-    return [match or next(others, None) for match, others in zip(direct, elsewhere, strict=True)]
+    return [match or next(candidates, None) for match, candidates in zip(direct, elsewhere, strict=True)]
 
 
 def _direct(root: Path, path: object) -> Path | None:

@@ -56,8 +56,10 @@ def regions_of(row: dict[str, Any], boxes: npt.NDArray[np.float32]) -> list[Regi
         if all(map(math.isfinite, corners)):
             x0, y0, x1, y1 = (min(max(c, -FAR), FAR) for c in corners)
             box = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
-            known = score if score is not None and math.isfinite(score) else None
-            regions.append(Region(box, tag or "", known, [_attribute(a) for a in some or () if a and a.get("name")]))
+            finite_score = score if score is not None and math.isfinite(score) else None
+            regions.append(
+                Region(box, tag or "", finite_score, [_attribute(a) for a in some or () if a and a.get("name")])
+            )
     return sorted(regions, key=lambda region: -1.0 if region.score is None else region.score)
 
 
@@ -132,14 +134,14 @@ def _place(region: Region, width: float, height: float) -> tuple[float, float, f
 
 def _crowded(places: list[tuple[float, float, float, float]]) -> set[int]:
     """Return the numbers of the labels that lie over one of a later number, which is surer."""
-    taken: list[tuple[float, float, float, float]] = []
+    placed: list[tuple[float, float, float, float]] = []
     crowded = set()
     for number in reversed(range(len(places))):
         x0, y0, x1, y1 = places[number]
-        if any(x0 < right and left < x1 and y0 < bottom and top < y1 for left, top, right, bottom in taken):
+        if any(x0 < right and left < x1 and y0 < bottom and top < y1 for left, top, right, bottom in placed):
             crowded.add(number)
-        elif len(taken) < MOST_LABELS:
-            taken.append(places[number])
+        elif len(placed) < MOST_LABELS:
+            placed.append(places[number])
     return crowded
 
 
@@ -167,9 +169,9 @@ def _chips(regions: list[Region]) -> str:
 
 def _texts(row: dict[str, Any]) -> str:
     lines = [_text(t) for t in (row.get("texts") or [])[:MOST] if t]
-    first, others = "".join(lines[:SHOWN_TEXTS]), "".join(lines[SHOWN_TEXTS:])
-    more = f"<li><details><summary>{len(lines) - SHOWN_TEXTS} more</summary>" if others else ""
-    folded = f'{more}<ul class="texts">{others}</ul></details></li>' if others else ""
+    first, rest = "".join(lines[:SHOWN_TEXTS]), "".join(lines[SHOWN_TEXTS:])
+    more = f"<li><details><summary>{len(lines) - SHOWN_TEXTS} more</summary>" if rest else ""
+    folded = f'{more}<ul class="texts">{rest}</ul></details></li>' if rest else ""
     return f'<ul class="texts">{first}{folded}</ul>'
 
 

@@ -27,12 +27,12 @@ def as_caption(batch: Packed, probes: Tensor | None = None) -> Packed:
             does not see. They ask for a token of the caption whose later tokens are known.
     """
     of_caption = batch.token_type_ids == 0
-    own = torch.where(of_caption, 2 << batch.position_ids.where(of_caption, 0), CONTEXT)
-    query = torch.where(of_caption, 2 * own - 1, CONTEXT)  # its own bit and all below
-    key = own
+    own_bits = torch.where(of_caption, 2 << batch.position_ids.where(of_caption, 0), CONTEXT)
+    query = torch.where(of_caption, 2 * own_bits - 1, CONTEXT)  # its own bit and all below
+    key = own_bits
     if probes is not None:
-        query, key = torch.where(probes, own - 1, query), torch.where(probes, 0, key)
+        query, key = torch.where(probes, own_bits - 1, query), torch.where(probes, 0, key)
 
-    text, regions = torch.stack([query, key]), own.new_full((2, len(batch.features)), CONTEXT)
-    groups = own.new_zeros(2, batch.seen.numel()).index_copy(1, batch.slots, torch.cat([text, regions], 1))
+    text, regions = torch.stack([query, key]), own_bits.new_full((2, len(batch.features)), CONTEXT)
+    groups = own_bits.new_zeros(2, batch.seen.numel()).index_copy(1, batch.slots, torch.cat([text, regions], 1))
     return replace(batch, groups=groups.view(2, *batch.seen.shape))

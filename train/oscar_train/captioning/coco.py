@@ -22,13 +22,13 @@ def java_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) ->
     if shutil.which("java") is None:
         return {}, [f"without {' and '.join(NAMES)}: they need Java, and there is no java command"]
 
-    own = {number: [" ".join(split_words(caption))] for number, caption in enumerate(captions)}
+    candidates = {number: [" ".join(split_words(caption))] for number, caption in enumerate(captions)}
     truth = {number: [" ".join(split_words(text)) for text in texts] for number, texts in enumerate(references)}
     scores: dict[str, float] = {}
     absent: list[str] = []
     for name in NAMES:
         try:
-            scores[name] = _score(name, truth, own)
+            scores[name] = _score(name, truth, candidates)
         except Exception as error:  # whatever Java, or a download that SPICE tries, comes to
             absent.append(f"without {name}: {reason(error)}")
     return scores, absent

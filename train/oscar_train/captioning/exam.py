@@ -52,8 +52,8 @@ def make_caption_exam(
     Args:
         only: the triples that there are, rising; None: all of the corpus.
     """
-    some = np.arange(len(corpus)) if only is None else only.astype(np.int64)
-    captions = some[corpus.kind[some] == CAPTION]
+    triples = np.arange(len(corpus)) if only is None else only.astype(np.int64)
+    captions = triples[corpus.kind[triples] == CAPTION]
     first = captions[np.unique(corpus.image[captions], return_index=True)[1]]
     drawn = np.sort(first[permutation(SEED, EXAM, 0, len(first))[: images or len(first)]])
     return CaptionExam(

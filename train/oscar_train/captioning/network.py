@@ -52,13 +52,13 @@ def criterion(scores: Tensor, batch: Packed, label_smoothing: float = 0.0) -> tu
         float32 [4]: the loss, 0, the tokens that are right, 0; and bool [B], which rows' scores are all numbers.
     """
     log_probabilities = scores.float().log_softmax(-1)
-    own = log_probabilities.gather(1, batch.masked_ids[:, None])[:, 0]
-    loss = -own.sum()
+    own_log_probability = log_probabilities.gather(1, batch.masked_ids[:, None])[:, 0]
+    loss = -own_log_probability.sum()
     if label_smoothing:
         spread = label_smoothing / (scores.shape[1] - 1)
-        others = log_probabilities.sum(1) - own
+        other_log_probability = log_probabilities.sum(1) - own_log_probability
         constant = (1 - label_smoothing) * math.log(1 - label_smoothing) + label_smoothing * math.log(spread)
-        loss = (constant - (1 - label_smoothing) * own - spread * others).sum()
+        loss = (constant - (1 - label_smoothing) * own_log_probability - spread * other_log_probability).sum()
 
     right = (scores.detach().argmax(-1) == batch.masked_ids).sum().float()
     nothing = torch.zeros_like(right)

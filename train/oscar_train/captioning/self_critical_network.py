@@ -67,10 +67,10 @@ class SelfCriticalOscar(OscarForCaptioning):
         captions, worth, reward = self._compared(images, batch.seen.device)
 
         predicted = [[*caption.tokens, caption.last] for own in captions for caption in own]
-        asked = probing(repeated(images, DRAWN), predicted, self.decoder, batch.seen.device)
-        hidden = self.bert(asked)
-        scores = self.cls.predictions(hidden.index_select(0, asked.masked)).float()
-        tokens = scores.log_softmax(-1).gather(1, asked.masked_ids[:, None])[:, 0]
+        inputs = probing(repeated(images, DRAWN), predicted, self.decoder, batch.seen.device)
+        hidden = self.bert(inputs)
+        scores = self.cls.predictions(hidden.index_select(0, inputs.masked)).float()
+        tokens = scores.log_softmax(-1).gather(1, inputs.masked_ids[:, None])[:, 0]
         means = torch.stack([part.mean() for part in tokens.split([len(tokens) for tokens in predicted])])
         return Drawn(means.view(-1, DRAWN), worth, reward)
 

@@ -200,23 +200,23 @@ def prune(out: Path, keep: int, step: int) -> None:
     if not given_up and len(line) <= keep:
         return
 
-    kept: list[Path] = []
+    kept_folders: list[Path] = []
     outdated: list[Path] = []
     for place in line:
-        if len(kept) == keep:
+        if len(kept_folders) == keep:
             outdated.append(place)
             continue
         try:
             whole(place)
-            kept.append(place)
+            kept_folders.append(place)
         except ValueError:
             outdated.append(place)
         except OSError:  # the disk may be well again the next time
             continue
-    if not kept:
+    if not kept_folders:
         return
 
-    if step_of(kept[0]) == step:
+    if step_of(kept_folders[0]) == step:
         outdated = given_up + outdated
     for place in outdated:
         _delete(place)

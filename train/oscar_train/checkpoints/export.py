@@ -103,17 +103,17 @@ def find(path: Path, place: str = "") -> Model:
     features = config.img_feature_dim - position if f"{REGIONS}.weight" in weights else RELEASED
     config = oscar_config(config, features, position)
     expected = head_shapes(config, weights) if is_classifier(weights) else shapes(config)
-    taken = fitting(weights, expected, place)
+    tensors = fitting(weights, expected, place)
     if TIED in expected:
-        taken[TIED] = weights[WORDS]
+        tensors[TIED] = weights[WORDS]
     return Model(
         folder=folder,
         made=made,
         config=config,
         tokenizer=start.tokenizer,
-        tensors=OrderedDict((name, taken[name]) for name in expected if name in taken),
-        lost=[name for name in expected if name not in taken],
-        extra=[name for name in weights if name not in taken or name == TIED],
+        tensors=OrderedDict((name, tensors[name]) for name in expected if name in tensors),
+        lost=[name for name in expected if name not in tensors],
+        extra=[name for name in weights if name not in tensors or name == TIED],
     )
 
 
@@ -178,8 +178,10 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
     if out.exists() and out.samefile(model.folder):
         raise UsageError(f"--out {out}: the model itself; give another --out")
     if format == "oscar" and model.config.hidden_act not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UsageError(f"--format oscar: microsoft/Oscar has no {model.config.hidden_act} (known: {known}); give hf")
+        activations = ", ".join(ACTIVATIONS)
+        raise UsageError(
+            f"--format oscar: microsoft/Oscar has no {model.config.hidden_act} (known: {activations}); give hf"
+        )
     # Copies, as torch saves all of a memory of which a tensor may be a part
     tensors = OrderedDict((name, tensor.float().contiguous().clone()) for name, tensor in model.tensors.items())
     if TIED in tensors:

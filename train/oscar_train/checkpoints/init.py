@@ -89,10 +89,12 @@ def open_folder(name: str, folder: Path, place: str) -> Start:
             f"{place}: has {config.max_position_embeddings} positions and {config.type_vocab_size} token types; "
             f"Oscar needs {MAX_TOKENS} and 2"
         )
-    own = has_tokenizer(folder)  # its weights may have rows to spare, but those of a foreign vocabulary mean nothing
-    if tokenizer.size > config.vocab_size or (not own and tokenizer.size != config.vocab_size):
+    has_own_tokenizer = has_tokenizer(
+        folder
+    )  # its weights may have rows to spare, but those of a foreign vocabulary mean nothing
+    if tokenizer.size > config.vocab_size or (not has_own_tokenizer and tokenizer.size != config.vocab_size):
         raise UsageError(
-            f"{place}: {'its' if own else 'the shipped'} vocabulary has {tokenizer.size} entries, its weights "
+            f"{place}: {'its' if has_own_tokenizer else 'the shipped'} vocabulary has {tokenizer.size} entries, its weights "
             f"{config.vocab_size}; put the vocab.txt that belongs to the weights into the folder"
         )
     return Start(name=name, place=place, folder=folder, config=config, tokenizer=tokenizer)
@@ -213,17 +215,17 @@ def read(start: Start) -> tuple[BertConfig, dict[str, Tensor]]:
 
 def fill(model: nn.Module, weights: dict[str, Tensor], place: str) -> set[str]:
     """Copy weights into a model by name; return the names that were filled. See `fitting`."""
-    own = _tensors(model)
-    taken = fitting(weights, {name: tensor.shape for name, tensor in own.items()}, place)
-    for name, tensor in taken.items():
-        own[name].data.copy_(tensor)
-    return {*taken, TIED}
+    model_tensors = _tensors(model)
+    loaded = fitting(weights, {name: tensor.shape for name, tensor in model_tensors.items()}, place)
+    for name, tensor in loaded.items():
+        model_tensors[name].data.copy_(tensor)
+    return {*loaded, TIED}
 
 
 def differences(model: nn.Module, weights: dict[str, Tensor], filled: set[str]) -> list[str]:
     """Say what was not in the file, what has another shape there, and what else it has; every tensor is told."""
-    own = _tensors(model)
-    lost = own.keys() - filled
+    model_tensors = _tensors(model)
+    lost = model_tensors.keys() - filled
     unfit = sorted(lost & weights.keys())
     absent = lost - weights.keys()
     bert = {name for name in absent if name.startswith(("bert.embeddings.", "bert.encoder."))}
@@ -231,14 +233,14 @@ def differences(model: nn.Module, weights: dict[str, Tensor], filled: set[str]) 
         "INCOMPLETE, random instead": modules(bert),
         "random": modules(absent - bert),
         "random, as the file has other shapes": [
-            f"{name} (file {list(weights[name].shape)}, here {list(own[name].shape)})" for name in unfit
+            f"{name} (file {list(weights[name].shape)}, here {list(model_tensors[name].shape)})" for name in unfit
         ],
-        "in the file and not used": modules(weights.keys() - own.keys() | weights.keys() & {TIED}),
+        "in the file and not used": modules(weights.keys() - model_tensors.keys() | weights.keys() & {TIED}),
     }
     return [
-        f"{what}: {', '.join(some) or 'none'}"
-        for what, some in parts.items()
-        if some or (what == "random" and not lost)
+        f"{part_name}: {', '.join(some) or 'none'}"
+        for part_name, some in parts.items()
+        if some or (part_name == "random" and not lost)
     ]
 
 

@@ -47,8 +47,8 @@ def resumed(folder: Path, schema: type[S] = Train) -> S:  # type: ignore[assignm
     """
     path = folder / FILE
     if not path.is_file():
-        what = f"no {FILE} there; give a folder that oscar-train wrote" if folder.is_dir() else no_folder(folder)
-        raise UsageError(f"--resume {folder}: {what}")
+        reason = f"no {FILE} there; give a folder that oscar-train wrote" if folder.is_dir() else no_folder(folder)
+        raise UsageError(f"--resume {folder}: {reason}")
     content = read_yaml(path, "--resume")
     if isinstance(content, dict) and not content.get("shards"):
         raise UsageError(
@@ -87,10 +87,10 @@ def own_shards(path: Path) -> list[str]:
             settings: Train = resumed(folder, schema_of(folder))
             if settings.eval_shards or settings.eval_fraction:
                 return settings.eval_shards or settings.shards
-            own = " ".join(f"--shards {place}" for place in settings.shards)
+            flags = " ".join(f"--shards {place}" for place in settings.shards)
             raise UsageError(
                 f"--shards is missing: {path} held nothing out of its training; give --shards with other images, or "
-                f"{own} --all to ask about those that it was trained on, or train with --eval-fraction 0.1"
+                f"{flags} --all to ask about those that it was trained on, or train with --eval-fraction 0.1"
             )
     raise UsageError(f"--shards is missing: {path} is not in a run's folder; give the shards to evaluate on")
 

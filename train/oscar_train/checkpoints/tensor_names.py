@@ -72,7 +72,7 @@ def fitting(weights: dict[str, Tensor], expected: dict[str, torch.Size], place: 
     """
     if WORDS not in weights:
         raise UsageError(f"{place}: its weights are not those of a BERT (no word embeddings)")
-    taken = {}
+    fitted = {}
     for name, shape in expected.items():
         if name not in weights or name == TIED:
             continue
@@ -80,10 +80,10 @@ def fitting(weights: dict[str, Tensor], expected: dict[str, torch.Size], place: 
         if not tensor.is_floating_point():
             raise UsageError(f"{place}: {name} is {tensor.dtype}; give weights that are not quantised")
         if tensor.shape == shape:
-            taken[name] = tensor
+            fitted[name] = tensor
         elif not name.startswith((REGIONS, HEAD, CLASSIFIER)):
             raise UsageError(f"{place}: {name} is {list(tensor.shape)}, but config.json says {list(shape)}")
-    return taken
+    return fitted
 
 
 def modules(names: Iterable[str]) -> list[str]:

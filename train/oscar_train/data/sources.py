@@ -145,8 +145,8 @@ def suspect(tar: Path) -> str:
 
 def _local(place: str, folder: Path, flag: str) -> Source:
     if not folder.is_dir():
-        what = "a file; give its folder" if folder.exists() else "no such folder; give one made by oscar-extract"
-        raise UsageError(f"{flag} {folder}: {what}")
+        reason = "a file; give its folder" if folder.exists() else "no such folder; give one made by oscar-extract"
+        raise UsageError(f"{flag} {folder}: {reason}")
     manifest = read_manifest(folder, flag)
     stats = {path.name: path.stat() for path in folder.iterdir() if path.suffix in (".tar", ".parquet")}
     tars = manifest.tar_names(stats)
@@ -213,8 +213,8 @@ def _listed(remote: RemoteFolder, manifest: Manifest) -> dict[str, Stamp]:
         }
     unknown = [n for n, stamp in listing.items() if n.endswith(".parquet") and stamp == Stamp(None, "")]
     with ThreadPoolExecutor(ASKERS) as askers:
-        asked = dict(zip(unknown, askers.map(lambda name: _asked(remote, name), unknown), strict=True))
-    return {name: stamp for name, stamp in {**listing, **asked}.items() if stamp is not None}
+        answers = dict(zip(unknown, askers.map(lambda name: _asked(remote, name), unknown), strict=True))
+    return {name: stamp for name, stamp in {**listing, **answers}.items() if stamp is not None}
 
 
 def _asked(remote: RemoteFolder, name: str) -> Stamp | None:

@@ -356,5 +356,5 @@ def open_stream(
 
 def _threads(ranks: int) -> int:
     """Return how many threads make batches in one of the ranks of this machine."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks > 1 else 1
-    return max(1, min(len(os.sched_getaffinity(0)) // here, THREADS))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks > 1 else 1
+    return max(1, min(len(os.sched_getaffinity(0)) // ranks_here, THREADS))

@@ -102,10 +102,10 @@ def opened(model: Model, sources: list[Source], objective: Objective, given: Ask
     """Open shards and draw what is asked about."""
     about = {} if model.made is None else model.made.about
     fraction = 0.0 if model.made is None else float(model.made.run.get("eval_fraction") or 0)
-    known = [manifest_sha256(source) in about.get("shards", ()) for source in sources]
-    if any(known) and (given.everything or not fraction):
+    is_known = [manifest_sha256(source) in about.get("shards", ()) for source in sources]
+    if any(is_known) and (given.everything or not fraction):
         warn("the model was trained on these shards: what follows is not what it knows of other images")
-    partly = [each and fraction > 0 and not given.everything for each in known]
+    partly = [each and fraction > 0 and not given.everything for each in is_known]
     with open_asked(
         sources,
         tokenizer=model.tokenizer,

@@ -35,8 +35,10 @@ def split(corpus: Corpus, fraction: float) -> Split:
     """
     images = corpus.images
     held = held_images(images, fraction)
-    known = images.content != 0
-    doubtful = np.isin(images.key_xxh3, images.key_xxh3[held]) | (known & np.isin(images.content, images.content[held]))
+    has_content = images.content != 0
+    doubtful = np.isin(images.key_xxh3, images.key_xxh3[held]) | (
+        has_content & np.isin(images.content, images.content[held])
+    )
     sides = Split(trained=_of(corpus, ~(held | doubtful)), held=_of(corpus, held))
     if len(np.unique(corpus.image[sides.held])) < 2:
         raise UsageError(_too_few(corpus, fraction))
@@ -76,11 +78,11 @@ def apart(corpus: Corpus, others: Images) -> Array | None:
     same = np.isin(_identity(corpus.images), _identity(others))
     if not same.any():
         return None
-    left = _of(corpus, ~same)
-    if not len(left):
+    distinct = _of(corpus, ~same)
+    if not len(distinct):
         raise UsageError("--eval-shards: all images of --shards are in them, too; nothing is left to train on")
-    _check_sources(corpus, left, "--eval-shards")
-    return left
+    _check_sources(corpus, distinct, "--eval-shards")
+    return distinct
 
 
 def of_kind(corpus: Corpus, kind: int | None, only: Array | None, flag: str) -> Array | None:
@@ -94,11 +96,11 @@ def of_kind(corpus: Corpus, kind: int | None, only: Array | None, flag: str) -> 
     kinds = np.asarray(corpus.kind) if only is None else corpus.kind[only]
     if (kinds == kind).all():
         return only
-    some = np.flatnonzero(kinds == kind).astype(np.int32) if only is None else only[kinds == kind]
-    if not len(some):
+    of_this_kind = np.flatnonzero(kinds == kind).astype(np.int32) if only is None else only[kinds == kind]
+    if not len(of_this_kind):
         names = {CAPTION: "caption", QA: "question"}
         raise UsageError(f"{flag}: no image has a {names[kind]}; give other shards, or texts with --texts")
-    return some
+    return of_this_kind
 
 
 def _check_sources(corpus: Corpus, trained: Array, flag: str) -> None:

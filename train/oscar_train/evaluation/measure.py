@@ -123,8 +123,11 @@ def _questions(exam: Exam, answering: Answering, shuffled: str | None) -> dict[s
 def _counted(scores: Tensor, labels: Tensor) -> Tensor:
     """Return (loss, right, 1) of each row, float64 [n, 3]; zeros where there is no label."""
     loss = cross_entropy(scores.float(), labels, reduction="none", ignore_index=IGNORED)
-    known = labels != IGNORED
-    return torch.stack([loss, (scores.argmax(-1) == labels).float(), known.float()], 1).double() * known[:, None]
+    is_labelled = labels != IGNORED
+    return (
+        torch.stack([loss, (scores.argmax(-1) == labels).float(), is_labelled.float()], 1).double()
+        * is_labelled[:, None]
+    )
 
 
 def _masked(exam: Exam, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -165,14 +168,14 @@ def _retrieval(exam: Exam, answering: Answering, shuffled: str | None) -> dict[s
     matched = exam.objective.label(MATCHED)
     for first in range(0, size, answering.size):
         block = slice(first, min(first + answering.size, size))
-        here = room.rows(0, block.stop - block.start)
-        exam.regions(exam.gallery[block], exam.gallery_partners[block], here, shuffled)
-        features = here.batch.features.to(ranks.device)  # once for all texts
+        part = room.rows(0, block.stop - block.start)
+        exam.regions(exam.gallery[block], exam.gallery_partners[block], part, shuffled)
+        features = part.batch.features.to(ranks.device)  # once for all texts
         for text in _each(answering, size):
-            exam.pairs(text, first, here, shuffled)
-            _, classes = answering.forward(replace(here.batch, features=features))
-            others = torch.cat([classes[:, :matched], classes[:, matched + 1 :]], 1).float()
-            scores[text, block] = classes[:, matched].float() - others.logsumexp(1)
+            exam.pairs(text, first, part, shuffled)
+            _, classes = answering.forward(replace(part.batch, features=features))
+            other_classes = torch.cat([classes[:, :matched], classes[:, matched + 1 :]], 1).float()
+            scores[text, block] = classes[:, matched].float() - other_classes.logsumexp(1)
     ranks.total(scores)
     return _recalls(scores.cpu().numpy())
 
@@ -184,9 +187,9 @@ def _each(answering: Answering, count: int) -> Iterator[int]:
 
 def _recalls(scores: Any) -> dict[str, float]:
     """Return the shares of rows, and of columns, whose number on the diagonal is among the k largest."""
-    own = scores.diagonal()
+    matched_scores = scores.diagonal()
     better: dict[str, Ints] = {  # how many others; one that is no number is better than any
-        "text_to_image": (~(scores < own[:, None])).sum(1) - 1,
-        "image_to_text": (~(scores < own[None])).sum(0) - 1,
+        "text_to_image": (~(scores < matched_scores[:, None])).sum(1) - 1,
+        "image_to_text": (~(scores < matched_scores[None])).sum(0) - 1,
     }
     return {f"{way}_r{k}": float(np.mean(count < k)) for way, count in better.items() for k in RANKS}

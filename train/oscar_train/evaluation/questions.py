@@ -166,8 +166,8 @@ def _drawn(seed: int, triples: Ints, count: int, lane: int) -> Ints:
 def _one_each(corpus: Corpus, triples: Ints) -> Ints:
     """Return the first caption of each image; of questions, if there is no caption at all."""
     captions = triples[corpus.kind[triples] == CAPTION]
-    some = captions if len(captions) else triples
-    return some[np.unique(corpus.image[some], return_index=True)[1]]
+    candidates = captions if len(captions) else triples
+    return candidates[np.unique(corpus.image[candidates], return_index=True)[1]]
 
 
 def _partners(corpus: Corpus, triples: Ints) -> Ints:

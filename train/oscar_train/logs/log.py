@@ -131,8 +131,8 @@ class Log:
         (began, first), (now, last) = self._marks[0], self._marks[-1]
         if not is_pace(last - first, now - began):
             return "-"
-        left = (now - began) / (last - first) * (self._total - step)
-        return str(timedelta(seconds=round(left))) if left < LONG else duration(left)
+        seconds_left = (now - began) / (last - first) * (self._total - step)
+        return str(timedelta(seconds=round(seconds_left))) if seconds_left < LONG else duration(seconds_left)
 
 
 def is_pace(steps: int, seconds: float) -> bool:

@@ -70,10 +70,10 @@ class TripleDropout(nn.Module):
             return dropped[None]
 
         if packed:
-            kept = _kept(self._at_site.packed[None], self.columns, self.p)
+            is_kept = _kept(self._at_site.packed[None], self.columns, self.p)
         else:
-            kept = keep(by_head(self._tokens.in_rows, hidden.shape[1]), self.offset, hidden.shape[-1], self.p)
-        return torch.where(kept, hidden * (1 / (1 - self.p)), 0.0)
+            is_kept = keep(by_head(self._tokens.in_rows, hidden.shape[1]), self.offset, hidden.shape[-1], self.p)
+        return torch.where(is_kept, hidden * (1 / (1 - self.p)), 0.0)
 
 
 def set_tokens(tokens: Tokens, dropouts: Sequence[TripleDropout], in_rows: Tensor, packed: Tensor) -> None:

@@ -89,10 +89,10 @@ def matrix_ceiling(device: torch.device, precision: str) -> float:
 def _best(side: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return how long a product takes at its fastest."""
     dice = torch.Generator(device).manual_seed(0)  # random numbers: a GPU is faster with simple ones
-    one, other = (torch.randn(side, side, generator=dice, device=device).to(dtype) for _ in range(2))
-    out, times, began = torch.empty_like(one), list[float](), time.monotonic()
+    left_matrix, other = (torch.randn(side, side, generator=dice, device=device).to(dtype) for _ in range(2))
+    out, times, began = torch.empty_like(left_matrix), list[float](), time.monotonic()
     while len(times) < TRIES or time.monotonic() - began < SECONDS:
-        times.append(_seconds(one, other, out))
+        times.append(_seconds(left_matrix, other, out))
     return min(times)
 
 

@@ -192,15 +192,15 @@ def grouped(attention: Attention, batch: Packed) -> Tensor:
     """Return `Packed.groups` of the tokens of a batch: a bit for each block, or for each place of a causal one."""
     regions = torch.full_like(batch.token_type_ids[:1], 2).expand(len(batch.features))
     block = torch.cat([batch.token_type_ids, regions])
-    seen = [sum(1 << other for other, sees in enumerate(row) if sees) for row in attention.sees]
-    query, key = torch.tensor(seen, device=block.device)[block], 1 << block
+    visible = [sum(1 << other for other, sees in enumerate(row) if sees) for row in attention.sees]
+    query, key = torch.tensor(visible, device=block.device)[block], 1 << block
     if attention.causal:
         place = batch.slots % batch.seen.shape[1]
-        own = (8 << place).where(block == 0, 0)  # above the bits of the three blocks
-        key = own.where(block == 0, key)
+        group_bits = (8 << place).where(block == 0, 0)  # above the bits of the three blocks
+        key = group_bits.where(block == 0, key)
         sees_first = torch.tensor([row[0] for row in attention.sees], device=block.device)[block]
         every = torch.full_like(query, -8).where(sees_first, 0)
-        query = query & 6 | torch.where(block == 0, (2 * own - 8).where(sees_first, 0), every)
+        query = query & 6 | torch.where(block == 0, (2 * group_bits - 8).where(sees_first, 0), every)
 
     groups = query.new_zeros(2, batch.seen.numel()).index_copy(1, batch.slots, torch.stack([query, key]))
     return groups.view(2, *batch.seen.shape)

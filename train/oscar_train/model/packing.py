@@ -82,10 +82,10 @@ def pack(batch: Batch, device: torch.device, grid: Grid | None = None) -> Packed
     text, regions = batch.attention_mask, batch.region_mask
     # Chosen by number: torch takes 6 ms for each choice by a mask, which a GPU would be waiting for
     of_text, of_regions = _numbers(text), _numbers(regions)
-    seen = torch.cat([text, regions], 1)
-    lengths, place = seen.sum(1), seen.cumsum(1) - 1
+    is_present = torch.cat([text, regions], 1)
+    lengths, place = is_present.sum(1), is_present.cumsum(1) - 1
 
-    longest = seen.shape[1] if grid else int(lengths.max())
+    longest = is_present.shape[1] if grid else int(lengths.max())
     rows = torch.arange(longest) < lengths[:, None]
     slots = place + torch.arange(len(rows))[:, None] * rows.shape[1]
     width = text.shape[1]

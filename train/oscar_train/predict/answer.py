@@ -35,11 +35,11 @@ def answers(model: TaskModel, photos: Photos, question: str, limit: int | None =
     paths = photos.table["path"].to_pylist()
     answered = []
     for begin in range(0, min(len(photos), limit or len(photos)), CHUNK):
-        which = np.arange(begin, min(begin + CHUNK, limit or len(photos), len(photos)))
-        scores = model.scores(make_batch(model, photos, which, tokens))
+        chunk = np.arange(begin, min(begin + CHUNK, limit or len(photos), len(photos)))
+        scores = model.scores(make_batch(model, photos, chunk, tokens))
         shares = scores.sigmoid() if config.loss_type == "bce" else scores.softmax(1)
         best = scores.argmax(1)
-        for photo, label in zip(which.tolist(), best.tolist(), strict=True):
+        for photo, label in zip(chunk.tolist(), best.tolist(), strict=True):
             share = float(shares[photo - begin, label])
             answered.append(Answer(path=str(paths[photo]), answer=names[label], probability=share))
     return answered

@@ -81,21 +81,21 @@ class Asked:
 @click.option("--cache", type=PATH, help="Folder for shards of --images. [default: ~/.cache/oscar-pretrain]")
 def caption(**flags: Any) -> None:
     """Check the arguments, and only then import torch."""
-    asked = Asked(**flags)
-    _check(asked)
-    captions = _written(asked)
-    scores = _scores(captions) if asked.score else {}
-    if asked.json_file is not None:
-        _write_json(asked.json_file, captions, scores)
-    if asked.html_file is not None:
+    request = Asked(**flags)
+    _check(request)
+    captions = _written(request)
+    scores = _scores(captions) if request.score else {}
+    if request.json_file is not None:
+        _write_json(request.json_file, captions, scores)
+    if request.html_file is not None:
         from oscar_train.predict.caption_page import write_page
 
-        write_page(asked.html_file, captions, asked.images, f"Captions by {asked.model.name}")
-        click.echo(f"{asked.html_file}: {plural(len(captions), 'photo')}", err=True)
+        write_page(request.html_file, captions, request.images, f"Captions by {request.model.name}")
+        click.echo(f"{request.html_file}: {plural(len(captions), 'photo')}", err=True)
     else:
-        shards = ["--shards", asked.shards] if asked.shards else []
-        images = ["--images", asked.images or "PHOTOS"]
-        say_next("oscar-predict", "caption", "--model", asked.model, *shards, *images, "--html", "captions.html")
+        shards = ["--shards", request.shards] if request.shards else []
+        images = ["--images", request.images or "PHOTOS"]
+        say_next("oscar-predict", "caption", "--model", request.model, *shards, *images, "--html", "captions.html")
 
 
 def _check(asked: Asked) -> None:
@@ -149,8 +149,8 @@ def _scores(captions: "Sequence[Captioned]") -> dict[str, float]:
         raise UsageError("--score: no image of --shards has a caption; extract with --captions")
     texts, references = zip(*pairs, strict=True)
     scores = caption_scores(texts, references)
-    others, absent = java_scores(texts, references)
-    scores |= others
+    java, absent = java_scores(texts, references)
+    scores |= java
     click.echo(f"{plural(len(pairs), 'photo')}: {', '.join(_named(scores))}")
     for line in absent:
         click.echo(line, err=True)

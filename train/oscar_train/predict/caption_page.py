@@ -33,5 +33,5 @@ def write_page(path: Path, captions: Sequence[Captioned], images: Path | None, t
 
 
 def _row(captioned: Captioned) -> dict[str, object]:
-    own = {"kind": "caption", "text": captioned.caption, "source": MODEL}
-    return {**captioned.row, "texts": [own, *(captioned.row.get("texts") or [])]}
+    record = {"kind": "caption", "text": captioned.caption, "source": MODEL}
+    return {**captioned.row, "texts": [record, *(captioned.row.get("texts") or [])]}

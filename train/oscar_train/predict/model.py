@@ -75,10 +75,10 @@ def open_model(
         OscarForCaptioning(config, start.tokenizer) if writes else OscarForClassification(with_head(config, weights))
     )
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    taken = fitting(weights, expected, place)
-    if lost := expected.keys() - taken.keys() - {TIED}:
+    loaded = fitting(weights, expected, place)
+    if lost := expected.keys() - loaded.keys() - {TIED}:
         raise UsageError(f"{place}: it lacks {', '.join(modules(lost))}")
-    network.load_state_dict(taken, strict=False)  # a tied weight has two names
+    network.load_state_dict(loaded, strict=False)  # a tied weight has two names
 
     chosen = torch.device(choose_device(device))
     shape = Shape(

@@ -118,8 +118,8 @@ def self_critical_composer(corpus: Corpus) -> Composer:
 
 def make_truth(corpus: Corpus, only: Only) -> Truth:
     """Return what drawn captions are compared with: those of the triples that are trained on."""
-    some = np.arange(len(corpus)) if only is None else only.astype(np.int64)
-    captions = some[corpus.kind[some] == CAPTION]
+    triples = np.arange(len(corpus)) if only is None else only.astype(np.int64)
+    captions = triples[corpus.kind[triples] == CAPTION]
     _, first = np.unique(corpus.image[captions], return_index=True)
     frequencies = reference_frequencies(references(corpus, captions, captions[first]))
     return Truth(partial(references, corpus, captions), frequencies)

@@ -48,8 +48,8 @@ class OscarForClassification(nn.Module):
         share = self.config.hidden_dropout_prob
         if not self.training or not share:
             return pooled
-        kept = keep(token_bits(seeds, 1)[:, 0], POOLED, pooled.shape[1], share)
-        return torch.where(kept, pooled / (1 - share), 0.0)
+        is_kept = keep(token_bits(seeds, 1)[:, 0], POOLED, pooled.shape[1], share)
+        return torch.where(is_kept, pooled / (1 - share), 0.0)
 
 
 def make_head(config: Any) -> nn.Module:

@@ -89,13 +89,13 @@ def make_composer(
 
     def compose(triples: Ints, seed: int, epoch: int, place: int) -> tuple[TextBatch, Ints]:
         random_words = words(seed, SAMPLE, epoch, place, len(triples), 4)
-        left = corpus.image[triples].astype(np.int64)
-        right = np.where(partners[left] >= 0, partners[left], left)
-        images = np.stack([left, right], 1).ravel()
+        left_image = corpus.image[triples].astype(np.int64)
+        right = np.where(partners[left_image] >= 0, partners[left_image], left_image)
+        images = np.stack([left_image, right], 1).ravel()
         text = rows_of(corpus, np.repeat(triples, ROWS), images, shape.tokens)
 
         row_labels = np.full((len(triples), ROWS), IGNORED)
-        row_labels[:, 0] = np.where(partners[left] >= 0, of_triples[triples], IGNORED)
+        row_labels[:, 0] = np.where(partners[left_image] >= 0, of_triples[triples], IGNORED)
         seeds = (random_words[:, :ROWS] >> np.uint64(32)).astype(np.int64)
         return replace(text, match_labels=row_labels.ravel(), dropout_seeds=seeds.ravel()), images
 

@@ -90,7 +90,7 @@ def read_people(files: Sequence[str]) -> dict[str, tuple[str, ...]]:
     people: dict[str, tuple[str, ...]] = {}
     for file in files:
         for entry in _annotations(Path(file)):
-            people[str(entry["question_id"])] = tuple(normalised(str(one["answer"])) for one in entry["answers"])
+            people[str(entry["question_id"])] = tuple(normalised(str(answer["answer"])) for answer in entry["answers"])
     return people
 
 

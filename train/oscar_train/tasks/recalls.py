@@ -103,8 +103,8 @@ def recalls(scores: Any, owner: Ints) -> dict[str, float]:
 
 def ranks_of_images(scores: Any, owner: Ints) -> Ints:
     """Return for each text the rank of its image, from 1, int64 [C]."""
-    own = scores[np.arange(len(owner)), owner]
-    better: Ints = (~(scores < own[:, None])).sum(1)  # the own one is among them
+    own_scores = scores[np.arange(len(owner)), owner]
+    better: Ints = (~(scores < own_scores[:, None])).sum(1)  # the own one is among them
     return better
 
 

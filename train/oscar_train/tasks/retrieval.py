@@ -76,14 +76,14 @@ def make_composer(corpus: Corpus, weights: Sequence[Fraction], only: Only, *, sh
 
     def compose(triples: Ints, seed: int, epoch: int, place: int) -> tuple[TextBatch, Ints]:
         drawn = words(seed, SAMPLE, epoch, place, len(triples), _WIDTH)
-        others = other_triples(corpus, pools, triples, drawn[:, _CANDIDATES])
+        negatives = other_triples(corpus, pools, triples, drawn[:, _CANDIDATES])
         wrong_text = uniform(drawn[:, _SIDE]) < 0.5
 
-        own = corpus.image[triples].astype(np.int64)
-        texts = np.stack([triples, np.where(wrong_text, others, triples)], 1).ravel()
-        images = np.stack([own, np.where(wrong_text, own, corpus.image[others])], 1).ravel()
+        own_images = corpus.image[triples].astype(np.int64)
+        texts = np.stack([triples, np.where(wrong_text, negatives, triples)], 1).ravel()
+        images = np.stack([own_images, np.where(wrong_text, own_images, corpus.image[negatives])], 1).ravel()
         labels = np.full((len(triples), ROWS), MATCHED)
-        labels[:, 1] = np.where(others == triples, IGNORED, WRONG)
+        labels[:, 1] = np.where(negatives == triples, IGNORED, WRONG)
 
         text = rows_of(corpus, texts, images, shape.tokens)
         seeds = (drawn[:, _DROPOUT] >> np.uint64(32)).astype(np.int64)
@@ -98,16 +98,16 @@ def other_triples(corpus: Corpus, pools: Pools, triples: Ints, drawn: Words) -> 
     Args:
         triples: int64 [n]. drawn: [n, TRIES], random words.
     """
-    others, waiting = triples.copy(), np.arange(len(triples))
+    negatives, waiting = triples.copy(), np.arange(len(triples))
     for attempt in drawn.T:
         drawn_triples = candidates(corpus, pools.w, triples[waiting], attempt[waiting])
         fits = different_images(corpus, drawn_triples, triples[waiting])
         fits &= ~_same_text(corpus, drawn_triples, triples[waiting])
-        others[waiting[fits]] = drawn_triples[fits]
+        negatives[waiting[fits]] = drawn_triples[fits]
         waiting = waiting[~fits]
         if not len(waiting):
             break
-    return others
+    return negatives
 
 
 def _same_text(corpus: Corpus, some: Ints, others: Ints) -> Bools:

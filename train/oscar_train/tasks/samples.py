@@ -45,10 +45,10 @@ class Samples:
 
 def draw_triples(corpus: Corpus, only: Only, count: int) -> Ints:
     """Draw held-out triples, int64, rising; all of them if `count` is 0."""
-    some = np.arange(len(corpus)) if only is None else only.astype(np.int64)
+    triples = np.arange(len(corpus)) if only is None else only.astype(np.int64)
     if not count:
-        return some
-    return np.sort(some[permutation(SEED, EXAM, 0, len(some), (0, 0))[:count]])
+        return triples
+    return np.sort(triples[permutation(SEED, EXAM, 0, len(triples), (0, 0))[:count]])
 
 
 @torch.no_grad()

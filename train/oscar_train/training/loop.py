@@ -261,8 +261,8 @@ def describe(stream: Stream, evaluation: Evaluation | None = None) -> str:
         triples, images = len(stream.only), len(np.unique(corpus.image[stream.only]))
     without = f"; left out: {plural(textless, 'image')} without text" if textless else ""
     truth = f"; q are ground-truth tags of {corpus.ground_truth:,} images" if corpus.ground_truth else ""
-    asked = f"; evaluated on {evaluation.description}" if evaluation is not None else ""
-    return f"{plural(triples, 'triple')} of {plural(images, 'image')}{without}{truth}{asked}"
+    suffix = f"; evaluated on {evaluation.description}" if evaluation is not None else ""
+    return f"{plural(triples, 'triple')} of {plural(images, 'image')}{without}{truth}{suffix}"
 
 
 def _save(run: Run, step: int) -> None:

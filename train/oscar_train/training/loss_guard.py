@@ -40,9 +40,9 @@ class Guard:
         return fault, usual
 
     def _usual(self) -> Tensor:
-        known, ordered = self._losses.isfinite().sum(), self._losses.sort().values
-        middle = torch.stack([known - 1, known]).clamp(min=0).div(2, rounding_mode="floor")
-        return ordered.index_select(0, middle).mean().where(known >= FEW, math.inf)
+        num_finite, ordered = self._losses.isfinite().sum(), self._losses.sort().values
+        middle = torch.stack([num_finite - 1, num_finite]).clamp(min=0).div(2, rounding_mode="floor")
+        return ordered.index_select(0, middle).mean().where(num_finite >= FEW, math.inf)
 
     def reason(self, loss: float, norm: float, usual: float) -> str:
         """Say what is wrong with a step that was found faulty."""

@@ -89,9 +89,9 @@ def _regression(squares: Tensor, counts: Tensor, sums: Tensor, tags: Tensor) -> 
     across = sums.T @ tags - total * mean[:, None] * tag
     ridge = (RIDGE * covariance.trace() / size).clamp_min(float(LEAST * squares.trace() / size))
     weight = torch.linalg.solve(covariance + ridge * torch.eye(size, dtype=torch.float64), across)
-    left = (weight * (covariance @ weight - 2 * across)).sum()
+    residual = (weight * (covariance @ weight - 2 * across)).sum()
     variance = counts @ (tags - tag).square().sum(1)
-    explained = float(-left / variance.clamp_min(torch.finfo(torch.float32).tiny))
+    explained = float(-residual / variance.clamp_min(torch.finfo(torch.float32).tiny))
     return weight.T, tag - mean @ weight, explained
 
 
@@ -123,9 +123,9 @@ def _region_tags(corpus: Corpus, images: Ints) -> dict[int, list[str]]:
         first, chosen_images = int(corpus.shard_images[shard]), set(group)
         with suppress(ValueError):  # an index that is damaged, with --skip-corrupt: the rows before that are here
             for rows in source.index(number)[1]:
-                here = range(first, first := first + len(rows))
-                for image in chosen_images.intersection(here):
-                    tags = rows.column("tags")[image - here.start].as_py() or []
+                positions = range(first, first := first + len(rows))
+                for image in chosen_images.intersection(positions):
+                    tags = rows.column("tags")[image - positions.start].as_py() or []
                     if len(tags) == corpus.images.num_boxes[image] and all(tags):
                         tags_of[image] = tags
     return tags_of

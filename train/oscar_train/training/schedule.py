@@ -18,5 +18,5 @@ def schedule(step: int, warmup: int, total: int, shape: str = "linear") -> float
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    left = (total - step) / (total - warmup)
-    return {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[shape]
+    remaining = (total - step) / (total - warmup)
+    return {"linear": remaining, "cosine": (1 - math.cos(math.pi * remaining)) / 2, "constant": 1.0}[shape]

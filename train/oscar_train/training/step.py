@@ -186,11 +186,11 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 def _handed_over(made: Share, copied: torch.cuda.Event) -> Share:
     """Return what was copied on another stream than the one that will work on it."""
-    here = torch.cuda.current_stream()
-    here.wait_event(copied)
+    stream = torch.cuda.current_stream()
+    stream.wait_event(copied)
     for part in made.parts:
         for tensor in part.tensors().values():
-            tensor.record_stream(here)
+            tensor.record_stream(stream)
     return made
 
 
@@ -284,11 +284,11 @@ def rehearse(shop: Workshop, room: Batch) -> None:
         each.zero_()
     part.mlm_labels[:, shop.task.most_masked(len(part.triples)) :] = IGNORED
     shop.model.train()
-    kept = [torch.empty(size, device=shop.ranks.device) for size in _kept(shop, room)]
+    kept_tensors = [torch.empty(size, device=shop.ranks.device) for size in _kept(shop, room)]
     alone = replace(shop, network=shop.model)  # nothing is exchanged
     _backward(alone, pack(part, shop.ranks.device), torch.ones(2, device=shop.ranks.device))
     shop.optimizer.zero_grad()
-    del kept
+    del kept_tensors
 
 
 def _kept(shop: Workshop, room: Batch) -> Iterator[int]:

@@ -46,8 +46,8 @@ class Ahead:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        while (taken := self._take()) is not None:
-            job, n = taken
+        while (job_and_number := self._take()) is not None:
+            job, n = job_and_number
             if not self._fetch(job, n):
                 self._put_back(job, n)
 

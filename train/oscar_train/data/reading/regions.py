@@ -103,8 +103,8 @@ class RegionReader:
             wrong = self._read_from(shard, places, slots)
             if wrong and self.tars.renew(shard):  # a copy that was damaged since it was fetched
                 wrong = self._read_from(shard, [place for place, _ in wrong], slots)
-            for place, what in wrong:
-                self._refuse(place, what, slots)
+            for place, fault in wrong:
+                self._refuse(place, fault, slots)
 
     def z(self, images: npt.NDArray[np.integer[Any]], slots: Slots, out: npt.NDArray[np.float32]) -> None:
         """Write (x1/W, y1/H, x2/W, y2/H, w/W, h/H) of each region (Oscar section 3) into float32 [B, R, 6]."""
@@ -130,7 +130,7 @@ class RegionReader:
                 read_images = [(place, self._read_image(handle, place, slots)) for place in unusual]
         except Lost as error:
             return [(place, str(error)) for place in places]
-        return [(place, what) for place, what in read_images if what]
+        return [(place, fault) for place, fault in read_images if fault]
 
     def _read_usual(self, handle: int, places: list[Place], slots: Slots) -> list[Place]:
         """Fill the rows of images that are as most are: float16, at most R regions, boxes and features with one call,

@@ -126,8 +126,8 @@ class Tars:
         if (held := cache.open(name, size)) is not None:
             held.close()
             return True
-        kept = {self._name(other) for other in keep}
-        return self._fetches.ahead(shard, lambda: cache.ahead(name, size, self._fetcher(shard), kept))
+        kept_names = {self._name(other) for other in keep}
+        return self._fetches.ahead(shard, lambda: cache.ahead(name, size, self._fetcher(shard), kept_names))
 
     def _hold(self, shard: int) -> Held:
         if (size := int(self.corpus.tar_bytes[shard])) < 0:

@@ -57,16 +57,16 @@ def make_pools(corpus: Corpus, weights: Sequence[Fraction], objective: Objective
         only: the triples that may be drawn, rising; None: all.
     """
     size = len(corpus) if only is None else len(only)
-    some = [_among(corpus, pool, only) for pool in corpus.pools]
-    with_q = sum(map(len, some))
+    pools_of = [_among(corpus, pool, only) for pool in corpus.pools]
+    with_q = sum(map(len, pools_of))
     needs_w = objective.wrong_w > 0 or with_q < size
     if objective.negatives == "typed":
-        w = [_of_kind(corpus, kind, with_q, only) for kind, with_q in enumerate(some)] if needs_w else []
-        return Pools(w=_pools(corpus, weights, w), q=_pools(corpus, weights, some))
-    all_w = _pools(corpus, weights, [only]) * len(some)
+        w = [_of_kind(corpus, kind, with_q, only) for kind, with_q in enumerate(pools_of)] if needs_w else []
+        return Pools(w=_pools(corpus, weights, w), q=_pools(corpus, weights, pools_of))
+    all_w = _pools(corpus, weights, [only]) * len(pools_of)
     if objective.negatives == "lines" or with_q == size:
         return Pools(w=all_w, q=all_w)
-    return Pools(w=all_w, q=_pools(corpus, weights, [np.sort(np.concatenate(some))]) * len(some))
+    return Pools(w=all_w, q=_pools(corpus, weights, [np.sort(np.concatenate(pools_of))]) * len(pools_of))
 
 
 def _of_kind(corpus: Corpus, kind: int, with_q: Array, only: Array | None) -> Array:
@@ -132,24 +132,24 @@ def _another(
         of_w: whether w is replaced, by w. lines: whether w may replace q.
     """
     other, are_w = triples.copy(), np.full(len(triples), of_w)
-    own, len_own = texts(corpus, triples, are_w)
+    own_texts, len_own = texts(corpus, triples, are_w)
     beside = lengths_of(corpus, triples, not of_w)
-    seen = _seen(len_own, beside, of_w)
+    seen_words = _seen(len_own, beside, of_w)
     waiting = np.arange(len(triples))
     for attempt in drawn.T:
         if not len(waiting):
             break
         waiting_triples, words = triples[waiting], attempt[waiting]
-        others = candidates(corpus, pools, waiting_triples, words)
+        replacements = candidates(corpus, pools, waiting_triples, words)
         as_w = of_w | (words & np.uint64(lines)).astype(bool)  # a bit that the draw leaves
-        tokens, lengths = texts(corpus, others, as_w)
-        left = _seen(lengths, beside[waiting], of_w)
-        fits = (lengths > 0) & different_images(corpus, others, waiting_triples)
+        tokens, lengths = texts(corpus, replacements, as_w)
+        remaining = _seen(lengths, beside[waiting], of_w)
+        fits = (lengths > 0) & different_images(corpus, replacements, waiting_triples)
         fits &= as_w | (
-            corpus.second_set[corpus.second_row[others]] != corpus.second_set[corpus.second_row[waiting_triples]]
+            corpus.second_set[corpus.second_row[replacements]] != corpus.second_set[corpus.second_row[waiting_triples]]
         )
-        fits &= ~alike(own[waiting], seen[waiting], tokens, left)
-        other[waiting[fits]], are_w[waiting[fits]] = others[fits], as_w[fits]
+        fits &= ~alike(own_texts[waiting], seen_words[waiting], tokens, remaining)
+        other[waiting[fits]], are_w[waiting[fits]] = replacements[fits], as_w[fits]
         waiting = waiting[~fits]
     return other, are_w
 

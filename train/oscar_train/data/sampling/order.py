@@ -77,7 +77,7 @@ class Order:
 
     def shards(self, begin: int, end: int) -> Iterator[list[int]]:
         """Yield the shards of each window that is needed from position `begin` on, to `end` or a little further."""
-        seen: dict[tuple[int, int, int], None] = {}
+        visited: dict[tuple[int, int, int], None] = {}
         while begin < end:
             epoch, place = self.find(begin)
             starts = self._starts(epoch)
@@ -85,8 +85,8 @@ class Order:
             passed = self._passed(epoch, block, place - int(starts[block]))
             for source, first, last in self._pieces(epoch, block):
                 for number, window, _, _ in self._windows(source, first + passed[source], last):
-                    if (source, number, window) not in seen:
-                        seen[source, number, window] = None
+                    if (source, number, window) not in visited:
+                        visited[source, number, window] = None
                         yield self._plan(source, number)[0][window * self.window :][: self.window].tolist()
             begin += int(starts[block + 1]) - place
 
@@ -114,13 +114,13 @@ class Order:
 
     def _make_block(self, epoch: int, block: int) -> Ints:
         """Return the triples of a block: those of each source in their order, at places drawn for them."""
-        taken = [self._taken(*piece) for piece in self._pieces(epoch, block)]
-        if len(taken) == 1:
-            return taken[0]
-        ends = np.cumsum([0, *map(len, taken)])
+        pieces = [self._taken(*piece) for piece in self._pieces(epoch, block)]
+        if len(pieces) == 1:
+            return pieces[0]
+        ends = np.cumsum([0, *map(len, pieces)])
         places = permutation(self.seed, MIX, epoch, int(ends[-1]), (block, 0))
         triples = np.empty(len(places), np.int64)
-        for part, begin, end in zip(taken, ends, ends[1:], strict=False):
+        for part, begin, end in zip(pieces, ends, ends[1:], strict=False):
             triples[np.sort(places[begin:end])] = part
         return triples
 

@@ -116,8 +116,8 @@ def masked(
         ids with masks, and labels: the token that was there, or -100 where nothing is to be predicted; [B, 35].
     """
     chosen = chosen_tokens(tokenizer, objective, ids, maskable, drawn)
-    some = np.arange(tokenizer.size) if objective.any_token else tokenizer.words
-    random = some[below(drawn[:, _TOKEN], len(some))]
+    replacements = np.arange(tokenizer.size) if objective.any_token else tokenizer.words
+    random = replacements[below(drawn[:, _TOKEN], len(replacements))]
     action = uniform(drawn[:, _ACTION])
     token = np.where(action < 0.8, tokenizer.mask, np.where(action < 0.9, random, ids))
     return np.where(chosen, token, ids).astype(np.int32), np.where(chosen, ids, IGNORED).astype(np.int64)

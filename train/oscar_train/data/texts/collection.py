@@ -194,10 +194,10 @@ def places(rows: pa.RecordBatch, source: Source, number: int, tar_bytes: int, sk
     columns = {name: _numbers(rows, name) for name in PLACES}
     columns["scales_offset"] = rows.column("scales_offset").fill_null(FLOAT16).to_numpy(zero_copy_only=False)
     columns["content"] = np.array([_content(sha) for sha in rows.column("sha256").to_pylist()], np.uint64)
-    for wrong, what in _contradictions(rows, source, tar_bytes):
+    for wrong, contradiction in _contradictions(rows, source, tar_bytes):
         if wrong.any() and not skip_corrupt:
             raise UsageError(
-                f"{FLAG}: {source.named(number)}: image {rows.column('key')[int(wrong.argmax())]} {what}; extract it "
+                f"{FLAG}: {source.named(number)}: image {rows.column('key')[int(wrong.argmax())]} {contradiction}; extract it "
                 "again, or go on without such images: --skip-corrupt"
             )
         columns["features_offset"] = np.where(wrong, UNREADABLE, columns["features_offset"])
@@ -223,8 +223,8 @@ def _contradictions(
         begin, length = _numbers(rows, f"{name}_offset"), _numbers(rows, f"{name}_bytes")
         wrong = length != count * size
         n = int(wrong.argmax())
-        what = f"has {length[n]} {name}_bytes for {count[n]} regions, not {size} each"
-        yield wrong, f"{what} (P = {detector.feature_dim} in manifest.json)"
+        contradiction = f"has {length[n]} {name}_bytes for {count[n]} regions, not {size} each"
+        yield wrong, f"{contradiction} (P = {detector.feature_dim} in manifest.json)"
         outside = (begin < 0) | (length < 0) | (length > tar_bytes - begin)
         yield outside & (tar_bytes >= 0), f"has {name} outside its tar of {tar_bytes:,} bytes"
     yield np.minimum(_numbers(rows, "width"), _numbers(rows, "height")) < 1, "has no size"
