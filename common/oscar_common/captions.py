@@ -70,6 +70,7 @@ def match(wanted: pa.Array, exact: Sequence[pa.Array], paths: pa.Array, ids: pa.
         for mean in means:
             unknown = np.flatnonzero(rows < 0)
             rows[unknown] = find(names.take(pa.array(unknown)), mean)
+
     return rows
 
 
@@ -122,6 +123,7 @@ def _vqa(questions: list[Any], path: Path) -> Iterator[list[str]]:
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     if beside == path or not beside.is_file():
         raise UsageError(f"{FLAG} {path}: questions without answers: no *_annotations.json of the same name beside it")
+
     annotations = read_json(beside, FLAG, lambda o: {k: o[k] for k in _VQA & o.keys()})["annotations"]
     answers = {one["question_id"]: str(one["multiple_choice_answer"]) for one in annotations}
     for question in questions:
@@ -191,6 +193,7 @@ def _tell_ids(names: Iterable[str], path: Path) -> None:
     known = {*TEXT_COLUMNS, "question", "answer", "question_id", "caption_id"}
     if next((name for name in IMAGE_COLUMNS if name in names), None) != "id":
         return
+
     if other_names := [name for name in names if name != "id" and name not in known]:
         print(
             f"warning: {FLAG} {path}: its column id is taken for the image's; of its other columns "
@@ -227,6 +230,7 @@ def _columns(batch: pa.RecordBatch, start: int, source: str) -> pa.Table | None:
     ids = [present[n] for n in ("question_id", "caption_id") if n in present]
     if len(present) < len(by_name) or any(column.null_count for column in ids):
         return None
+
     image, text = ([present[n] for n in names if n in present] for names in (IMAGE_COLUMNS, TEXT_COLUMNS))
     nothing, number = (
         pa.nulls(len(batch), pa.string()),
@@ -236,6 +240,7 @@ def _columns(batch: pa.RecordBatch, start: int, source: str) -> pa.Table | None:
     is_qa = pc.and_(question.is_valid(), answer.is_valid())
     if not image or not (text or pc.all(is_qa).as_py()):
         return None
+
     return columns(
         TEXTS,
         len(batch),
@@ -263,6 +268,7 @@ def _normal(paths: pa.Array) -> pa.Array:
     odd = np.flatnonzero(pc.match_substring_regex(paths, r"^$|//|/$|(^|/)\.\.?(/|$)").to_numpy(zero_copy_only=False))
     if not len(odd):
         return paths
+
     mended = text_array([os.path.normpath(p) for p in paths.take(pa.array(odd)).to_pylist()], pa.string())
     mask = np.zeros(len(paths), bool)
     mask[odd] = True
@@ -281,6 +287,7 @@ def _records(records: Iterable[dict[str, Any]], path: Path, start: int = 0) -> I
                 f"{FLAG} {path}: row {number} has the columns {in_line(', '.join(map(str, record)))}; needed are an "
                 f"image ({', '.join(IMAGE_COLUMNS)}) and a text ({', '.join(TEXT_COLUMNS)}), or question and answer"
             )
+
         for several, item in enumerate(text if isinstance(text, list) else [text]):
             id = str(record.get("caption_id", number if several == 0 else f"{number}-{several}"))
             yield _caption(str(image), "" if item is None else str(item), id)

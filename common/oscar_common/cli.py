@@ -29,14 +29,14 @@ S = TypeVar("S")
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 
 
-def check_local(given: str, flag: str) -> None:
+def check_local(text: str, flag: str) -> None:
     """Refuse a URL where only a path of this machine will do, which would otherwise be a folder named `s3:`.
 
     Raises:
         UsageError: it is a URL.
     """
-    if "://" in given:
-        raise UsageError(f"{flag} {given}: a URL; give a path on this machine (a mounted bucket will do)")
+    if "://" in text:
+        raise UsageError(f"{flag} {text}: a URL; give a path on this machine (a mounted bucket will do)")
 
 
 def flag_of(param: click.Parameter) -> str:
@@ -88,6 +88,7 @@ class Command(click.Command):
         for param in self.get_params(ctx):
             if (record := param.get_help_record(ctx)) is not None:
                 groups.setdefault(self.groups.get(param.name or "", "Options"), []).append(record)
+
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records)
@@ -155,6 +156,7 @@ def settings_command(
                 layer = vars(resumed(resume))
             else:
                 layer = _pipeline(catalog, pipeline, stage) if pipeline is not None else {}
+
             settings = resolve(schema, catalog, layer, {**given_flags, **fixed})
             check_paths(settings)
             function(settings, catalog)
@@ -192,6 +194,7 @@ def run(
     again = f"the same command again {'continues' if continues else 'starts anew'}"
     for name, value in {**SPIN, **environment}.items():
         os.environ.setdefault(name, value)
+
     try:
         with _last_words(f"stopped by SIGTERM; {again}"):
             sys.exit(command.main(arguments, standalone_mode=False) or 0)
@@ -218,6 +221,7 @@ def _last_words(line: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
     process = os.getpid()
 
     def end(number: int, frame: types.FrameType | None) -> None:
@@ -265,6 +269,7 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> click.Option:
     """Make a click option that says its default but is None unless given, so that a pipeline can fill it."""
     if typing.get_origin(hint) is types.UnionType:
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+
     flag = f"--{field.name.replace('_', '-')}"
     is_said = field.default is not None and field.default is not False and field.default is not dataclasses.MISSING
     default = f" [default: {field.default}]" if is_said else ""
@@ -293,6 +298,7 @@ def _said(schema: type[Any], flags: dict[str, Any]) -> dict[str, Any]:
     for field in dataclasses.fields(schema):
         if field.name in given_flags:
             given_flags[field.name] = meaning(given_flags[field.name], f"--{field.name.replace('_', '-')}", field)
+
     return given_flags
 
 
@@ -303,20 +309,20 @@ def _pipeline(catalog: Catalog, name: str, stage: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_with_resume(said: dict[str, Any], settled: Iterable[str]) -> None:
+def _refuse_with_resume(values: dict[str, Any], settled: Iterable[str]) -> None:
     for name in ("pipeline", *settled):
-        value = said.get(name)
+        value = values.get(name)
         if value is not None and value is not False:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"--resume: the run has its own settings and folder; it cannot be given with {flag}")
 
 
-def resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], said: dict[str, Any]) -> S:
+def resolve(schema: type[S], catalog: Catalog, layer: dict[str, Any], values: dict[str, Any]) -> S:
     """Return settings of which a recipe's values are the lowest layer, a pipeline's the next, and flags the highest."""
-    recipe = said.get("recipe") or layer.get("recipe")
+    recipe = values.get("recipe") or layer.get("recipe")
     lowest = {} if recipe is None else vars(_recipe(catalog, recipe, schema))
-    _check_task(recipe, lowest, said)
-    return schema(**{**lowest, **layer, **said})
+    _check_task(recipe, lowest, values)
+    return schema(**{**lowest, **layer, **values})
 
 
 def check_paths(settings: Any) -> None:
@@ -347,6 +353,8 @@ def _recipe(catalog: Catalog, name: str, schema: type[Any]) -> Any:
         recipe = parse(schema, content, name)
     else:
         raise UsageError(f"--recipe {name}: no such file, and no recipe of this name{nearest(name, recipes)}")
+
     if recipe.recipe is not None:
         raise UsageError(f"--recipe {name}: it names another recipe, {recipe.recipe!r}; copy what it should have")
+
     return recipe

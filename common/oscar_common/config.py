@@ -68,11 +68,13 @@ def checked(schema: type[Any], content: Any, place: str) -> dict[str, Any]:
     """Return those values of a dataclass' fields that a mapping has, each of its field's type and in its range."""
     if not isinstance(content, Mapping):
         raise UsageError(f"{place}: {shown(content)} is no mapping of {schema.__name__.lower()} settings")
+
     hints = typing.get_type_hints(schema)
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for key in content:
         if key not in fields:
             raise UsageError(f"{place}: unknown key {shown(key)}{nearest(str(key), fields)}")
+
     return {name: value(hints[name], given, f"{place}: {name}", fields[name]) for name, given in content.items()}
 
 
@@ -87,6 +89,7 @@ def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") ->
         if given is None:
             return None
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+
     if schema := field.metadata.get("values_of"):
         return checked(schema, given, place)
     if typing.get_origin(hint) is dict:
@@ -98,6 +101,7 @@ def value(hint: Any, given: Any, place: str, field: "dataclasses.Field[Any]") ->
         return typed_items
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast("type[Any]", hint), given, place)
+
     return meaning(given if is_word(given, field) else _scalar(hint, given, place, _or_words(field)), place, field)
 
 
@@ -124,6 +128,7 @@ def check_range(given: Any, place: str, field: "dataclasses.Field[Any]") -> None
         return
     if (form := field.metadata.get("pattern")) and not re.fullmatch(PATTERNS[form][0], str(given)):
         raise UsageError(f"{place}: {shown(given)} is not {PATTERNS[form][1]}")
+
     choices, low, high = (field.metadata.get(k) for k in ("choices", "low", "high"))
     if choices and given not in choices:
         raise UsageError(
@@ -141,6 +146,7 @@ def _entries(hint: Any, given: Any, place: str) -> dict[str, Any]:
         raise UsageError(f"{place}: {shown(given)} is no mapping of names to entries")
     if dataclasses.is_dataclass(hint):
         return {str(k): parse(typing.cast("type[Any]", hint), v, f"{place}.{k}") for k, v in given.items()}
+
     return dict(given)
 
 
@@ -153,8 +159,10 @@ def _scalar(hint: Any, given: Any, place: str, instead: str = "") -> Any:
     if hint is float and isinstance(given, str | int) and not isinstance(given, bool):
         with suppress(ValueError):
             return float(given)
+
     if isinstance(given, hint) and (hint is bool or not isinstance(given, bool)):
         return given
+
     quote = "; put it in quotes" if hint is str else ""
     raise UsageError(f"{place}: {shown(given)} is no {_NAMES.get(hint, hint.__name__)}{instead}{quote}")
 

@@ -67,6 +67,7 @@ def check_output_file(
         raise UsageError(f"{flag} {path}: a folder; give a file to write")
     if not makes_folder and not path.parent.exists():
         raise UsageError(f"{flag} {path}: no such folder: {path.parent}; make it, or give another {flag}")
+
     check_writable(path.parent, f"{flag} {path}", flag)
     if path.exists() and not overwrite and not _has_mark(path, mark):
         raise UsageError(
@@ -89,6 +90,7 @@ def check_output_folder(folder: Path, flag: str, marks: Iterable[str]) -> None:
     check_writable(folder, f"{flag} {folder}", flag)
     if not folder.exists() or any(next(folder.glob(mark), None) for mark in marks):
         return
+
     strangers = (path.name for path in folder.iterdir() if not path.name.startswith(".") and path.suffix not in LOGS)
     if (stranger := next(strangers, None)) is not None:
         raise UsageError(
@@ -127,6 +129,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the name `path` only if the block ends without an exception."""
     with unfinished(path) as file:
         yield file
+
     try:
         rename(path)
     except BaseException:
@@ -158,13 +161,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     unfinished = temporary(path)
     restore_folder(path)
     remove(unfinished)
+
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
         for content in [*unfinished.rglob("*"), unfinished]:
             _sync(content)
+
         if path.exists():
             path.replace(aside(path))
+
         unfinished.replace(path)
     except BaseException:
         if aside(path).exists() and not path.exists():
@@ -216,8 +222,10 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UsageError(f"{flag} {folder}: cannot be written: {error.strerror}; give another {flag}") from None
+
     if handle is None:
         raise OperationError(f"{folder}: another process is writing there; wait for it, or give another {flag}")
+
     try:
         yield
     finally:
@@ -244,9 +252,11 @@ def hold(path: Path, surely: bool = False) -> int | None:
                 os.close(handle)
                 return None
             return handle
+
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
+
         os.close(handle)  # its last owner removed it in between
 
 

@@ -30,6 +30,7 @@ def free_memory(processes: int = 1) -> int:
     )
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     alone = UNLIMITED if soft_limit == resource.RLIM_INFINITY else soft_limit - psutil.Process().memory_info().vms
+
     return int(max(0, min(shared // processes, alone)))
 
 
@@ -45,6 +46,7 @@ def _free_in_groups(membership: Path, root: Path) -> Iterator[int]:
         _, controllers, name = line.split(":", 2)
         if "memory" not in (controllers or "memory").split(","):
             continue
+
         top = root / "memory" if controllers else root
         place = top / name.strip("/")
         for folder in [place, *place.parents]:
@@ -64,5 +66,6 @@ def _free_in(folder: Path) -> Iterator[int]:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # there is none, or it is "max"
             continue
+
         if most < UNLIMITED:
             yield most - used + int(stat.get(cached, 0))

@@ -28,6 +28,7 @@ def each(function: Callable[[T], R], things: Sequence[T], workers: int | None = 
     if count <= 1:
         yield from ((thing, function(thing)) for thing in things)
         return
+
     pool = ProcessPoolExecutor(count, get_context("spawn"), _begin)
     try:
         waiting = {pool.submit(function, thing): thing for thing in things}

@@ -81,6 +81,7 @@ def meter(unit: str, total: int, done: int = 0, refusal: str = "rejected") -> It
     if not console.is_terminal:
         yield shown
         return
+
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=console) as shown._bar:
         shown._task = shown._bar.add_task(unit, total=total, completed=done, text="")

@@ -67,6 +67,7 @@ def setting(
     }
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
+
     return field(default=default, metadata=metadata)
 
 

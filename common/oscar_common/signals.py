@@ -15,6 +15,7 @@ def handled(numbers: Iterable[signal.Signals], handler: Handler) -> Iterator[Non
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

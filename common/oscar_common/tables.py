@@ -64,6 +64,7 @@ def columns(schema: pa.Schema, length: int, **given: object) -> pa.Table:
         if not isinstance(value, pa.Array | pa.ChunkedArray):
             value = pa.repeat(text_array([value], column.type)[0], length)
         arrays.append(value.cast(column.type))
+
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -71,11 +72,13 @@ def array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """Return a column as one array."""
     if not isinstance(column, pa.ChunkedArray):
         return column
+
     combined = column.combine_chunks()
     if not isinstance(combined, pa.ChunkedArray):
         return combined
     if combined.num_chunks > 1:
         raise OverflowError("more than 2 GiB of text in one column; plan fewer datasets at once")
+
     return combined.chunk(0)
 
 

@@ -112,6 +112,7 @@ def table_rows(path: Path, flag: str, *, ragged: bool = False) -> Iterator[list[
     for number, row in (_tsv_rows if path.suffix.lower() == ".tsv" else csv_rows)(path, flag):
         if not any(row):
             continue
+
         width = width or len(row)
         if not ragged and len(row) > width and any(row[width:]):
             mark, instead = ("tab", "write it as a space") if path.suffix.lower() == ".tsv" else ("comma", "quote it")
@@ -119,6 +120,7 @@ def table_rows(path: Path, flag: str, *, ragged: bool = False) -> Iterator[list[
                 f"{flag} {path}: line {number} has {len(row)} cells, the first row {width}; if a text has a {mark} in "
                 f"it, {instead}"
             )
+
         yield row
 
 
@@ -173,6 +175,7 @@ def _split(texts: Iterable[str]) -> Iterator[str]:
             yield "".join(pieces) + end
             yield from (line + end for line in rest[:-1])
             pieces = rest[-1:]
+
     if last := "".join(pieces):
         yield last
 
@@ -197,11 +200,13 @@ def _begun(head: bytes) -> tuple[str, bytes]:
     mark, encoding = next(((mark, name) for mark, name in MARKS if head.startswith(mark)), (b"", "utf-8"))
     if encoding == "utf-32":
         raise NotText("it is in UTF-32", encoding)
+
     beginning = head[:HEAD]
     even, odd = beginning[::2].count(0), beginning[1::2].count(0)
     if not mark and max(even, odd) > len(beginning) // 4 > 2 * min(even, odd):
         guess = "utf-16le" if odd > even else "utf-16be"
         raise NotText("it seems to be in UTF-16, without the byte-order mark that would say so", guess)
+
     return encoding, head[len(mark) :]
 
 
@@ -214,4 +219,5 @@ def _fault(error: UnicodeDecodeError, encoding: str, last: str, before: int) -> 
     shown = f"byte 0x{content[error.start]:02x}" + (f" after {tail!r}" if tail else "")
     if encoding == "utf-8":
         return NotText(f"line {number} is not UTF-8 ({shown}); it may be Latin-1", "latin1")
+
     return NotText(f"line {number} is not the UTF-16 that its byte-order mark promises ({shown})", "")

@@ -27,6 +27,8 @@ def read_names(flag: str, file: Path, key: str = "") -> list[str]:
         raise UsageError(f"{flag} {file}: it has no {key!r}; give VinVL's label map or one name a line") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{flag} {file}: cannot be read as one name a line or a label map: {reason(error)}") from None
+
     if not lines:
         raise UsageError(f"{flag} {file}: no name in it; give one name a line")
+
     return [line.split(",")[0].strip().lower() for line in lines]

@@ -43,12 +43,16 @@ def fault(path: Path, error: Exception) -> str:
     """Return in one line why a file could not be read as weights."""
     with path.open("rb") as file:
         begin = file.read(64).lstrip()
+
     if not begin:
         return "it is empty; download it again"
+
     for magic, line in FOREIGN.items():
         if begin.startswith(magic):
             return line
+
     if "weights_only" in str(error):  # torch's own words advise to execute what is in the file
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         return f"it holds a {match[1]}; only tensors are read" if match else "it is not a file of tensors, or damaged"
+
     return reason(error)

@@ -55,6 +55,7 @@ def command(settings: Extract, catalog: Catalog) -> None:
     if settings.check:
         _check(settings, joins)
         return
+
     with STOP.watched():
         if joins:
             _join(settings)
@@ -72,6 +73,7 @@ def _begin(settings: Extract, catalog: Catalog) -> None:
     needs_detector = not settings.plan_only and settings.rate is None
     if needs_detector:
         _need_detectron2()
+
     from oscar_extract.plan import plan_of
 
     plan = plan_of(request, settings)
@@ -113,6 +115,7 @@ def _check(settings: Extract, joins: bool) -> None:
     """
     if not joins:
         raise UsageError("--check: it goes with --resume OUT")
+
     from oscar_extract.folder.progress import as_json, check_complete, print_progress, progress_of
 
     progress = progress_of(Path(settings.out or "."))
@@ -120,6 +123,7 @@ def _check(settings: Extract, joins: bool) -> None:
         print(json.dumps(as_json(progress)))
     else:
         print_progress(progress)
+
     check_complete(progress)
 
 
@@ -150,6 +154,7 @@ def check(settings: Extract) -> None:
         raise UsageError(
             "--workers is for this machine; with --scheduler its own workers do the work: give one of them"
         )
+
     if settings.out is not None and not settings.dry_run:
         check_output_folder(Path(settings.out), "--out", OWN_FILES)
 
@@ -167,6 +172,7 @@ def choose_detector(settings: Extract, catalog: Catalog) -> Detector:
             f"--detector {settings.detector}: not a .yaml config file, not in detectron2's model zoo, "
             f"and not a known name{hint}"
         )
+
     flags = {name: getattr(settings, name) for name in ("weights", "classes", "attributes", "preset")}
     chosen = dataclasses.replace(entry, **{name: flag for name, flag in flags.items() if flag is not None})
     if chosen.config == "builtin" and chosen.weights is None and chosen.preset not in (None, "detectron2"):
@@ -174,6 +180,7 @@ def choose_detector(settings: Extract, catalog: Catalog) -> Detector:
             f"--preset {chosen.preset}: the built-in detector follows detectron2; leave --preset out, or give another "
             "--detector"
         )
+
     return chosen
 
 

@@ -62,8 +62,10 @@ def journal(tar: Path) -> Iterator[Journal]:
     path = tar.with_name(TEMPORARY + tar.with_suffix(".decoding").name)
     private_path = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
     handle = os.open(private_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
     with suppress(FileNotFoundError), path.open("rb") as earlier:
         os.pwrite(handle, earlier.read(LONGEST), 0)
+
     record = Journal(handle)
     private_path.replace(path)
     try:
@@ -108,6 +110,7 @@ class Decoders:
                 task.future.set_result(self.work(task.number))
             except BaseException as error:
                 task.future.set_exception(error)
+
             self.record.note(slot, None)
             if task.abandoned:
                 return

@@ -78,14 +78,17 @@ def detect_regions(
     """
     if min_boxes is not None and max_boxes is not None and min_boxes > max_boxes:
         raise ValueError(f"min_boxes {min_boxes} is more than max_boxes {max_boxes}")
+
     pixels = image if isinstance(image, np.ndarray) else decode(read_bytes(image))
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}; give uint8 RGB [H, W, 3]")
+
     selection = choose_selection(detector.preset.selection, least=min_boxes, most=max_boxes, threshold=score_threshold)
 
     regions = detect(detector, [make_input(detector, pixels)], selection)[0]
     if isinstance(regions, RefusedImage):
         raise regions
+
     return regions
 
 
@@ -98,6 +101,7 @@ def detect(detector: Detector, inputs: list[Input], selection: Selection) -> lis
     proposals = preset.propose(model, images, maps, targets)
     detections = classify(detector, maps, proposals, targets)
     selected = preset.select(model.roi_heads.box_predictor, detections, selection)
+
     return collect(detector, inputs, maps, detections, selected)
 
 
@@ -173,26 +177,29 @@ def _chunks(boxes: list[Tensor], size: int) -> list[list[Boxes]]:
     image = torch.cat([torch.full((len(b),), n) for n, b in enumerate(boxes)])
     everything = torch.cat(boxes)
     chunks = []
+
     for start in range(0, max(len(everything), 1), size):
         numbers = torch.bincount(image[start : start + size], minlength=len(boxes)).tolist()
         chunks.append([Boxes(b) for b in everything[start : start + size].split(numbers)])
+
     return chunks
 
 
 def collect(
-    detector: Detector, inputs: list[Input], maps: dict[str, Tensor], found: Candidates, kept: Kept
+    detector: Detector, inputs: list[Input], maps: dict[str, Tensor], candidates: Candidates, selected: Kept
 ) -> list[Regions | RefusedImage]:
     """Bring a batch's kept regions to the host, to the original pixels and to the types of a sample.
 
     A feature too large for float16 becomes infinite.
     """
     head = getattr(detector.model.roi_heads, "attribute_head", None)
-    described = detector.preset.describe(head, found, kept) if head else None
-    features = _features(detector, maps, found, kept).half().cpu()
-    numbers = kept.number.tolist()
-    sound = finite_images(detector, maps, found, proposes=all(numbers)).tolist()
-    boxes, scores, classes = kept.boxes.cpu(), kept.scores.cpu(), kept.classes.cpu()
+    described = detector.preset.describe(head, candidates, selected) if head else None
+    features = _features(detector, maps, candidates, selected).half().cpu()
+    numbers = selected.number.tolist()
+    sound = finite_images(detector, maps, candidates, proposes=all(numbers)).tolist()
+    boxes, scores, classes = selected.boxes.cpu(), selected.scores.cpu(), selected.classes.cpu()
     attributes = [t.cpu() for t in described] if described else None
+
     return [
         Regions(
             boxes=_original(boxes[i, :number], item),
@@ -207,7 +214,7 @@ def collect(
     ]
 
 
-def finite_images(detector: Detector, maps: dict[str, Tensor], found: Candidates, proposes: bool) -> Tensor:
+def finite_images(detector: Detector, maps: dict[str, Tensor], candidates: Candidates, proposes: bool) -> Tensor:
     """Return for which images all that the network computes is finite, bool [B].
 
     Selection passes over what is not, so that it would look as if nothing was there. The RPN's outputs are not at hand:
@@ -216,18 +223,20 @@ def finite_images(detector: Detector, maps: dict[str, Tensor], found: Candidates
     rpn = detector.model.proposal_generator
     heads = [] if proposes else [t for of_head in rpn.rpn_head([maps[f] for f in rpn.in_features]) for t in of_head]
     whole = [t.isfinite().flatten(1).all(dim=1) for t in (*maps.values(), *heads)]
-    rows = [t.isfinite().all(dim=2) | ~found.valid for t in (found.features, found.logits, found.deltas)]
+    rows = [
+        t.isfinite().all(dim=2) | ~candidates.valid for t in (candidates.features, candidates.logits, candidates.deltas)
+    ]
     return torch.stack([*whole, *(t.all(dim=1) for t in rows)]).all(dim=0)
 
 
-def _features(detector: Detector, maps: dict[str, Tensor], found: Candidates, kept: Kept) -> Tensor:
+def _features(detector: Detector, maps: dict[str, Tensor], candidates: Candidates, selected: Kept) -> Tensor:
     """Return the features of the kept regions, [B, M, P]; those beyond an image's number say nothing."""
     if detector.preset.pool_again:
-        numbers = kept.number.tolist()
-        rows = pool(detector, maps, [boxes[:n] for boxes, n in zip(kept.boxes, numbers, strict=True)])
+        numbers = selected.number.tolist()
+        rows = pool(detector, maps, [boxes[:n] for boxes, n in zip(selected.boxes, numbers, strict=True)])
         return pad(list(rows.split(numbers)))[0]
-    images = torch.arange(len(kept.index), device=kept.index.device)[:, None]
-    return found.features[images, kept.index]
+    images = torch.arange(len(selected.index), device=selected.index.device)[:, None]
+    return candidates.features[images, selected.index]
 
 
 def _original(boxes: Tensor, item: Input) -> npt.NDArray[np.float32]:

@@ -104,6 +104,7 @@ def load_detector(name: str, entry: settings.Detector, device: str, precision: s
         attributes=attributes,
         feature_dim=model.roi_heads.box_predictor.cls_score.in_features,
     )
+
     return Detector(model=model, cfg=cfg, preset=preset, precision=precision, record=record)
 
 
@@ -122,12 +123,14 @@ def load_config(name: str, config: str) -> CfgNode:
     path = CONFIGS.get(config) or zoo_config(config) or Path(config)
     if not path.is_file():
         raise UsageError(f"--detector {name}: no such detectron2 config file: {config}")
+
     cfg = get_cfg()
     add_config(cfg)
     try:
         cfg.merge_from_file(str(path), allow_unsafe=False)
     except Exception as error:  # yaml, yacs and fvcore each raise their own kinds; all mean that the file is no config
         raise UsageError(f"--detector {path}: not a detectron2 config: {reason(error)}") from None
+
     return cfg
 
 
@@ -144,12 +147,14 @@ def _weights_of(name: str, entry: settings.Detector, configured: str) -> Path:
             url = model_zoo.get_checkpoint_url(entry.config.removesuffix(".yaml") + ".yaml")
         except RuntimeError:
             raise UsageError(f"--detector {name}: the model zoo has no weights for it; give --weights FILE") from None
+
         return local_file(name, url)
     if not configured or "://" in configured:
         raise UsageError(
             f"--detector {name}: no file of its weights is known{f', only {configured}' if configured else ''}; "
             "give one with --weights FILE (docs/numerics.md says where they come from)"
         )
+
     return Path(configured)
 
 
@@ -166,6 +171,7 @@ def choose_preset(name: str | None, family: Family, path: Path) -> Preset:
     if name not in family.presets and family is not DETECTRON2:
         allowed = " or ".join(family.presets)
         raise UsageError(f"--preset {name}: --weights {path} is of family {family.name}, which goes with {allowed}")
+
     return PRESETS[name]
 
 
@@ -180,6 +186,7 @@ def build(name: str, cfg: CfgNode) -> Any:
         model = build_model(cfg).eval().requires_grad_(False)
     except (KeyError, AssertionError, ValueError, RuntimeError) as error:
         raise UsageError(f"--detector {name}: detectron2 cannot build it: {reason(error)}") from None
+
     _check_architecture(name, model)
     return model
 
@@ -244,10 +251,12 @@ def _classes(name: str, cfg: CfgNode, entry: settings.Detector) -> list[str]:
         return read_names("--classes", NAMES / "objects.txt")
     else:
         names, where = known_names(cfg), f"its training set {cfg.DATASETS.TRAIN} is known with"
+
     if len(names) != count:
         raise UsageError(
             f"--detector {name}: it has {count} classes, but {where} {len(names)}; give --classes FILE, one name a line"
         )
+
     return names
 
 
@@ -258,9 +267,11 @@ def _attributes(name: str, cfg: CfgNode, entry: settings.Detector) -> list[str]:
         names = read_names("--attributes", Path(file), "attribute_to_idx")
     else:
         names = read_names("--attributes", NAMES / "attributes.txt") if count == VISUAL_GENOME[1] else []
+
     if len(names) != count:
         raise UsageError(
             f"--detector {name}: it has {count} attributes, but {file or 'this package'} has {len(names)} names for "
             "them; give --attributes FILE, one name a line"
         )
+
     return names

@@ -70,6 +70,7 @@ def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None =
                 raise RefusedImage("unreadable", "not a regular file")
             if (status.st_size if size is None else size) > MAX_BYTES:
                 raise RefusedImage("too-large", f"file of more than {MAX_BYTES >> 20} MiB")
+
             file.seek(offset)
             return file.read(-1 if size is None else size)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
@@ -91,12 +92,14 @@ def decode_apart(content: bytes, timeout: float) -> npt.NDArray[np.uint8]:
         done = subprocess.run(command, input=content, capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise RefusedImage("timeout", f"decoding takes longer than {timeout:g} s") from None
+
     if done.returncode == 0:
         pixels: npt.NDArray[np.uint8] = np.load(io.BytesIO(done.stdout), allow_pickle=False)
         return pixels
     if done.returncode == REFUSED:
         reason, _, message = done.stderr.decode(errors="replace").strip().partition(" ")
         raise RefusedImage(reason, message)
+
     raise RefusedImage("crash", f"the decoder died with {done.returncode}")
 
 

@@ -154,6 +154,7 @@ def download(folder: Path) -> Path:
     sha256 = hashlib.sha256(sdist.read_bytes()).hexdigest()
     if sha256 != SDIST_SHA256:
         raise InstallError(f"{sdist.name} has sha256 {sha256}, expected {SDIST_SHA256}; nothing was installed")
+
     return sdist
 
 
@@ -175,15 +176,18 @@ def wheel_members(sdist: Path) -> Iterator[tuple[str, bytes]]:
             for folder, target in PROJECTS.items():
                 if name.startswith(folder):
                     name = target + name.removeprefix(folder)
+
             stream = tar.extractfile(member) if member.isfile() else None
             if stream is None:
                 continue
+
             if name == "LICENSE":
                 yield f"{DIST_INFO}/LICENSE", stream.read()
             elif name.startswith("detectron2/") and name.endswith(".py"):
                 yield name, mend(name, stream.read().decode()).encode()
             elif name.startswith("detectron2/"):
                 yield name, stream.read()
+
     yield "detectron2/_C.py", NO_COMPILED_OPS.encode()
     yield f"{DIST_INFO}/METADATA", METADATA.encode()
     yield f"{DIST_INFO}/WHEEL", WHEEL.encode()
@@ -196,11 +200,13 @@ def build_wheel(sdist: Path, folder: Path) -> Path:
     members[f"{DIST_INFO}/RECORD"] = "\n".join([*record, f"{DIST_INFO}/RECORD,,", ""]).encode()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"detectron2-{VERSION}-py3-none-any.whl"
+
     with zipfile.ZipFile(path, "w") as wheel:
         for name, content in members.items():
             entry = zipfile.ZipInfo(name, date_time=(2021, 7, 23, 0, 0, 0))  # v0.5's release day
             entry.external_attr = 0o644 << 16
             wheel.writestr(entry, content, zipfile.ZIP_DEFLATED)
+
     return path
 
 
@@ -217,12 +223,14 @@ def install(wheel_dir: Path | None) -> None:
         return
     if version:
         raise InstallError(f"detectron2 {version} is installed, 0.5 or newer is needed: pip uninstall detectron2 first")
+
     with tempfile.TemporaryDirectory() as temporary:
         print("downloading detectron2 0.5", flush=True)
         wheel = build_wheel(download(Path(temporary)), wheel_dir or Path(temporary))
         if wheel_dir:
             print(f"wrote {wheel}")
             return
+
         print("installing detectron2 0.5 and what it needs", flush=True)
         pip("install", "--quiet", "--use-pep517", str(wheel))  # some of its dependencies are published as sources
 

@@ -38,6 +38,7 @@ def detect_within(
             limit.images = len(part) // 2
             shape = f"{part[0].target.width}x{part[0].target.height}"
             print(f"out of memory at {len(part)} images of {shape}: going on with {limit.images}", file=sys.stderr)
+
     return results
 
 

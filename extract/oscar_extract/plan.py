@@ -93,12 +93,15 @@ def plan_of(request: Request, settings: Extract) -> Plan:
     """
     with phase("listing files"):
         input_files = find_files(request)
+
     choices = settings.images_per_shard, settings.limit, settings.shuffle_seed
     inputs = inputs_digest(request, input_files, *choices)
     if settings.out and not settings.overwrite and (plan := saved_plan(Path(settings.out), inputs, cache_of(settings))):
         return plan
+
     with phase("looking into tars"):
         inventory = take_inventory(input_files)
+
     with phase("reading and joining datasets"):
         return make_plan(read_corpus(request, inventory), request, inputs, *choices)
 
@@ -110,6 +113,7 @@ def make_plan(
     order = np.arange(len(corpus.image))
     if shuffle_seed is not None:
         order = np.random.Generator(np.random.Philox(shuffle_seed)).permutation(len(order))
+
     table = _table(corpus, request, order[:limit])
     left_out = corpus.left_out
     absent = _value_counts(left_out["reason"])
@@ -126,6 +130,7 @@ def make_plan(
         num_shards=-(-len(table) // images_per_shard),
         sha256=_digest([array(table[name]) for name in CONTENT]),
     )
+
     return Plan(
         roots=corpus.roots, table=table, counts=_counts(corpus), left_out=left_out, record=record, inputs=inputs
     )
@@ -139,6 +144,7 @@ def _table(corpus: Corpus, request: Request, order: Ints) -> pa.Table:
     starts = np.searchsorted(corpus.text_row, np.arange(len(corpus.image) + 1)).astype(np.int32)
     structs = pa.StructArray.from_arrays([array(corpus.texts[f.name]) for f in TEXT], fields=list(TEXT))
     files = corpus.files.take(pa.array(order))
+
     return pa.table(
         [
             make_keys(ids if alone else image),
@@ -161,6 +167,7 @@ def make_keys(ids: pa.Array) -> pa.Array:
     )
     hard = np.flatnonzero(~easy.to_numpy(zero_copy_only=False))
     made = pa.array([make_key(i) for i in ids.take(pa.array(hard)).to_pylist()], pa.string())
+
     return pc.replace_with_mask(keys, pc.invert(easy), made)
 
 
@@ -171,6 +178,7 @@ def _counts(corpus: Corpus) -> list[Count]:
     left_out = corpus.left_out
     names = pc.unique(pa.concat_tables([images.select(["dataset"]), left_out.select(["dataset"])])["dataset"])
     count_images, count_texts = _value_counts(images["dataset"]), _value_counts(of_text["dataset"])
+
     return [
         Count(
             dataset=name,
@@ -186,15 +194,15 @@ def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
     return {row["values"]: row["counts"] for row in pc.value_counts(column).to_pylist()}
 
 
-def inputs_digest(request: Request, found: Listing, *settings: object) -> str:
+def inputs_digest(request: Request, listing: Listing, *settings: object) -> str:
     """Return a hash of all that a plan is made from: the request, the files found, sizes and times of what is read.
 
     Of tars that is all; to look for their members again would take minutes.
     """
     captions = [Path(p.captions) for p in request.parts if p.captions]
     read = [
-        *found.annotations,
-        *(tar for _, tar, _ in found.tars if isinstance(tar, Path)),
+        *listing.annotations,
+        *(tar for _, tar, _ in listing.tars if isinstance(tar, Path)),
         *request.exclude,
         *captions,
     ]
@@ -203,7 +211,8 @@ def inputs_digest(request: Request, found: Listing, *settings: object) -> str:
     stats = [(str(p), s.st_size, s.st_mtime_ns) for p in read if p.exists() for s in [p.stat()]]
     request_text = repr(dataclasses.replace(request, out=None, splits=frozenset()))  # the order of a set is not fixed
     content = json.dumps([request_text, sorted(request.splits), settings, stats])
-    return _digest([array(found.files[n]) for n in ("root", "path")], content)
+
+    return _digest([array(listing.files[n]) for n in ("root", "path")], content)
 
 
 def _digest(columns: list[pa.Array], first: str = "") -> str:
@@ -245,6 +254,7 @@ def write_plan(out: Path, plan: Plan) -> None:
     with replacing(out / PLAN_FILE) as file:
         table = plan.table.replace_schema_metadata({"oscar.plan": json.dumps(metadata)})
         write_sealed(table, file, compression="zstd", row_group_size=size * -(-GROUP // size))
+
     if len(plan.left_out):
         with replacing(out / LEFT_OUT_FILE) as file:
             write_sealed(plan.left_out, file, compression="zstd")
@@ -256,12 +266,12 @@ def _described(root: Root) -> Any:
     return {"url": root.url, "files": root.files} if isinstance(root, RemoteTars) else str(root.absolute())
 
 
-def _roots(said: dict[str, Any], cache: Cache) -> list[Root]:
+def _roots(values: dict[str, Any], cache: Cache) -> list[Root]:
     return [
         RemoteTars(root["url"], {name: Stamp(*stamp) for name, stamp in root["files"].items()}, cache)
         if isinstance(root, dict)
         else Path(root)
-        for root in said["roots"]
+        for root in values["roots"]
     ]
 
 

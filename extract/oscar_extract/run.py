@@ -41,6 +41,7 @@ def dry_run(job: Job, plan: Plan) -> None:
     if job.settings.rate is not None:
         print_size(estimate(job, plan, job.settings.rate), job.settings.rate)
         return
+
     with choose_workers(job, plan, plan.record.num_images, plan.record.num_shards) as workers:
         survey = workers.survey(job, trial_of(job, plan, DRY_SECONDS))
         print_estimate(plan, survey, workers.describe(), speedup(job, workers))
@@ -84,11 +85,13 @@ def run(job: Job, plan: Plan, joins: bool = False) -> None:
         prepare(job, plan, survey.manifest)
         if settings.overwrite:
             remaining = Remaining(job, record)
+
         remaining.sweep()
         print_start(plan, survey, out, workers.describe())
 
         with meter("images", record.num_images, record.num_images - left) as progress:
             done = list(follow(workers, job, record, remaining, progress))
+
         is_last = remaining.finish()
         time = f"{progress.seconds:,.0f} s, {progress.rate:.1f} images/s" if todo else "nothing was left to do"
         memory = max([survey.memory, *(d.memory for d in done)])
@@ -97,10 +100,12 @@ def run(job: Job, plan: Plan, joins: bool = False) -> None:
 
     if remaining.given_up:
         raise given_up(remaining.given_up)
+
     if joins and not is_last:
         print(f"all shards are done, {len(done):,} of them by this command; {time}; {use}", flush=True)
     else:
         print_summary(out, plan, time, use, lost)
+
     check_rejects(out, plan, settings.max_reject_fraction)
 
 
@@ -134,6 +139,7 @@ def choose_workers(job: Job, plan: Plan, images: int, shards: int) -> Iterator[W
         with remote_cluster(settings.scheduler) as remote:
             yield remote
         return
+
     devices = gpus() if settings.device != "cpu" else []
     count = settings.workers or min(len(devices) or cores(), max(1, images // WORTH))
     if settings.workers and count > shards > 0:
@@ -142,10 +148,12 @@ def choose_workers(job: Job, plan: Plan, images: int, shards: int) -> Iterator[W
             "--images-per-shard makes more",
             file=sys.stderr,
         )
+
     count = min(count, max(shards, 1))
     if count == 1 or settings.dry_run:
         yield Here()
         return
+
     with local_cluster(count, devices, cores()) as local:
         yield local
 
@@ -182,8 +190,10 @@ def follow(workers: Workers, job: Job, record: PlanRecord, remaining: Remaining,
                 remaining.left.pop(done.shard, None)
                 got_on = True
                 yield done
+
         for number in remaining.done_by_others:
             tell(number, record.images_in(number), 0)
+
         whole.update(remaining.done_by_others)
 
         if remaining.left and not got_on:

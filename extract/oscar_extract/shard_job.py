@@ -109,6 +109,7 @@ def _equip(entry: Entry, key: EquipmentKey) -> Equipment:
     detector = replace(detector, record=replace(detector.record, dtype=key.dtype))
     if key.compile:
         compile_network(detector.model)
+
     selection = choose_selection(
         detector.preset.selection,
         least=key.min_boxes,
@@ -127,11 +128,13 @@ def survey(job: Job, trial: Trial) -> Survey:
     )
     regions = 0
     marks = [(monotonic(), 0)]  # when each part was done, and how many images with it
+
     for part in detect_ahead(job, tools, loaded):
         marks.append((monotonic(), marks[-1][1] + len(part)))
         regions += sum(len(i.regions.tags) for i in part if isinstance(i, Sample))
         if marks[-1][0] - marks[min(len(marks) - 1, job.threads)][0] > trial.seconds or not trial.seconds:
             break
+
     images = marks[-1][1]
     record = tools.detector.record
     return Survey(
@@ -191,6 +194,7 @@ def extract_shard(job: Job, share: Share, tell: Callable[[int, int], None]) -> D
             f"{platform.node()} has another detector than {job.out}/manifest.json says; give all workers the same "
             "software and weights"
         )
+
     tar = shard_path(job.out, job.settings.name, share.shard)
     images = rejects = 0
     with holding(job.out, tar, share) as held:
@@ -211,6 +215,7 @@ def extract_shard(job: Job, share: Share, tell: Callable[[int, int], None]) -> D
         with journal(tar) as record:
             items = with_twins(counted(extract(job, tools, roots, planned, record)), planned)
             is_taken = finish_shard(held, share, items, manifest.layout)
+
     return Done(shard=share.shard, images=images, rejects=rejects, memory=peak_memory(), taken=is_taken)
 
 
@@ -231,6 +236,7 @@ def extract(
         image or Reject(path=planned[n].path, reason="timeout", message=late)
         for n, image in zip(numbers, decoders.map(numbers, count), strict=True)
     )
+
     for items in detect_ahead(job, tools, loaded):
         yield from items
 
@@ -293,6 +299,7 @@ def _sample_or_reject(image: Loaded, regions: Regions | RefusedImage | None) -> 
         return Reject(path=image.record.path, reason="no-regions", message="the detector proposes no region")
     if unfit := unfit_numbers(regions):
         return Reject(path=image.record.path, reason=unfit[0], message=unfit[1])
+
     return Sample(key=image.planned.key, image=image.record, regions=regions, texts=image.planned.texts)
 
 
@@ -306,6 +313,7 @@ def _load(detector: Detector, roots: list[Root], image: PlannedImage, job: Job, 
         prepared = make_input(detector, pixels)
     except RefusedImage as refused:
         return Reject(path=image.path, reason=refused.reason, message=str(refused))
+
     height, width = pixels.shape[:2]
     record = ImageRecord(
         source=image.source,
@@ -329,6 +337,7 @@ def in_batches(items: Iterable[Loaded | Reject], size: int) -> Iterator[list[Loa
         if isinstance(item, Reject):
             yield item
             continue
+
         shape = (item.input.target.height, item.input.target.width)
         group = waiting.setdefault(shape, [])
         group.append(item)
@@ -336,8 +345,10 @@ def in_batches(items: Iterable[Loaded | Reject], size: int) -> Iterator[list[Loa
         ready = shape if len(group) == size else None
         if images > PENDING_BATCHES * size or size_in_bytes > PENDING_BYTES:
             ready = ready or next(iter(waiting))
+
         if ready:
             batch = waiting.pop(ready)
             images, size_in_bytes = images - len(batch), size_in_bytes - sum(i.input.pixels.nbytes for i in batch)
             yield batch
+
     yield from waiting.values()

@@ -72,8 +72,10 @@ def feature_dim(cfg: Any) -> int:
     """Return P, the numbers of a region's feature, of a detectron2 config."""
     if "Res5" in cfg.MODEL.ROI_HEADS.NAME:
         return int(cfg.MODEL.RESNETS.RES2_OUT_CHANNELS) * 8
+
     head = cfg.MODEL.ROI_BOX_HEAD
     if head.NUM_FC:
         return int(head.FC_DIM)
+
     channels = head.CONV_DIM if head.NUM_CONV else cfg.MODEL.FPN.OUT_CHANNELS
     return int(channels) * int(head.POOLER_RESOLUTION) ** 2

@@ -41,10 +41,12 @@ def print_corpus(plan: Plan) -> None:
     table = Table("dataset", title="corpus", title_justify="left")
     for name in ("images", "texts", *(["Oscar's images / texts"] if published else []), "left out"):
         table.add_column(name, justify="left" if name == "left out" else "right")
+
     for row in plan.counts:
         left_out = ", ".join(f"{reason} {n:,}" for reason, n in sorted(row.left_out.items()))
         paper = [PAPER.get(row.dataset, "")] if published else []
         table.add_row(row.dataset, f"{row.images:,}", f"{row.texts:,}", *paper, left_out)
+
     record = plan.record
     table.add_section()
     paper = ["4.1M / 6.5M"] if published else []
@@ -52,21 +54,21 @@ def print_corpus(plan: Plan) -> None:
     _print(table)
 
 
-def print_estimate(plan: Plan, found: Survey, workers: str, speedup: int) -> None:
+def print_estimate(plan: Plan, survey: Survey, workers: str, speedup: int) -> None:
     """Print the plan, and what a sample says of the time and the bytes that it will take."""
-    record, rate = plan.record, found.images_per_second * speedup
+    record, rate = plan.record, survey.images_per_second * speedup
     table = Table("", "", title="plan", title_justify="left", show_header=False)
     table.add_row(
         "images", f"{record.num_images:,} in {plural(record.num_shards, 'shard')} of up to {record.images_per_shard:,}"
     )
-    table.add_row("bytes", f"about {_bytes(found.bytes_per_image * record.num_images)}")
-    detector = found.manifest.detector
+    table.add_row("bytes", f"about {_bytes(survey.bytes_per_image * record.num_images)}")
+    detector = survey.manifest.detector
     table.add_row(
-        "detector", f"{detector.name}, preset {detector.preset}, P = {detector.feature_dim}, on {found.device}"
+        "detector", f"{detector.name}, preset {detector.preset}, P = {detector.feature_dim}, on {survey.device}"
     )
     table.add_row("pace", f"{rate:,.1f} images/s ({workers}; measured on a short sample)")
     table.add_row("time", f"about {duration(record.num_images / rate)}" if rate else "unknown: no image could be used")
-    table.add_row("memory", f"{found.memory / 1e9:.2f} GB a process")
+    table.add_row("memory", f"{survey.memory / 1e9:.2f} GB a process")
     _print(table)
 
 
@@ -93,14 +95,14 @@ def warn_of_damage(plan: Plan) -> None:
         print(f"warning: {len(damaged) - NAMED:,} more tars are damaged; {LEFT_OUT_FILE} lists them", file=sys.stderr)
 
 
-def print_start(plan: Plan, found: Survey, out: Path, workers: str) -> None:
+def print_start(plan: Plan, survey: Survey, out: Path, workers: str) -> None:
     """Say what is about to happen."""
-    record, detector = plan.record, found.manifest.detector
+    record, detector = plan.record, survey.manifest.detector
     files = f" ({plural(record.num_images + record.num_duplicates, 'file')})" if record.num_duplicates else ""
     counts = f"{plural(record.num_images, 'image')}{files} of {record.images}, {plural(record.num_texts, 'text')}"
     print(
         f"{counts} -> {plural(record.num_shards, 'shard')} in {out}; detector {detector.name} "
-        f"(P = {detector.feature_dim}) on {found.device}, {workers}",
+        f"(P = {detector.feature_dim}) on {survey.device}, {workers}",
         flush=True,
     )
 
@@ -116,6 +118,7 @@ def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> N
     left_out = sum((Counter(row.left_out) for row in plan.counts), Counter[str]())
     if left_out:
         table.add_row("left out", f"{_counts(left_out)}; see {LEFT_OUT_FILE}")
+
     rejects = f"; {_counts(stats.rejects)}" if stats.rejects else ""
     table.add_row("rejects", f"{stats.rejects.total():,}{rejects}")
     table.add_row("bytes", f"{stats.bytes / 1e6:,.1f} MB")
@@ -123,6 +126,7 @@ def print_summary(out: Path, plan: Plan, time: str, memory: str, lost: int) -> N
     table.add_row("memory", memory)
     if lost:
         table.add_row("workers lost", f"{lost:,}; their shards were done again")
+
     _print(table)
 
 
@@ -134,12 +138,14 @@ def check_missing(out: Path, plan: Plan, allowed: float) -> None:
     missing, total = plan.record.num_missing, _total(plan)
     if missing <= allowed * total:
         return
+
     missing_rows = plan.left_out.filter(pc.is_in(plan.left_out["reason"], value_set=pa.array(MISSING)))
     list_file = out / (MISSING_FILE if len(missing_rows) else LEFT_OUT_FILE)  # the second of a plan that lies there
     if len(missing_rows):
         out.mkdir(parents=True, exist_ok=True)
         with replacing(list_file) as file:
             write_sealed(plan.left_out, file, compression="zstd")
+
     like = ", ".join(missing_rows["image"][:3].to_pylist())
     raise OperationError(
         f"{missing} of {total} images are missing ({missing / total:.3f}{f', like {like}' if like else ''}), more than "

@@ -96,6 +96,7 @@ def gpus() -> list[str]:
     """Return the CUDA devices of this machine, by the names that CUDA_VISIBLE_DEVICES takes."""
     if not any(map(os.path.exists, DRIVERS)):
         return []  # torch, which takes seconds to load, would say the same
+
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -138,8 +139,10 @@ class Dask:
                 raise OperationError(
                     "every worker that loaded the detector and tried it died (out of memory?); see the workers' logs"
                 ) from None
+
         if self.grow:
             self.size, self.threads = self.grow(result)
+
         return result
 
     def extract(self, job: Job, shares: Iterator[Share], tell: Tell) -> Iterator[Done]:
@@ -155,6 +158,7 @@ class Dask:
                     yield future.result()
                 except KilledWorker:
                     killers.append(share.shard)
+
         if killers:
             raise given_up(killers)
 
@@ -164,6 +168,7 @@ class Dask:
         running: dict[str, tuple[Any, ...]] = {}
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         since = monotonic()
+
         try:
             while waiting or running:
                 while waiting and len(running) < max(1, self.count()):
@@ -171,21 +176,26 @@ class Dask:
                     if call is None:
                         waiting = False
                         break
+
                     function, *arguments = call
                     # A task of the same name that still runs for a client that was killed is joined, not done twice.
                     key = f"{TOPIC}-{sha256(repr(arguments).encode()).hexdigest()}"
                     future = self.client.submit(function, *arguments, key=key, pure=False)
                     running[future.key] = call
                     future.add_done_callback(done.put)
+
                 if not running:
                     return
+
                 try:
                     future = done.get(timeout=POLL)
                 except queue.Empty:
                     since = self._check(since)
                     continue
+
                 if future.status == "cancelled":
                     raise OperationError("the dask scheduler dropped the work; the same command again continues")
+
                 yield running.pop(future.key), future
         finally:
             self.client.cancel([*running])
@@ -198,6 +208,7 @@ class Dask:
             return monotonic()
         if monotonic() - since < PATIENCE:
             return since
+
         print("the dask scheduler has no workers; waiting for some", file=sys.stderr, flush=True)
         return monotonic()
 
@@ -288,6 +299,7 @@ def local_cluster(count: int, devices: list[str], shared_cores: int) -> Iterator
     from distributed import Client, LocalCluster
 
     environment = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
+
     with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}), _deaf_threads():
         cluster = LocalCluster(
             n_workers=1,
@@ -297,6 +309,7 @@ def local_cluster(count: int, devices: list[str], shared_cores: int) -> Iterator
             memory_limit=0,
             silence_logs=logging.CRITICAL + 1,
         )
+
     with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}), cluster, Client(cluster) as client:
         client.register_plugin(_Seat(devices=devices))
 
@@ -341,6 +354,7 @@ def remote_cluster(address: str) -> Iterator[Dask]:
         client = Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"--scheduler {address}: no dask scheduler answers there: {reason(error)}") from None
+
     with client:
         yield Dask(client=client)
 

@@ -99,11 +99,14 @@ class ShardCache:
             file = FileIO(path)
             fcntl.flock(file, fcntl.LOCK_SH)
             status = os.fstat(file.fileno())
+
             with suppress(FileNotFoundError):  # evicted before it was locked
                 if os.path.samestat(status, path.stat()) and status.st_size == size:
                     os.utime(file.fileno())
                     return Held(file)
+
             file.close()
+
         return None
 
     def hold(self, name: str, size: int, fetch: Callable[[Path], None]) -> Held:
@@ -126,6 +129,7 @@ class ShardCache:
         while True:
             if held := self.open(name, size):
                 return held
+
             handle = hold(self._unfinished(name))
             if handle is None:
                 time.sleep(POLL)
@@ -147,8 +151,10 @@ class ShardCache:
             if handle is None:
                 return True
             held = self._complete(handle, name, size, fetch, keep)
+
         if held is None:
             return False
+
         held.close()
         return True
 
@@ -183,8 +189,10 @@ class ShardCache:
         except BaseException:
             release(handle, self._unfinished(name))
             raise
+
         if filled:
             return self._finish(handle, name, size)
+
         release(handle, self._unfinished(name))
         return held
 
@@ -199,7 +207,9 @@ class ShardCache:
                     f"{self.flag}: all files were in use for {PATIENCE:g} s, so that there was no room for {name} "
                     f"({gigabytes(cost(size))} GB); give a larger one"
                 )
+
             time.sleep(POLL)
+
         return True
 
     def _allocate(self, handle: int, size: int, keep: Collection[str] | None) -> bool:
@@ -207,6 +217,7 @@ class ShardCache:
             os.ftruncate(handle, 0)  # a dead one's bytes
             if not self._make_room(cost(size), keep or ()):
                 return False
+
             while True:
                 try:
                     _preallocate(handle, size)
@@ -228,8 +239,10 @@ class ShardCache:
             if not freed:
                 raise
             fetch(self._unfinished(name))
+
         if (size_on_disk := os.fstat(handle).st_size) != size:
             raise OperationError(f"{name}: {size_on_disk:,} bytes were fetched, not {size:,}")
+
         os.fsync(handle)  # what has its final name is whole, after a power cut, too
 
     def _finish(self, handle: int, name: str, size: int) -> Held:
@@ -239,6 +252,7 @@ class ShardCache:
             finally:
                 os.close(handle)
             held = self.open(name, size)
+
         assert held
         return held
 
@@ -269,10 +283,13 @@ class ShardCache:
                     stack.callback(os.close, handle)
                     victims.append(file.path)
                     least -= file.cost
+
             if least > 0:
                 return False
+
             for path in victims:
                 path.unlink()
+
         return True
 
     def _files(self) -> Iterator[_File]:
@@ -311,6 +328,7 @@ def _naming(path: Path) -> Iterator[None]:
 def _preallocate(handle: int, size: int) -> None:
     if size == 0:
         return
+
     try:
         os.posix_fallocate(handle, 0, size)
     except OSError as error:

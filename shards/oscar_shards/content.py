@@ -37,6 +37,7 @@ def read_content(contents: list[bytes]) -> tuple[pa.RecordBatch, dict[int, str]]
     parsed = _parse(contents)
     if parsed is not None:
         return _columns(parsed), {}
+
     wrong: dict[int, str] = {}
     rows = []
     for number, content in enumerate(contents):
@@ -45,6 +46,7 @@ def read_content(contents: list[bytes]) -> tuple[pa.RecordBatch, dict[int, str]]
             rows.append(_parse_slowly(content) if document is None else document)
         except (ValueError, TypeError, OverflowError, RecursionError, LookupError, pa.ArrowException) as error:
             wrong[number] = f"json: {' '.join(str(error).split())[:200]}"
+
     whole: pa.StructArray = pa.concat_arrays(rows) if rows else pa.array([], _FORM)
     return _columns(whole), wrong
 
@@ -56,6 +58,7 @@ def _parse(contents: list[bytes]) -> pa.StructArray | None:
     """
     if not contents:
         return pa.array([], _FORM)
+
     try:
         block = b"\n".join(b'{"number":%d,"content":%b}' % (n, c) for n, c in enumerate(contents))
         str(block, "utf-8")  # what Arrow does not check
@@ -70,8 +73,10 @@ def _parse(contents: list[bytes]) -> pa.StructArray | None:
         )
     except (ValueError, pa.ArrowException):
         return None
+
     if not table["number"].equals(pa.chunked_array([range(len(contents))], pa.int64())) or table["content"].null_count:
         return None
+
     return table["content"].combine_chunks()
 
 
@@ -80,15 +85,19 @@ def _parse_slowly(content: bytes) -> pa.StructArray:
     parsed = json.loads(content)
     if not isinstance(parsed, dict):
         raise ValueError(f"{type(parsed).__name__} instead of an object")
+
     for name in LISTS:
         if not isinstance(parsed.get(name, []), list | None):
             raise ValueError(f"{name} is {type(parsed[name]).__name__} instead of a list")
+
     image = parsed.get("image")
     if isinstance(image, dict) and isinstance(image.get("id"), int):
         image["id"] = str(image["id"])
+
     for text in parsed.get("texts") or ():
         if isinstance(text, dict) and isinstance(text.get("id"), int):
             text["id"] = str(text["id"])
+
     return pa.array([parsed], _FORM)
 
 

@@ -37,15 +37,18 @@ def read_instances(path: Path) -> dict[str, list[str]]:
     """
     if not path.is_file():
         raise UsageError(f"{FLAG} {path}: no such file; give one like COCO's instances_val2017.json")
+
     with reading(path, FLAG):
         content = read_json(path, FLAG)
         lists = ("images", "annotations", "categories")
         if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
             raise UsageError(f"{FLAG} {path}: not COCO instances; needed are the lists {', '.join(lists)}")
+
         files = {image["id"]: str(image["file_name"]) for image in content["images"]}
         names = {category["id"]: str(category["name"]) for category in content["categories"]}
 
         tags: dict[str, list[str]] = {}
+
         for annotation in content["annotations"]:
             image, category = annotation["image_id"], annotation.get("category_id")
             if image not in files:
@@ -55,7 +58,9 @@ def read_instances(path: Path) -> dict[str, list[str]]:
                     f"{FLAG} {path}: an annotation of image {image!r} has the category_id {category!r}, which is not "
                     "in `categories`; give instances_*.json"
                 )
+
             tags.setdefault(files[image], []).append(names[category])
+
     return tags
 
 
@@ -70,6 +75,7 @@ def write_overlay(path: Path, files: Sequence[Path], out: Path, overwrite: bool 
     images = pa.concat_tables([image_names(tar) for tar in tars_at(path)])
 
     tags_by_row: dict[int, list[str]] = {}
+
     for file in files:
         tags = read_instances(file)
         rows = match_images(pa.array(list(tags), pa.string()), images)
@@ -79,6 +85,7 @@ def write_overlay(path: Path, files: Sequence[Path], out: Path, overwrite: bool 
                 f"{FLAG} {file}: none of its {len(tags):,} annotated images is in {path} (images there are like "
                 f"{like!r}); give the instances of these images"
             )
+
         for row, names in zip(rows.tolist(), tags.values(), strict=True):
             if row >= 0:
                 tags_by_row.setdefault(row, []).extend(names)
@@ -87,6 +94,7 @@ def write_overlay(path: Path, files: Sequence[Path], out: Path, overwrite: bool 
     keys = array(images["key"]).take(pa.array(order, pa.int64()))
     overlay = pa.table([keys, pa.array([tags_by_row[row] for row in order], TAGS)], schema=OVERLAY)
     out.parent.mkdir(parents=True, exist_ok=True)
+
     with replacing(out) as file_out:
         write_sealed(overlay, file_out, compression="zstd", write_page_checksum=True)
 
@@ -140,7 +148,9 @@ def _read_overlay(keys: pa.Array, file: Path, flag: str) -> TagOverlay:
         raise UsageError(
             f"{flag} {file}: none of its {len(rows):,} keys is an image's; make it with: oscar-shards tags"
         )
+
     if strays:
         warn_of(f"{strays:,} of {len(rows):,} keys are no image's", f"{flag} {file}")
+
     order = np.argsort(rows, kind="stable")[strays:]
     return TagOverlay(array(overlay["gt_tags"]).take(pa.array(order)), rows[order])

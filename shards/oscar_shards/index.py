@@ -89,8 +89,10 @@ def load_index(tar: Path) -> pa.Table:
     with _reading(path.name, tar):
         size = tar.stat().st_size
         table = read_bounded(path, size // SAMPLE_BYTES, 4 * size + MARGIN)
+
     if not _is_known(table.schema):
         raise ValueError(_other_version(tar))
+
     return _with_later(table)
 
 
@@ -162,12 +164,14 @@ def read_bounded(path: Path, rows: int, size: int) -> pa.Table:
         num_bytes = sum(metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups))
         if num_bytes > size:
             raise ValueError(f"{metadata.num_rows:,} rows and {num_bytes:,} bytes are more than there can be")
+
         batches = []
         for batch in _bounded(file, rows):
             size -= batch.nbytes
             if size < 0:
                 raise ValueError("its contents are more than there can be")
             batches.append(batch)
+
     return pa.Table.from_batches(batches, schema).combine_chunks()
 
 
@@ -175,6 +179,7 @@ def _bounded(file: pq.ParquetFile, rows: int) -> Iterator[pa.RecordBatch]:
     """Yield a file's rows, a few at a time."""
     if file.metadata.num_rows > rows:
         raise ValueError(f"{file.metadata.num_rows:,} rows are more than there can be")
+
     for batch in file.iter_batches(FEW):
         if batch.nbytes > BATCH_LIMIT:
             raise ValueError("its contents are more than there can be")
@@ -239,6 +244,7 @@ def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         if size >= BATCH:
             yield batch
             batch, size = [], 0
+
     yield batch
 
 

@@ -139,6 +139,7 @@ def read_manifest(folder: Path, flag: str) -> Manifest:
         ) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+
     return parse_manifest(raw, str(path))
 
 
@@ -153,10 +154,13 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         again = "restore it from a copy, or delete it and run oscar-shards index on the folder"
         raise UsageError(f"{path}: not valid JSON ({error}); {again}") from None
+
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT:
         raise UsageError(f"{path}: format_version {version!r}; this version reads {FORMAT}")
+
     manifest = parse(Manifest, content, path)
     if not re.fullmatch(r"[\w-]*", manifest.name):
         raise UsageError(f"{path}: name {manifest.name!r}; allowed are letters, digits, - and _")
+
     return manifest

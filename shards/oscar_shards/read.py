@@ -44,6 +44,7 @@ def find_shards(folder: Path, flag: str = "--shards") -> tuple[Manifest, list[Pa
     """
     if not folder.is_dir():
         raise UsageError(f"{flag} {folder}: {no_folder(folder)}; give one made by oscar-extract")
+
     manifest = read_manifest(folder, flag)
     tars = manifest.tars(folder)
     if len(tars) != manifest.plan.num_shards:
@@ -51,6 +52,7 @@ def find_shards(folder: Path, flag: str = "--shards") -> tuple[Manifest, list[Pa
             f"{flag} {folder}: {len(tars)} of {manifest.plan.num_shards} shards are there; "
             "run its oscar-extract command again"
         )
+
     return manifest, tars
 
 
@@ -84,11 +86,13 @@ def _read_index(tar: Path, flag: str) -> pa.Table:
         table = load_index(tar)
     except ValueError as error:
         raise UsageError(f"{flag}: {tar}: {error}") from None
+
     if tar.stat().st_size != (size := size_said(table.schema)):
         raise UsageError(
             f"{flag}: {tar} has {tar.stat().st_size} bytes, its index says {size}: it is cut or changed; "
             "delete it and run its oscar-extract command again"
         )
+
     return table.replace_schema_metadata()
 
 
@@ -102,12 +106,15 @@ def tars_at(path: Path, flag: str = "PATH") -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UsageError(f"{flag} {path}: no such file or folder; give a folder of shards, or a tar")
+
     manifest = None
     with suppress(UsageError):  # a manifest that is damaged does not hide the tars
         manifest = manifest_of(path)
+
     paths = manifest.tars(path) if manifest else in_order(path.glob("[!.]*.tar"))
     if not paths:
         raise UsageError(f"{flag} {path}: no tar in it; give a folder of shards, or a tar")
+
     return paths
 
 
@@ -126,6 +133,7 @@ def read_index(tar: Path) -> pa.Table:
     with suppress(ValueError):  # the tar is the truth
         if is_whole(tar):
             return load_index(tar)
+
     try:
         return index_tar(tar)
     except ValueError as error:
@@ -151,6 +159,7 @@ def _sample(window: Window, entry: Entry) -> Sample:
     assert entry.features
     content = parse_content(bytes(window.view(entry.json.data, entry.json.size)), entry.key)
     boxes, features = array(window, entry.boxes).copy(), array(window, entry.features).copy()
+
     return Sample(
         key=entry.key,
         image=content["image"],

@@ -42,22 +42,28 @@ def reindex(paths: Iterable[Path], classes: Path | None, workers: int | None) ->
     began = time.monotonic()
     names = read_lines(classes) if classes else []
     tars = list(dict.fromkeys(tar for path in paths for tar in tars_at(path)))
+
     for folder in dict.fromkeys(tar.parent for tar in tars):
         check_writable(folder, f"PATH {folder}", "PATH")
+
     sizes = {tar: tar.stat().st_size for tar in tars}
     images = done = 0
     faults: list[str] = []
+
     with meter("MB", sum(sizes.values()) // MEGA, refusal="faults") as progress:
         for tar, indexed in each(index_one, tars, workers):
             images, done = images + indexed.images, done + sizes[tar]
             faults.extend([f"{tar}: {indexed.fault}"] if indexed.fault else [])
             progress.show(done // MEGA, len(faults))
+
     if faults:
         raise OperationError(f"{faults[0]}; {len(faults)} of {len(tars)} tars could not be indexed")
+
     for folder in dict.fromkeys(tar.parent for tar in tars):
         if manifest_of(folder) is None:
             write_manifest(folder, manifest_from(folder, names))
             print(f"{folder / 'manifest.json'}: written, for tars of an unknown detector")
+
     rate = size(sum(sizes.values()) / max(time.monotonic() - began, 1e-9))
     print(f"{plural(len(tars), 'index', 'indexes')}, {plural(images, 'image')}, {rate}/s")
 
@@ -81,6 +87,7 @@ def manifest_from(folder: Path, classes: list[str]) -> Manifest:
     tars = tars_at(folder)
     layouts: dict[tuple[int, str], Path] = {}
     images, texts = [], 0
+
     for tar in tars:
         try:
             table = pq.read_table(index_path(tar), columns=["num_boxes", "features_bytes", "scales_offset", "texts"])
@@ -88,16 +95,20 @@ def manifest_from(folder: Path, classes: list[str]) -> Manifest:
             raise UsageError(
                 f"PATH {folder}: no manifest.json without all indexes: run: oscar-shards index {folder}"
             ) from None
+
         images.append(len(table))
         texts += pc.sum(pc.list_value_length(table["texts"])).as_py() or 0
         counts, sizes = table["num_boxes"].to_numpy(), table["features_bytes"].to_numpy()
         integers = table["scales_offset"].is_valid().to_numpy()
         wide = sizes[counts > 0] // counts[counts > 0] // np.where(integers[counts > 0], 1, 2)
+
         for width, integer in set(zip(wide.tolist(), integers[counts > 0].tolist(), strict=True)):
             layouts.setdefault((width, "int8" if integer else "float16"), tar)
+
     if len(layouts) > 1:
         listed = ", ".join(f"{dtype} with P = {width} ({tar.name})" for (width, dtype), tar in layouts.items())
         raise UsageError(f"PATH {folder}: features of more than one kind: {listed}; put them into folders of their own")
+
     width, dtype = next(iter(layouts), (0, "float16"))
     detector = DetectorRecord(
         name=UNKNOWN,

@@ -109,6 +109,7 @@ class RemoteFolder:
             except (ValueError, UsageError):
                 if content == before or tries == retries.TRIES:
                     raise
+
             print(f"warning: {self.at(name)}: it is damaged; reading it again", file=sys.stderr, flush=True)
             before = content
 
@@ -131,6 +132,7 @@ class RemoteFolder:
                 if count > size:
                     raise RemoteError(self.at(name), f"it has more than the {size:,} bytes expected")
                 file.write(piece)
+
         if count < size:
             raise RemoteError(self.at(name), f"{count:,} bytes came instead of {size:,}")
 
@@ -179,8 +181,10 @@ class RemoteFolder:
                 content += piece
                 if len(content) > limit:
                     raise OperationError(f"{self.at(name)}: it has more than {limit:,} bytes, the most that are read")
+
         if expected is not None and len(content) != expected:
             raise RemoteError(self.at(name), f"{len(content):,} bytes came instead of {expected:,}")
+
         return bytes(content)
 
     def _pieces(self, name: str, size: int) -> Generator[bytes, None, None]:
@@ -202,6 +206,7 @@ class RemoteFolder:
         options = {"block_size": 0} if self._is_http or self.url.startswith("hf:") else {}  # one request for it all
         if self._is_http:
             options["size"] = size  # else it asks before it reads
+
         began, count = time.monotonic(), 0
         with self.fs.open(path, "rb", **options) as file:
             while piece := file.read(PIECE):
@@ -227,12 +232,14 @@ def open_remote(url: str, flag: str = "--shards") -> RemoteFolder:
         package = '"oscar-pretrain[remote]"' if protocol in INSTALLED else ""
         how = f"run: pip install {package}" if package else known_implementations.get(protocol, {}).get("err", "")
         raise UsageError(f"{flag} {name}: the driver of {protocol}:// is not installed; {how}") from None
+
     with explained(name):
         fs, path = fsspec.url_to_fs(url, **_options(driver))
         if hasattr(fs, "retries"):
             fs.retries = 1  # `retried` is enough, and warns
         if hasattr(fs, "set_session"):
             sync(fs.loop, fs.set_session)  # several threads would each make one
+
     return RemoteFolder(name, fs, path.rstrip("/"))
 
 
@@ -248,6 +255,7 @@ def _options(driver: Any) -> dict[str, Any]:
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
         ours = {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # as other programs use proxies and .netrc
+
     users = {key: value for protocol in protocols for key, value in fsspec.config.conf.get(protocol, {}).items()}
     merged = {key: {**ours[key], **users.get(key, {})} for key in ours}
     return {**merged, "skip_instance_cache": True, "use_listings_cache": False}

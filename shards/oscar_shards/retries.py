@@ -50,6 +50,7 @@ def retried(attempt: Callable[[], T], what: str) -> T:
         except RemoteError as error:
             if tries == TRIES:
                 raise RemoteError(what, f"{error.cause}; gave up after {TRIES} tries") from error
+
             delay = DELAY * 2 ** (tries - 1)
             again = f"trying again in {delay:g} s ({tries} of {TRIES})"
             print(f"warning: {what}: {error.cause}; {again}", file=sys.stderr, flush=True)
@@ -71,15 +72,18 @@ def explained(url: str) -> Iterator[None]:
 def _explain(url: str, error: BaseException) -> RemoteError:
     if url.startswith("http") and isinstance(error, FileNotFoundError) and error.__cause__:
         error = error.__cause__  # fsspec says so of all that goes wrong
+
     status, message = _status(error), _said(error)
     if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError)):
         return Gone(url, "there is no such file or folder")
+
     missing = "Credentials" in type(error).__name__ or str(error).startswith("Forbidden")
     if status in (401, 403, 407) or isinstance(error, PermissionError) or missing:
         public = """; for a public bucket set FSSPEC_S3='{"anon": true}'""" if url.startswith("s3") else ""
         return Denied(
             url, f"access is denied ({message}); its driver's credentials are missing or do not allow it{public}"
         )
+
     return RemoteError(url, message)
 
 
@@ -91,6 +95,7 @@ def _status(error: BaseException) -> int | None:
             codes.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
         else:
             codes.append(getattr(response, "status_code", None))
+
     return next((int(s) for s in codes if str(s).isdigit()), None)
 
 
@@ -99,9 +104,11 @@ def _said(error: BaseException) -> str:
     status = _status(error)
     if status in set(HTTPStatus):
         return f"{status} {HTTPStatus(status).phrase}"
+
     kind = type(error).__name__
     line = (str(error).splitlines() or [""])[0]
     if "Timeout" in kind and type(error) is not TimeoutError:
         return f"no answer in time ({kind})"
+
     line = line if line and isinstance(error, OSError) else f"{kind}: {line}".removesuffix(": ")
     return shown(line[:200])

@@ -58,7 +58,7 @@ class Entry:
         return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def entries(window: Window, found: Iterator[Member]) -> Iterator[Entry]:
+def entries(window: Window, tar_members: Iterator[Member]) -> Iterator[Entry]:
     """Group the members of a tar by key, as webdataset does: the name up to the first dot of its last part.
 
     Raises:
@@ -67,19 +67,22 @@ def entries(window: Window, found: Iterator[Member]) -> Iterator[Entry]:
     group: list[Member] = []
     last = ""
     try:
-        for member in found:
+        for member in tar_members:
             key = _key(member)
             if group and key != last:
                 yield _entry(window, last, group)
                 group.clear()
+
             if not group:
                 window.mark = member.begin
+
             group.append(member)
             last = key
     except TarFault:
         if len(group) >= len((JSON, BOXES, FEATURES)):  # what is damaged is the next one
             yield _entry(window, last, group)
         raise
+
     if group:
         yield _entry(window, last, group)
 
@@ -94,21 +97,26 @@ def _entry(window: Window, key: str, group: list[Member]) -> Entry:
     by_extension = {m.name[len(key) + 1 :]: m for m in group}
     if len(by_extension) < len(group):
         entry.faults.append("a member occurs twice: two images under one key")
+
     if not by_extension.keys() <= USUAL:
         entry.faults.extend(f"{m.name}: a pickle is refused" for e, m in by_extension.items() if PICKLED.search(e))
+
     entry.json = by_extension.get(JSON)
     if entry.json is not None and entry.json.size > JSON_LIMIT:
         entry.faults.append(f"{JSON} of {entry.json.size:,} bytes; at most {JSON_LIMIT:,}")
         entry.json = None
+
     for extension in (BOXES, SCALES, FEATURES):
         if extension in by_extension:
             try:
                 setattr(entry, extension.partition(".")[0], _span(window, by_extension[extension]))
             except ValueError as error:
                 entry.faults.append(f"{extension}: {error}")
+
     entry.faults.extend(_missing(entry, by_extension))
     if not entry.faults:
         entry.faults.extend(_contradictions(entry))
+
     return entry
 
 
@@ -127,10 +135,12 @@ def _contradictions(entry: Entry) -> Iterator[str]:
     k = entry.boxes.shape[0] if entry.boxes.shape else -1
     if entry.boxes.dtype != "<f4" or entry.boxes.shape != (k, 4):
         yield f"{BOXES} is {entry.boxes.dtype} {list(entry.boxes.shape)}, not <f4 [K, 4]"
+
     if entry.features.dtype not in ("<f2", "|i1") or len(entry.features.shape) != 2 or entry.features.shape[0] != k:
         yield f"{FEATURES} is {entry.features.dtype} {list(entry.features.shape)}, not <f2 or |i1 [{k}, P]"
     elif (entry.features.dtype == "|i1") != (entry.scales is not None):
         yield f"{FEATURES} is {entry.features.dtype} {'without' if entry.scales is None else 'with'} {SCALES}"
+
     if entry.scales is not None and (entry.scales.dtype != "<f4" or entry.scales.shape != (k,)):
         yield f"{SCALES} is {entry.scales.dtype} {list(entry.scales.shape)}, not <f4 [{k}]"
 
@@ -144,14 +154,17 @@ def _span(window: Window, member: Member) -> Span:
     start = bytes(window.view(member.data, min(member.size, 12)))
     if start[:6] != b"\x93NUMPY" or len(start) < 12 or start[6] not in (1, 2):
         raise ValueError("no .npy file of version 1 or 2")
+
     width = 2 if start[6] == 1 else 4
     length = 8 + width + int.from_bytes(start[8 : 8 + width], "little")
     if length > min(member.size, NPY_LIMIT):
         raise ValueError(f"an .npy header of {length:,} bytes; at most {NPY_LIMIT:,}")
+
     shape, dtype = parse_npy_header(bytes(window.view(member.data, length)))
     size = prod(shape) * np.dtype(dtype).itemsize
     if size != member.size - length:
         raise ValueError(f"{dtype} {list(shape)} has {size:,} bytes, not {member.size - length:,}")
+
     return Span(member.data + length, size, shape, dtype)
 
 
@@ -172,12 +185,14 @@ def parse_npy_header(header: bytes) -> tuple[tuple[int, ...], str]:
         )
     except (ValueError, SyntaxError, TypeError, LookupError, RecursionError, MemoryError) as error:
         raise ValueError(f"a damaged .npy header ({type(error).__name__})") from None
+
     if dtype.hasobject or dtype.names or dtype.subdtype:
         raise ValueError(f"an array of {dtype} is refused; allowed are plain numbers")
     if not isinstance(shape, tuple) or any(type(n) is not int or not 0 <= n < 1 << 40 for n in shape):
         raise ValueError(f"a shape of {str(shape)[:80]}")
     if fortran and len(shape) > 1 and min(shape) > 1:
         raise ValueError("in Fortran order; the contract has C order")
+
     return shape, dtype.str
 
 

@@ -32,6 +32,7 @@ def write_sealed(table: pa.Table, file: BinaryIO, *, row_group_size: int | None 
     with pq.ParquetWriter(sink, table.schema, **options) as writer:
         writer.write_table(table, row_group_size=row_group_size)
         leave_room(writer)
+
     content = memoryview(sink.getvalue())
     begin, _ = _find(bytes(content[len(content) - _footer(content[-8:]) :]), len(content))
     file.write(content[:begin])
@@ -61,11 +62,13 @@ def broken(path: Path) -> bool | None:
     with path.open("rb") as file:
         if file.seek(0, 2) < len(PARQUET) or _last(file, len(PARQUET)) != PARQUET:
             return True
+
         try:
             begin, digest = _digest(file)
         except LookupError:
             with mmap(file.fileno(), 0, access=ACCESS_READ) as content:  # one of the two is left of a damaged one
                 return True if re.search(re.escape(NAME).encode() + b"|" + FRAME + rb"[0-9a-f]{32}", content) else None
+
         file.seek(begin)
         return file.read(len(BLANK)) != digest.encode()
 
@@ -80,11 +83,14 @@ def _digest(file: BinaryIO) -> tuple[int, str]:
     begin, end = _find(_last(file, _footer(_last(file, 8))), size)
 
     content = xxh3_128()
+
     for piece in _pieces(file, 0, begin):
         content.update(piece)
+
     content.update(BLANK)
     for piece in _pieces(file, end, size):
         content.update(piece)
+
     return begin, content.hexdigest()
 
 
@@ -131,8 +137,10 @@ def broken_json(raw: bytes) -> bool | None:
         content = json.loads(raw)
     except (ValueError, RecursionError):
         return True
+
     if not isinstance(content, dict) or content.get("seal") is None:
         return None
+
     return sealed_json(content) != raw
 
 

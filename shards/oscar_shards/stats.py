@@ -84,6 +84,7 @@ def count_shard(tar: Path, table: pa.Table) -> Stats:
     refused = read_rejects([tar])
     index = index_path(tar)
     columns = set(table.column_names)
+
     return Stats(
         images=len(table),
         images_without_text=int((pc.fill_null(pc.list_value_length(of_image), 0).to_numpy() == 0).sum()),

@@ -84,12 +84,14 @@ class Window:
         """
         if count > self.capacity:
             raise TarFault(offset, f"{count:,} bytes in one piece; at most {self.capacity:,} are looked at")
+
         if offset < self._begin or offset + count > self._end:
             begin = self.mark if self.mark <= offset and offset + count <= self.mark + self.capacity else offset
             read = os.preadv(self._handle, [self._buffer], begin)
             self._begin, self._end = begin, begin + read
             if offset + count > self._end:
                 raise TarFault(self._end, f"the file ends after {self._end:,} bytes, in the middle of something")
+
         return self._buffer[offset - self._begin : offset - self._begin + count]
 
     def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
@@ -110,10 +112,12 @@ class Window:
         if len(ranges) == 1 and ranges[0][1] - ranges[0][0] <= self.capacity:
             begin, end = ranges[0]
             return int(xxhash.xxh3_64_intdigest(self.view(begin, end - begin)))
+
         digest = xxhash.xxh3_64()
         for begin, end in ranges:
             for piece in self.pieces(begin, end):
                 digest.update(piece)
+
         return int(digest.intdigest())
 
 
@@ -141,16 +145,20 @@ def members(window: Window, offset: int = 0, foreign: bool = False) -> Iterator[
         name = extended.get("path") or header.name
         if not foreign:
             name = _allowed(name, header.type, offset)
+
         size = 0 if header.type in WITHOUT_DATA else _size(extended, header, offset)
         member = Member(name, begin, offset + BLOCK, size)
         if member.end > window.size:
             raise TarFault(window.size, f"cut off: {name!r} should end at byte {member.end:,} of {window.size:,}")
+
         if header.type in tarfile.REGULAR_TYPES:
             yield member
+
         offset, extended, begin = member.end, {}, member.end
 
     if extended:
         raise TarFault(offset, "an extended header without a file")
+
     _check_end(window, offset, BLOCK if foreign else 2 * BLOCK)
 
 
@@ -160,10 +168,12 @@ def _told(window: Window, header: Header, offset: int) -> dict[str, str]:
         return {}
     if header.size > HEADER_LIMIT:
         raise TarFault(offset, f"an extended header of {header.size:,} bytes; at most {HEADER_LIMIT:,}")
+
     begin = offset + BLOCK
     content = window.content(begin, begin + header.size)
     if header.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+
     return _pax(content, offset)
 
 
@@ -171,17 +181,21 @@ def _header(window: Window, offset: int) -> Header | None:
     """Parse the header at `offset`; None for the block of zeros that begins a tar's end."""
     if offset + BLOCK > window.size:
         raise TarFault(window.size, "cut off: the file ends without the two blocks of zeros that end a tar")
+
     block = window.view(offset, BLOCK).tobytes()
     if (plain := _plain(block)) is not None:
         return plain
     if not block.strip(b"\0"):
         return None
+
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError) as error:
         raise TarFault(offset, f"no tar header at byte {offset:,} ({error})") from None
+
     if header.size < 0:
         raise TarFault(offset, f"a member of {header.size} bytes")
+
     return Header(_name(block), header.size, header.type)
 
 
@@ -190,6 +204,7 @@ def _plain(block: bytes) -> Header | None:
     size, checksum = block[124:135], block[148:154]
     if block[257:262] != b"ustar" or not block[156] or not (size.isdigit() and checksum.isdigit()):
         return None
+
     try:
         if (_sum(block) - _sum(block[148:156]) + 8 * 0x20 - int(checksum, 8)) % ADLER:
             return None
@@ -218,12 +233,15 @@ def _pax(content: bytes, offset: int) -> dict[str, str]:
         length = content[begin : begin + 8].partition(b" ")[0]
         if not length.isdigit() or not len(length) + 3 <= int(length) <= whole - begin:
             raise TarFault(offset, "a damaged pax header")
+
         record = content[begin + len(length) + 1 : begin + int(length)]
         key, equals, value = record.removesuffix(b"\n").partition(b"=")
         if not equals or not record.endswith(b"\n"):
             raise TarFault(offset, "a damaged pax header")
+
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         begin += int(length)
+
     return records
 
 
@@ -232,9 +250,11 @@ def _size(told: dict[str, str], header: Header, offset: int) -> int:
         raise TarFault(offset, "a sparse file; write the tar without --sparse")
     if "size" not in told:
         return header.size
+
     size = told["size"]
     if not (size.isascii() and size.isdigit() and len(size) < 19):
         raise TarFault(offset, f"a member of {size[:40]!r} bytes")
+
     return int(size)
 
 
@@ -244,13 +264,16 @@ def _allowed(name: str, kind: bytes, offset: int) -> str:
         return name
     if kind not in tarfile.REGULAR_TYPES:
         raise TarFault(offset, f"{name!r} is a {'link' if kind in LINKS else 'special file'}: refused")
+
     plain = name[2:] if name.startswith("./") else name
     if plain.startswith("/") or "\0" in plain or ".." in plain.split("/"):
         raise TarFault(offset, f"{name!r} would lie outside the folder that it is unpacked into: refused")
+
     try:
         plain.encode()
     except UnicodeEncodeError:
         raise TarFault(offset, f"{name!r} is not UTF-8: refused") from None
+
     return plain
 
 

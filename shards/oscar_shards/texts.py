@@ -50,8 +50,10 @@ def write_overlay(
     made = pa.concat_tables([_texts(file, source, images, path) for file in files])
     schema = OVERLAY.with_metadata({FORMAT: VERSION, REPLACE: replace})
     out.parent.mkdir(parents=True, exist_ok=True)
+
     with replacing(out) as file:
         write_sealed(made.replace_schema_metadata(schema.metadata), file, compression="zstd", write_page_checksum=True)
+
     reached, seconds = pc.count_distinct(made["key"]).as_py(), time.monotonic() - began
     print(f"{out}: {plural(len(made), 'text')} for {reached:,} of {plural(len(images), 'image')}, {seconds:.1f} s")
 
@@ -85,6 +87,7 @@ def _texts(file: Path, source: str | None, images: pa.Table, path: Path) -> pa.T
         texts = read_texts(file, source or file.stem)
     else:
         raise UsageError(f"{FLAG} {file}: no such file")
+
     names = array(texts["image"]).dictionary_encode()  # an image is named once for each of its texts
     rows = match_images(names.dictionary, images)[names.indices.to_numpy()]
     known = rows >= 0
@@ -94,9 +97,11 @@ def _texts(file: Path, source: str | None, images: pa.Table, path: Path) -> pa.T
             f"{FLAG} {file}: none of its {len(texts):,} texts names an image of {path} (images there are like "
             f"{like or 'none'}); give the texts of these images"
         )
+
     if not known.all():
         first = texts["image"][int(np.flatnonzero(~known)[0])].as_py()
         warn_of(f"{(~known).sum():,} of {len(texts):,} texts name no image, the first: {first!r}", f"{FLAG} {file}")
+
     keys = images["key"].take(pa.array(rows[known]))
     return texts.filter(pa.array(known)).set_column(0, "key", array(keys)).cast(OVERLAY)
 
@@ -112,6 +117,7 @@ def match_images(wanted: pa.Array, images: pa.Table) -> Ints:
     of_coco = pc.match_substring_regex(last(wanted), COCO)
     unknown = np.flatnonzero((rows < 0) & of_coco.to_numpy(zero_copy_only=False))
     rows[unknown] = find(numbers(last(wanted.take(pa.array(unknown)))), once(numbers(last(ids))))
+
     return rows
 
 
@@ -140,8 +146,10 @@ def overlaid(table: pa.Table, files: Sequence[Path], flag: str = "--texts") -> p
     overlays = read_overlays(array(table["key"]), files, flag)
     chunks = table["texts"].chunks
     starts = np.cumsum([0, *map(len, chunks)])
+
     for overlay in overlays:
         chunks = [overlay.laid_over(chunk, int(start)) for chunk, start in zip(chunks, starts, strict=False)]
+
     position = table.schema.get_field_index("texts")
     return table.set_column(position, table.schema.field("texts"), pa.chunked_array(chunks, pa.list_(TEXT)))
 
@@ -164,11 +172,13 @@ def _joined(keys: pa.Array, file: Path, flag: str) -> Overlay:
             f"{flag} {file}: none of its {len(overlay):,} texts has the key of an image (keys are like {key!r}); "
             "make it with: oscar-shards texts"
         )
+
     if len(strays := np.flatnonzero(rows < 0)):
         first = overlay["key"][int(strays[0])].as_py()
         warn_of(
             f"{len(strays):,} of {len(overlay):,} texts have no image's key, the first: {first!r}", f"{flag} {file}"
         )
+
     order = np.argsort(rows, kind="stable")[len(strays) :]  # stable: an image's texts stay in their order
     new = overlay.select(TEXT.names).take(pa.array(order))
     texts = pa.StructArray.from_arrays([array(new[name]) for name in TEXT.names], fields=list(TEXT))
@@ -183,6 +193,7 @@ def read_overlay(file: Path, flag: str = "--texts") -> tuple[pa.Table, str]:
     """
     if not file.is_file():
         raise UsageError(f"{flag} {file}: no such file; give one that oscar-shards texts wrote")
+
     with reading(file, flag):
         table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
         metadata = table.schema.metadata or {}
@@ -192,34 +203,38 @@ def read_overlay(file: Path, flag: str = "--texts") -> tuple[pa.Table, str]:
             )
         if (mode := metadata.get(REPLACE, b"none").decode()) not in MODES:
             raise UsageError(f"{flag} {file}: its metadata says replace {mode!r}{nearest(mode, MODES)}")
+
         return _checked(table, file, flag), mode
 
 
-def _checked(found: pa.Table, file: Path, flag: str) -> pa.Table:
+def _checked(table: pa.Table, file: Path, flag: str) -> pa.Table:
     """Cast the columns of a file to OVERLAY, fill in those that may be missing, and check what texts need."""
-    names = set(found.column_names)
+    names = set(table.column_names)
     if "key" not in names or not ("text" in names or {"question", "answer"} <= names):
         raise UsageError(
-            f"{flag} {file}: it has the columns {in_line(', '.join(found.column_names))}; needed are key, and text or "
+            f"{flag} {file}: it has the columns {in_line(', '.join(table.column_names))}; needed are key, and text or "
             "question and answer"
         )
-    columns_cast = {name: _cast(found[name], name) for name in OVERLAY.names if name in names}
-    nothing = pa.nulls(len(found), pa.string())
+
+    columns_cast = {name: _cast(table[name], name) for name in OVERLAY.names if name in names}
+    nothing = pa.nulls(len(table), pa.string())
     is_qa = pc.and_(*(columns_cast.get(name, nothing).is_valid() for name in ("question", "answer")))
     derived = {
         "kind": pc.if_else(is_qa, "qa", "caption"),
-        "source": pa.repeat(pa.scalar(file.stem), len(found)),
-        "id": pa.array(np.arange(len(found))).cast(pa.string()),
+        "source": pa.repeat(pa.scalar(file.stem), len(table)),
+        "id": pa.array(np.arange(len(table))).cast(pa.string()),
     }
     columns_cast |= {name: pc.coalesce(columns_cast.get(name, nothing), fill) for name, fill in derived.items()}
     if len(odd := np.flatnonzero(~_bools(pc.is_in(columns_cast["kind"], value_set=pa.array(KINDS))))):
         kind = columns_cast["kind"][int(odd[0])].as_py()
         raise UsageError(f"{flag} {file}: row {odd[0]} has the kind {kind!r}; known: {', '.join(KINDS)}")
+
     says = pc.if_else(pc.equal(columns_cast["kind"], "qa"), is_qa, columns_cast.get("text", nothing).is_valid())
     if len(odd := np.flatnonzero(~_bools(pc.and_(says, columns_cast["key"].is_valid())))):
         column_name = "question and answer" if columns_cast["kind"][int(odd[0])].as_py() == "qa" else "text"
         raise UsageError(f"{flag} {file}: row {odd[0]} lacks its key or its {column_name}")
-    return columns(OVERLAY, len(found), **columns_cast)
+
+    return columns(OVERLAY, len(table), **columns_cast)
 
 
 def _cast(column: pa.ChunkedArray, name: str) -> pa.Array:
@@ -242,10 +257,12 @@ def _merged(chunk: pa.ListArray, new: pa.StructArray, rows: Ints, mode: str) -> 
     if mode != "none":
         replaced = np.isin(owner, rows) if mode == "image" else np.ones(len(owner), bool)
         old, owner = old.filter(pa.array(~replaced)), owner[~replaced]
+
     owners = np.concatenate([owner, rows])
     order = np.argsort(owners, kind="stable")
     values = pa.concat_arrays([old, new]).take(pa.array(order))
     offsets = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(chunk)))]).astype(np.int32)
+
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=pa.list_(TEXT))
 
 

@@ -33,12 +33,15 @@ def local_path(text: str) -> Path | None:
     """
     if not is_url(text):
         return Path(text)
+
     scheme, _, rest = text.strip().partition(":")
     if scheme.lower() not in LOCAL or "::" in text:
         return None
+
     path = unquote(rest.removeprefix("//").removeprefix("localhost"))
     if not path.startswith("/"):
         raise UsageError(f"{text}: a URL of local files has three slashes: file:///folder")
+
     return Path(path)
 
 
@@ -66,6 +69,7 @@ def folder_url(url: str, flag: str) -> tuple[str, str]:
         raise UsageError(f"{where}: '..' is refused; write out the folder")
     if protocol in HTTP and re.search("[?#]", rest):
         raise UsageError(f"{where}: a folder's URL has no ? and #")
+
     return protocol, f"{protocol}:{rest}"
 
 

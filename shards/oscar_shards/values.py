@@ -42,13 +42,14 @@ class Boxes:
         inside &= (x2 <= width[image] + SLACK) & (y2 <= height[image] + SLACK)
         is_outside = np.zeros(len(counts), bool)
         is_outside[image[~inside]] = True
+
         return is_outside
 
 
-def check_fit(found: Iterator[Entry], manifest: Manifest | None, faults: list[tuple[str, str]]) -> Iterator[Entry]:
+def check_fit(entries: Iterator[Entry], manifest: Manifest | None, faults: list[tuple[str, str]]) -> Iterator[Entry]:
     """Pass images on and note which are not as large as the manifest says, or without one, as the first."""
     layout = manifest.layout if manifest else None
-    for entry in found:
+    for entry in entries:
         assert entry.features
         k, p = entry.features.shape
         dtype = "int8" if entry.scales else "float16"
@@ -56,8 +57,10 @@ def check_fit(found: Iterator[Entry], manifest: Manifest | None, faults: list[tu
         if (p, dtype) != (layout.feature_dim, layout.dtype):
             expected = f"{layout.dtype} [K, {layout.feature_dim}]"
             faults.append((entry.key, f"features are {dtype} [{k}, {p}]; in this folder they are {expected}"))
+
         if layout.max_boxes is not None and k > layout.max_boxes:
             faults.append((entry.key, f"{k} regions; manifest.json says at most {layout.max_boxes}"))
+
         yield entry
 
 
@@ -80,6 +83,7 @@ def check_values(table: pa.Table, boxes: Boxes, manifest: Manifest | None) -> It
     strange = pc.invert(pc.is_in(tags, value_set=known)) if len(known) else pc.is_null(tags)
     checks.append((_rows(table["tags"], strange), "a tag is not of the detector's vocabulary"))
     checks.append((_rows(table["gt_tags"], pc.is_null(_flat(table["gt_tags"]))), "one of its gt_tags is no text"))
+
     for wrong, message in checks:
         yield from ((str(table["key"][int(row)]), message) for row in np.flatnonzero(wrong))
 

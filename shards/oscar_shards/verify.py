@@ -72,10 +72,12 @@ def verify(paths: Iterable[Path], quick: bool, workers: int | None) -> int:
     reports: dict[Path, Report] = {}
     faults = done = 0
     unsealed: list[Path] = []
+
     for path in tables:
         if message := _check_seal(path, False, unsealed):
             print(f"{path}: {_in_line(message)}")
             faults += 1
+
     with meter("MB", sum(sizes.values()) // MEGA, refusal="faults") as progress:
         for tar, report in each(partial(check, quick=quick), tars, workers):
             reports[tar] = report
@@ -83,19 +85,23 @@ def verify(paths: Iterable[Path], quick: bool, workers: int | None) -> int:
                 print(f"{tar}: {_in_line(f'{key}: {message}' if key else message)}", flush=True)
             done, faults = done + sizes[tar], faults + len(report.faults)
             progress.show(done // MEGA, faults)
+
     for folder in dict.fromkeys(tar.parent for tar in tars):
         for message in check_folder(folder, {t: reports[t] for t in tars if t.parent == folder}, unsealed):
             print(f"{folder}: {_in_line(message)}")
             faults += 1
+
     unsealed += [path for report in reports.values() for path in report.unsealed]
     if unsealed:
         print(
             f"not covered: {plural(len(unsealed), 'file')} of an older version without a seal ({unsealed[0]}, ...); "
             "what they say was checked, but not every byte of them"
         )
+
     if not tars:
         print(f"{plural(len(tables), 'file')}: {f'{faults} damaged' if faults else 'no fault'}")
         return int(faults > 0)
+
     images, texts = (sum(n) for n in zip(*((len(r.keys), r.texts) for r in reports.values()), strict=True))
     read, seconds = sum(r.bytes for r in reports.values()), time.monotonic() - began
     extent = "sizes and headers" if quick else size(read)
@@ -103,6 +109,7 @@ def verify(paths: Iterable[Path], quick: bool, workers: int | None) -> int:
     result = plural(faults, "fault") if faults else "no fault"
     counts = f"{plural(len(tars), 'shard')}, {plural(images, 'image')}, {plural(texts, 'text')}"
     print(f"{counts}: {result} ({extent} in {seconds:.1f} s{rate})")
+
     return int(faults > 0)
 
 
@@ -111,6 +118,7 @@ def check(tar: Path, quick: bool) -> Report:
     faults: list[tuple[str, str]] = []
     unsealed: list[Path] = []
     stored = manifest = None
+
     try:
         with suppress(UsageError):  # `check_folder` tells
             manifest = manifest_of(tar)
@@ -119,13 +127,16 @@ def check(tar: Path, quick: bool) -> Report:
     except OSError as error:
         faults.append(("", f"cannot be read: {error.strerror or error}"))
         table = SCHEMA.empty_table()
+
     sealed = manifest is not None and manifest.seal is not None
     for path in (index_path(tar), rejects_path(tar)):
         is_reported = path == index_path(tar) and stored is None
         if path.exists() and not is_reported and (message := _check_seal(path, sealed, unsealed)):
             faults.append(("", f"{path.name}: {message}"))
+
     if stored is not None:
         faults.extend(_differences(stored, table, {key for key, _ in faults}))
+
     counted = stored if quick and stored is not None else table
     return Report(
         faults=faults,
@@ -143,9 +154,11 @@ def _check_seal(path: Path, sealed: bool, unsealed: list[Path]) -> str:
         broken = seal.broken(path)
     except OSError as error:
         return f"cannot be read: {reason(error)}"
+
     if broken is None and not sealed:
         unsealed.append(path)
         return ""
+
     return seal.BROKEN if broken else "its seal is not there" if broken is None else ""
 
 
@@ -153,6 +166,7 @@ def _count_rejects(tar: Path, faults: list[tuple[str, str]]) -> int:
     path = rejects_path(tar)
     if not path.exists():
         return 0
+
     try:
         return len(read_bounded(path, MOST_REJECTS, REJECTS_LIMIT))
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
@@ -167,8 +181,10 @@ def read_stored(tar: Path, faults: list[tuple[str, str]]) -> pa.Table | None:
     except ValueError as error:
         faults.append(("", str(error)))
         return None
+
     if (stored_size := size_said(table.schema)) != (actual_size := tar.stat().st_size):
         faults.append(("", f"it has {actual_size:,} bytes, its index says {stored_size:,}"))
+
     return table
 
 
@@ -182,6 +198,7 @@ def _read(
             rows = [(entry.key, places(entry, None, lambda span: None)) for entry in fitting]
             keys = pa.array([key for key, _ in rows], pa.string())
             return pa.table([keys, *columns(row for _, row in rows)], schema=pa.schema([SCHEMA.field("key"), *PLACES]))
+
         boxes = Boxes()
         batches = []
         for part in in_batches(_rows(window, fitting, boxes, faults)):
@@ -189,6 +206,7 @@ def _read(
             batches.append(batch)
             faults.extend(wrong)
             boxes.drop({key for key, _ in wrong})
+
     table = pa.Table.from_batches(batches, SCHEMA)
     faults.extend(check_values(table, boxes, manifest))
     return table
@@ -239,31 +257,36 @@ def _rows(window: Window, found: Iterator[Entry], boxes: Boxes, faults: list[tup
         except TarFault as fault:  # it became shorter meanwhile
             faults.append((entry.key, str(fault)))
             return
+
         yield row
 
 
-def _differences(stored: pa.Table, made: pa.Table, told: set[str]) -> Told:
-    """Say where the index made anew is not the one that is stored; nothing more of the keys in `told`."""
-    if not stored["key"].equals(made["key"]):
-        lost = pc.invert(pc.is_in(stored["key"], value_set=made["key"].combine_chunks()))
-        gone = [key for key in stored["key"].filter(lost).to_pylist() if key not in told]
+def _differences(stored: pa.Table, rebuilt: pa.Table, listed: set[str]) -> Told:
+    """Say where the index made anew is not the one that is stored; nothing more of the keys in `listed`."""
+    if not stored["key"].equals(rebuilt["key"]):
+        lost = pc.invert(pc.is_in(stored["key"], value_set=rebuilt["key"].combine_chunks()))
+        gone = [key for key in stored["key"].filter(lost).to_pylist() if key not in listed]
         if gone:
             yield gone[0], f"{len(gone)} images of the index are not in the tar (this is the first)"
-        unknown = pc.invert(pc.is_in(made["key"], value_set=stored["key"].combine_chunks()))
-        yield from ((key, "it is not in the index") for key in made["key"].filter(unknown).to_pylist())
-        rows = pc.index_in(stored["key"], value_set=made["key"].combine_chunks())
-        stored, made = stored.filter(pc.is_valid(rows)), made.take(rows.drop_null())
+
+        unknown = pc.invert(pc.is_in(rebuilt["key"], value_set=stored["key"].combine_chunks()))
+        yield from ((key, "it is not in the index") for key in rebuilt["key"].filter(unknown).to_pylist())
+        rows = pc.index_in(stored["key"], value_set=rebuilt["key"].combine_chunks())
+        stored, rebuilt = stored.filter(pc.is_valid(rows)), rebuilt.take(rows.drop_null())
+
     different: dict[str, list[str]] = defaultdict(list)
-    for name in made.schema.names:
-        if made[name].null_count == len(made) and name.endswith("_xxh3"):
+    for name in rebuilt.schema.names:
+        if rebuilt[name].null_count == len(rebuilt) and name.endswith("_xxh3"):
             continue  # not read, or scales that are not there; these are noticed by their offsets
-        if not made[name].equals(stored[name]):
-            ours, theirs = made[name].combine_chunks(), stored[name].combine_chunks()
-            for row in range(len(made)):
+
+        if not rebuilt[name].equals(stored[name]):
+            ours, theirs = rebuilt[name].combine_chunks(), stored[name].combine_chunks()
+            for row in range(len(rebuilt)):
                 if not ours.slice(row, 1).equals(theirs.slice(row, 1)):
-                    different[str(made["key"][row])].append(_NAMES.get(name, name))
+                    different[str(rebuilt["key"][row])].append(_NAMES.get(name, name))
+
     for key, names in different.items():
-        if key not in told:
+        if key not in listed:
             yield key, f"not what the index says: {', '.join(names)}"
 
 
@@ -284,28 +307,35 @@ def check_folder(folder: Path, reports: dict[Path, Report], unsealed: list[Path]
     except UsageError as error:
         yield f"{error.message}; until then P, vocabulary and counts are not checked"
         return
+
     if manifest is None:
         indexes = [path for path in map(index_path, reports) if path.exists() and path not in unsealed]
         if indexes and set(folder.glob("[!.]*.tar")) <= set(reports):
             again = f"restore it from a copy, or run oscar-shards index {folder}"
             yield f"{FILE}: it is not there, but there was one when {indexes[0].name} was written; {again}"
         return
+
     broken = seal.broken_json((folder / FILE).read_bytes())
     if broken:
         yield f"{FILE}: {seal.BROKEN}"
     elif broken is None:
         unsealed.append(folder / FILE)
+
     if (folder / JOB_FILE).exists() and seal.broken_json((folder / JOB_FILE).read_bytes()) is not False:
         yield f"{JOB_FILE}: {seal.BROKEN}"
+
     for name in (PLAN_FILE, LEFT_OUT_FILE, MISSING_FILE):
         if (folder / name).exists() and (message := _check_seal(folder / name, manifest.seal is not None, unsealed)):
             yield f"{name}: {message}"
+
     if set(manifest.tars(folder)) - set(reports):
         return
+
     beside = {path for tar in reports for path in (index_path(tar), rejects_path(tar))}
     for stray in sorted(set(folder.glob("[!.]*.parquet")) - beside):
         if not stray.name.startswith("_"):
             yield f"{stray.name}: its tar is not there"
+
     yield from _counts(manifest, reports)
 
 
@@ -314,9 +344,11 @@ def _twice(keys: dict[str, pa.Array]) -> Iterator[str]:
     counts = pc.value_counts(pa.chunked_array(keys.values(), pa.string()))
     several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     where: dict[str, list[str]] = defaultdict(list)
+
     for name, own_rows in keys.items() if len(several) else ():
         for key in own_rows.filter(pc.is_in(own_rows, value_set=several)).to_pylist():
             where[key].append(name)
+
     for key, names in where.items():
         yield f"{key}: it is there {len(names)} times, in {', '.join(dict.fromkeys(names))}"
 

@@ -75,6 +75,7 @@ def write_shard(tar: Path, items: Iterable[Sample | Reject], layout: Layout) -> 
 
     rejects: list[Reject] = []
     refused, index = rejects_path(tar), index_path(tar)
+
     try:
         with unfinished(tar) as file, TarWriter(file, mtime=0, encoder=False) as writer:
             for item in items:
@@ -82,8 +83,10 @@ def write_shard(tar: Path, items: Iterable[Sample | Reject], layout: Layout) -> 
                     rejects.append(item)
                 else:
                     _write_sample(writer, item, layout)
+
         with unfinished(refused) as file:
             write_sealed(pa.Table.from_pylist([dataclasses.asdict(r) for r in rejects], REJECTS), file)
+
         write_unfinished_index(index_tar(temporary(tar)), index)
     except BaseException:
         for path in (index, refused, tar):
@@ -103,6 +106,7 @@ def _finish(tar: Path) -> None:
         else:
             refused.unlink(missing_ok=True)
             temporary(refused).unlink()
+
     rename(index_path(tar))
 
 
@@ -173,6 +177,7 @@ def write_folder(
         of_shard = chain([first], islice(unwritten, images_per_shard - 1))
         write_shard(shard_path(folder, name, num_shards), of_shard, layout)
         num_shards += 1
+
     if not keys:
         raise ValueError(f"{folder}: there is no sample to write")
 
@@ -206,6 +211,7 @@ def _write_sample(writer: Any, sample: Sample, layout: Layout) -> None:
     regions, k = sample.regions, len(sample.regions.boxes)
     if layout.max_boxes is not None and k > layout.max_boxes:
         raise ValueError(f"{sample.key}: {k} regions; the manifest has at most {layout.max_boxes}")
+
     for name, array, shape, dtypes in (
         ("boxes", regions.boxes, (k, 4), (np.float32,)),
         ("features", regions.features, (k, layout.feature_dim), (np.float16, np.float32)),
@@ -215,8 +221,10 @@ def _write_sample(writer: Any, sample: Sample, layout: Layout) -> None:
         if array.shape != shape or (dtypes and array.dtype not in dtypes):
             expected = f"{np.dtype(dtypes[0])} {shape}" if dtypes else shape
             raise ValueError(f"{sample.key}: {name} are {array.dtype} {array.shape}, not {expected}")
+
     if unfit := unfit_numbers(regions):
         raise ValueError(f"{sample.key}: {unfit[1]}")
+
     # One call a member: TarWriter would sort them by name, and the contract has the JSON first.
     writer.write({"__key__": sample.key, "json": sample_json(sample)})
     for name, array in ({"boxes": regions.boxes} | _stored(regions.features, layout.dtype)).items():
@@ -236,9 +244,11 @@ def unfit_numbers(regions: Regions) -> tuple[str, str] | None:
         return "not-finite", f"a feature is not finite{beyond}"
     if features.dtype != np.float16 and (most := float(np.abs(features).max(initial=0))) >= FLOAT16_LIMIT:
         return "too-large", f"a feature of {most:g} is too large for float16, whose largest is 65504"
+
     scores = [*regions.scores, *(a.score for of_region in regions.attributes for a in of_region)]
     if not are_finite(np.array(scores, np.float32)):
         return "not-finite", "a score is not finite"
+
     return None
 
 
@@ -280,15 +290,18 @@ def remove_shards(folder: Path) -> None:
     """
     if not (folder / manifest.FILE).exists():
         return
+
     made = manifest.read_manifest(folder, "--overwrite")
     if not made.name or not made.plan.sha256:
         raise UsageError(
             f"--overwrite: the tars in {folder} were indexed there, and others may have written them; delete them, "
             "or give another --out"
         )
+
     for path in sorted(folder.iterdir()):
         if _is_written(path.name, made):
             path.unlink()
+
     (folder / manifest.FILE).unlink()  # last: if this is killed, the folder is still known to be one of shards
 
 
@@ -297,7 +310,9 @@ def _is_written(name: str, made: manifest.Manifest) -> bool:
     name = name.removeprefix(TEMPORARY)
     if name in (PLAN_FILE, JOB_FILE, LEFT_OUT_FILE, MISSING_FILE):
         return True
+
     of_shard = re.fullmatch(rf"{re.escape(made.name)}-([0-9]+)\.(tar|parquet|rejects\.parquet|decoding)", name)
     if of_shard is None or int(of_shard[1]) >= made.plan.num_shards:
         return False
+
     return name.startswith(f"{shard_path(Path(), made.name, int(of_shard[1])).stem}.")

@@ -119,13 +119,16 @@ def status_command(watch: bool, every: float, as_json: bool, html: Path | None, 
 
     if html is not None:
         check_output_file(html, "--html", mark=show.MARK)
+
     while True:
         now = status.look(request)
         if html is not None:
             show.write_page(now, html)
+
         print(json.dumps(status.as_json(now)) if as_json else "\n".join(show.lines_of(now)), flush=True)
         if not watch or not now.is_at_work:
             break
+
         time.sleep(every)
 
     if not now.is_complete and not now.is_at_work and not now.queue:

@@ -19,10 +19,13 @@ def cancel(request: Request) -> None:
     slurm.tell_to_end(running)
     if waiting:
         print(f"out of the queue: {', '.join(waiting)}")
+
     if running:
         print(f"told to save and end: {', '.join(running)}; `oscar-submit status {request.name}` shows what they save")
+
     if not jobs:
         print("no job of this pipeline waits or runs")
+
     _print_what_stays(request)
 
 

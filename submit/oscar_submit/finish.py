@@ -55,6 +55,7 @@ def finish_extract(out: Path) -> None:
     check_complete(progress)
     if faults:
         raise OperationError(f"{out}: {plural(faults, 'fault')} in the shards; `oscar-shards verify {out}` names them")
+
     _check_rejects(out, progress)
 
 

@@ -88,8 +88,10 @@ def read_record(out: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError):
         content = None
+
     if not isinstance(content, dict):
         raise UsageError(f"{path}: damaged; remove it, and submit again")
+
     return content
 
 
@@ -139,6 +141,7 @@ def versions() -> dict[str, str]:
             numbers[name] = version(name)
         except PackageNotFoundError:
             continue
+
     return numbers
 
 
@@ -161,6 +164,7 @@ def runs_in(log: Path) -> list[JobRun]:
         note = NOTE.match(line)
         if note is None:
             continue
+
         if note["event"] == "began":
             runs.append(
                 JobRun(
@@ -175,6 +179,7 @@ def runs_in(log: Path) -> list[JobRun]:
             )
         elif runs and note["code"] is not None:
             runs[-1] = dataclasses.replace(runs[-1], ended=note["time"], code=int(note["code"]))
+
     return runs
 
 

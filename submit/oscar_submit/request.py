@@ -50,6 +50,7 @@ def make_request(
     layers = {"extract": dict(pipeline.extract), "train": dict(pipeline.train)}
 
     changes = tuple(changes)
+
     for change in changes:
         entry = _change(change, layers, entry)
 
@@ -73,6 +74,7 @@ def make_request(
         places=tuple(change for change in changes if change.partition("=")[0].endswith(".out")),
     )
     _check(request)
+
     return request
 
 
@@ -83,6 +85,7 @@ def _pipeline(catalog: Catalog, name: str) -> Pipeline:
     older = ""
     if name in installed_catalog().pipelines:
         older = "; the installed version has one: your file is an older one, so copy the entry, or move the file away"
+
     raise UsageError(f"NAME: no pipeline {name!r} in pipelines.yaml{nearest(name, catalog.pipelines)}{older}")
 
 
@@ -94,6 +97,7 @@ def _cluster(catalog: Catalog, pipeline: str, name: str | None) -> tuple[str, Cl
         )
     if name not in clusters:
         raise UsageError(f"--cluster: no cluster {name!r}{nearest(name, clusters)}")
+
     return name, clusters[name]
 
 
@@ -112,6 +116,7 @@ def _change(change: str, layers: dict[str, dict[str, Any]], cluster: Cluster) ->
         return _changed_cluster(cluster, rest, text, change)
     else:
         raise UsageError(f"--set {change}: unknown key {room!r}{nearest(room, (*STAGES, 'cluster'))}")
+
     return cluster
 
 
@@ -123,6 +128,7 @@ def _changed_cluster(cluster: Cluster, key: str, text: str, change: str) -> Clus
     if stage == "train" and inner:
         job = dataclasses.replace(cluster.train, **{inner: _typed(TrainJob, inner, text, change)})
         return dataclasses.replace(cluster, train=job)
+
     return dataclasses.replace(cluster, **{key: _typed(Cluster, key, text, change)})
 
 
@@ -138,6 +144,7 @@ def _typed(schema: type[Any], name: str, text: str, change: str) -> Any:
         inner = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
         if text == "null":
             return None
+
     is_text = inner in (str, list[str])
     return value(hint, text if is_text else _yaml(text, change), f"--set {change}", fields[name])
 
@@ -157,6 +164,7 @@ def _check(request: Request) -> None:
     for stage, settings in (("extract", request.extract), ("train", request.train)):
         if settings is None:
             continue
+
         check_paths(settings)
         if settings.out is None:
             raise UsageError(f"pipelines.{request.name}.{stage}: no key 'out', the folder for its output")
@@ -191,6 +199,7 @@ def seconds_of(time: str) -> int:
         hours, minutes, seconds = parts
     else:  # MM, MM:SS
         hours, (minutes, seconds) = 0, [*parts, 0][:2]
+
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 

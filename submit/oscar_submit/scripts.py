@@ -36,6 +36,7 @@ def extract_script(request: Request, settings: Extract, workers: int) -> str:
         ],
     )
     command = [*python(cluster), "-m", "oscar_extract", "--resume", str(output(settings)), "--workers", "1"]
+
     return _filled("extract.sh", cluster, directives=directives, command=shlex.join(command))
 
 
@@ -102,6 +103,7 @@ def flags(settings: Extract | Train) -> list[str]:
         if field.name == "recipe" or setting_value is None or setting_value == _default(field):
             continue
         quoted += [shlex.join(part) for part in _flag(field, setting_value)]
+
     return quoted
 
 

@@ -24,10 +24,13 @@ def lines_of(status: Status) -> list[str]:
     lines = [f"{status.name}: {_state(status)}"]
     if status.queue:
         lines.append(f"the queue is not known: {status.queue}")
+
     if status.extraction is not None:
         lines += _extraction_lines(status.extraction)
+
     if status.training is not None:
         lines += _training_lines(status.training)
+
     return lines
 
 
@@ -51,12 +54,15 @@ def _extraction_lines(extraction: Extraction) -> list[str]:
     if extraction.rate is not None:
         eta = f", about {duration(extraction.eta)} left" if extraction.eta else ""
         lines.append(f"  {extraction.rate:,.1f} images/s lately{eta}")
+
     for shard in progress.in_work[:NAMED]:
         since = datetime.fromtimestamp(shard.since).astimezone().isoformat(" ", "seconds")
         lines.append(f"  shard {shard.shard:06d} at {shard.host} since {since}")
+
     if progress.rejects:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(progress.rejects.items()))
         lines.append(f"  rejects: {reasons}")
+
     return [*lines, *_job_lines(extraction.jobs), *_failure_lines(extraction.failures)]
 
 
@@ -83,8 +89,10 @@ def _failure_lines(failures: tuple[Failure, ...]) -> list[str]:
     for failure in failures[:NAMED]:
         lines.append(f"  job {failure.job} {failure.reason}" + (f"; {failure.log} ends:" if failure.lines else ""))
         lines += [f"    {shorten(line)}" for line in failure.lines]
+
     if failures[NAMED:]:
         lines.append(f"  and {len(failures) - NAMED:,} more")
+
     return lines
 
 
@@ -98,6 +106,7 @@ def write_page(status: Status, path: Path) -> None:
         f"<!doctype html>\n{MARK.decode()}\n<meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n"
         f"<h1>{title}</h1>\n{curve}\n<pre>{text}</pre>\n"
     )
+
     with replacing(path) as file:
         file.write(page.encode())
 
@@ -107,10 +116,12 @@ def _curve(extraction: Extraction) -> str:
     progress = extraction.progress
     if progress is None or not progress.done_at:
         return ""
+
     start, end = progress.done_at[0], progress.done_at[-1]
     span = max(end - start, 1.0)
 
     points = []
+
     for number, moment in enumerate(progress.done_at, start=1):
         x = 40 + (WIDTH - 50) * (moment - start) / span
         y = HEIGHT - 30 - (HEIGHT - 50) * number / progress.shards

@@ -75,12 +75,14 @@ def measure(request: Request, settings: Extract) -> Corpus:
     out = output(settings)
     if (out / JOB_FILE).exists():
         return Corpus(record=planned_record(out), origin=f"the plan in {settings.out}")
+
     try:
         plan = plan_of(make_corpus_request(settings, request.catalog), settings)
     except UsageError as error:
         if request.expected is None:
             raise
         return Corpus(record=_expected_record(request, settings), origin=f"the paper, as here {error.message}")
+
     return Corpus(record=plan.record, origin="the files here")
 
 
@@ -111,6 +113,7 @@ def print_extract(request: Request, settings: Extract, job: Job, corpus: Corpus,
     table.add_row("images", f"{record.num_images:,} with {plural(record.num_texts, 'text')} ({corpus.origin})")
     if (expected := request.expected) is not None and corpus.record.sha256:
         table.add_row("the paper's", f"{expected.images:,} with {plural(expected.texts, 'text')}, rounded")
+
     table.add_row(
         "shards", f"{record.num_shards:,} of up to {plural(record.images_per_shard, 'image')}, in {settings.out}"
     )
@@ -128,6 +131,7 @@ def print_extract(request: Request, settings: Extract, job: Job, corpus: Corpus,
         )
         written = _span(tuple(total / max(size.gpu_hours * 3600 / workers, 1e-9) for total in size.size))
         table.add_row("network", f"writes {written} a second, and reads each image once")
+
     _print(table)
 
 
@@ -154,6 +158,7 @@ def print_train(request: Request, settings: Train) -> None:
         table.add_row("time", f"{hours * job.ranks:,.1f} GPU-hours; {duration(hours * 3600)}")
         read = part * settings.accumulate * job.processes_per_node / seconds * REGIONS * 2048 * 2
         table.add_row("network", f"a node reads up to {_size(read)} a second ({REGIONS} regions of 2048 float16)")
+
     _print(table)
 
 

@@ -122,6 +122,7 @@ def queued(names: Iterable[str]) -> list[QueuedJob]:
             continue
         job_id, job, name, state, used, nodes, reason = fields
         jobs.append(QueuedJob(id=job_id, job=job, name=name, state=state, used=used, nodes=nodes, reason=reason))
+
     return jobs
 
 
@@ -140,6 +141,7 @@ def ended(job: str) -> list[EndedJob]:
                     reason=fields.get("Reason", "None"),
                 )
             )
+
     return jobs
 
 

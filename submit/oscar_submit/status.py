@@ -121,8 +121,10 @@ def as_json(status: Status) -> dict[str, Any]:
             "jobs": [dataclasses.asdict(job) for job in extraction.jobs],
             "failures": [dataclasses.asdict(failure) for failure in extraction.failures],
         }
+
     if training is not None:
         content["training"] = {"complete": training.is_complete, **dataclasses.asdict(training)}
+
     return content
 
 
@@ -139,8 +141,10 @@ def _queue(request: Request) -> tuple[list[QueuedJob], str]:
     names = []
     if request.extract is not None:
         names += [recorded_name(request, step, request.extract) for step in ("extract", "check")]
+
     if request.train is not None:
         names.append(recorded_name(request, "train", request.train))
+
     try:
         return slurm.queued(names), ""
     except OperationError as error:
@@ -155,6 +159,7 @@ def _extraction(settings: Extract, jobs: list[QueuedJob]) -> Extraction:
     eta = (progress.images - progress.images_done) / rate if progress is not None and rate and stage_jobs else None
     is_complete = progress is not None and progress.is_complete
     failures = () if is_complete else _failures(out, stage_jobs)
+
     return Extraction(progress=progress, rate=rate, eta=eta, jobs=stage_jobs, failures=failures)
 
 
@@ -176,6 +181,7 @@ def _training(settings: Train, jobs: list[QueuedJob]) -> Training:
     checkpoint = last_step(out)
     rate = row.get("samples_per_second", 0.0)
     triples = (settings.steps - step) * settings.batch_size
+
     return Training(
         step=step,
         steps=settings.steps,
@@ -210,6 +216,7 @@ def _failures(out: Path, present: tuple[QueuedJob, ...]) -> tuple[Failure, ...]:
     submissions = record.get("submissions", [])
     if not submissions:
         return ()
+
     job_ids = list(submissions[-1]["jobs"].values())
     failures = _failures_in_logs(out, job_ids, present)
 
@@ -217,6 +224,7 @@ def _failures(out: Path, present: tuple[QueuedJob, ...]) -> tuple[Failure, ...]:
         is_present = any(job == other.job for other in present)
         if not is_present and not logs_of(out, [job]):
             failures += _failures_without_log(out, job)
+
     return tuple(failures)
 
 
@@ -233,7 +241,9 @@ def _failures_in_logs(out: Path, jobs: list[str], present: tuple[QueuedJob, ...]
         reason = "ended before it began" if not runs else f"ended with exit code {runs[-1].code}"
         if runs and runs[-1].code is None:
             reason = f"was killed on {runs[-1].node}, or its node failed"
+
         failures.append(Failure(job=name, reason=reason, log=str(log), lines=tuple(last_lines(log))))
+
     return failures
 
 
@@ -247,6 +257,7 @@ def _failures_without_log(out: Path, job: str) -> list[Failure]:
         if end.code == slurm.LAUNCH_FAILED:
             reason += f": its node cannot write {jobs_folder(out)}; give an out on a disk that all nodes see"
         failures.append(Failure(job=end.job, reason=reason, log="", lines=()))
+
     return failures
 
 

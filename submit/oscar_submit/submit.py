@@ -45,8 +45,10 @@ def dry_run(request: Request, rate: float | None) -> None:
         workers = min(request.cluster.extract.workers, max(shards, 1))
         _print_script("extract.sh", extract_script(request, request.extract, workers))
         _print_script("check.sh", check_script(request, request.extract))
+
     if request.train is not None:
         _print_script("train.sh", train_script(request, request.train))
+
     print("next: the same command without --dry-run", file=sys.stderr)
 
 
@@ -65,6 +67,7 @@ def show(request: Request, rate: float | None) -> int:
 
     if request.train is not None:
         print_train(request, request.train)
+
     return shards
 
 
@@ -77,10 +80,12 @@ def submit(request: Request, rate: float | None) -> None:
     slurm.check_commands()
     if request.extract is not None:
         slurm.check_array(request.cluster.extract.workers, request.cluster_name)
+
     steps = {step: _look_up(request, step, settings) for step, settings in settings_of(request).items()}
 
     if request.extract is not None and not steps["extract"].present:
         plan(request, request.extract)
+
     show(request, rate)
 
     submitted: dict[str, str] = {}
@@ -95,6 +100,7 @@ def submit(request: Request, rate: float | None) -> None:
     _record(request, submitted)
     if not submitted:
         print("nothing to submit")
+
     say_next("oscar-submit", "status", request.name, *[word for place in request.places for word in ("--set", place)])
 
 
@@ -135,6 +141,7 @@ def _look_up(request: Request, step: str, settings: Extract | Train) -> Step:
             f"{output(settings)}: job {present[0].job} works there with other settings; cancel it, wait for it, or "
             "give another out"
         )
+
     return Step(step=step, name=name, present=tuple(slurm.queued([name])))
 
 
@@ -170,6 +177,7 @@ def _submit_extract(
     after = f"afterany:{workers_job}" if workers_job else None
     submitted["check"] = slurm.submit(script, request.cluster_name, after)
     print(f"check: job {submitted['check']}" + (f", after job {workers_job}" if workers_job else ""))
+
     return submitted["check"]
 
 
@@ -186,6 +194,7 @@ def _submit_train(request: Request, settings: Train, train: Step, after: str | N
 
     if request.extract is None:
         _check_shards(settings)
+
     script = _write_script(out, "train.sh", train_script(request, settings))
     submitted["train"] = slurm.submit(script, request.cluster_name, f"afterok:{after}" if after else None)
     begins = f"from step {step:,} to {settings.steps:,}" if step > 0 else f"{settings.steps:,} steps"

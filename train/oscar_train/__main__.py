@@ -53,6 +53,7 @@ def _train(settings: Train, out: Path, stop: Stop) -> None:
         if not lacks_memory(error):
             raise
         raise lacking(settings) from None
+
     if os.environ.get("RANK", "0") == "0":
         held_out = settings.eval_shards or settings.eval_fraction
         say_next(*(("oscar-evaluate", out) if held_out else ("oscar-checkpoint", "show", out)))

@@ -57,18 +57,23 @@ def check(settings: Train) -> Path:
         raise UsageError(f"--warmup-steps {settings.warmup_steps}: must be less than --steps {settings.steps}")
     if settings.eval_shards and settings.eval_fraction:
         raise UsageError(f"--eval-fraction {settings.eval_fraction:g}: there are --eval-shards; give one of the two")
+
     for texts in settings.texts:
         if not Path(texts).is_file():
             raise UsageError(f"--texts {texts}: no such file; give one that oscar-shards texts wrote")
+
     out = Path(settings.out)
     check_output_folder(out, "--out", (RUN_FILE, f"{CHECKPOINT}*", "metrics.csv"))
     if settings.overwrite or not checkpoints(out):  # else the checkpoint has all that is needed
         _check_init(settings.init)
+
     if settings.overwrite:
         _check_overwritten(settings, out)
+
     check_ranks(settings)
     if settings.wandb is not None and getattr(find_spec("wandb"), "origin", None) is None:  # a folder may be called so
         raise UsageError(f"--wandb {settings.wandb}: wandb is not installed; pip install wandb, or leave --wandb out")
+
     return out
 
 
@@ -81,9 +86,11 @@ def _check_overwritten(settings: Train, out: Path) -> None:
     ):
         if value is None or not Path(value).exists():
             continue
+
         inside = Path(value).resolve()
         if not inside.is_relative_to(out.resolve()):
             continue
+
         first = out.resolve() / Path(*inside.relative_to(out.resolve()).parts[:1])
         if first.name in LOGS or step_of(first) >= 0:
             raise UsageError(f"{flag} {value}: --overwrite deletes it from --out {out}; give a copy, or another --out")
@@ -105,6 +112,7 @@ def _check_init(init: str) -> None:
         if (size := init[len(RANDOM) :]) not in SIZES:
             raise UsageError(f"--init {init}: no size {size!r}{nearest(size, SIZES)}")
         return
+
     path = Path(init)
     if path.is_dir():
         if not (path / "config.json").is_file() and not checkpoints(path):
@@ -112,9 +120,11 @@ def _check_init(init: str) -> None:
         return
     if path.exists():
         raise UsageError(f"--init {init}: a file; {ALLOWED_INIT}")
+
     in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
     if in_a_folder or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", init) or init.startswith("."):
         raise UsageError(f"--init {init}: no such folder; {ALLOWED_INIT}")
+
     from oscar_train.checkpoints import hub
 
     hub.check(init)

@@ -71,13 +71,16 @@ def search(text: str | None, path: Path, **flags: Any) -> None:
     """Check the arguments, and only then import torch."""
     if (text is None) == (flags["image"] is None):
         raise UsageError("TEXT: give a text to search for, or --image with a photo, one of the two")
+
     _check_photos(flags)
     if flags["json_file"] is not None:
         check_output_file(flags["json_file"], "--json", mark=MARK, overwrite=flags["overwrite"])
+
     if flags["html"] is not None:
         from oscar_shards.pages.page import MARK as PAGE
 
         check_output_file(flags["html"], "--html", mark=PAGE, overwrite=flags["overwrite"])
+
     _search(text, path, **flags)
 
 
@@ -102,6 +105,7 @@ def answer(question: str, path: Path, **flags: Any) -> None:
     _check_photos(flags)
     if flags["json_file"] is not None:
         check_output_file(flags["json_file"], "--json", mark=MARK, overwrite=flags["overwrite"])
+
     from oscar_train.predict.answer import answers
     from oscar_train.predict.model import open_model
     from oscar_train.predict.photos import open_photos
@@ -109,8 +113,10 @@ def answer(question: str, path: Path, **flags: Any) -> None:
     model = open_model(path, ("vqa", "gqa"), flags["device"], flags["precision"])
     photos = open_photos(_places(flags), model)
     result = answers(model, photos, question, flags["limit"])
+
     for prediction in result:
         print(f"{prediction.path}: {prediction.answer} ({prediction.probability:.1%})")
+
     if flags["json_file"] is not None:
         _write(flags["json_file"], {"model": str(model.folder), "query": question, "answers": list(map(vars, result))})
 
@@ -158,9 +164,11 @@ def _search(text: str | None, path: Path, **flags: Any) -> None:
             f"the model looked at {result.scored:,} of {result.total:,} {what}, those whose words are nearest; "
             "--exhaustive looks at all"
         )
+
     if flags["json_file"] is not None:
         content = {"model": str(model.folder), "query": title, "scored": result.scored, "total": result.total}
         _write(flags["json_file"], {**content, "matches": list(map(vars, result.matches))})
+
     if flags["html"] is not None:
         write_page(flags["html"], model, searched, result, title, flags["photos"] or flags["images"])
         print(f"{flags['html']}: {len(result.matches)} results, with what carried them")
@@ -176,8 +184,10 @@ def _table(result: Any, by_text: bool) -> Table:
     shown.add_column("", justify="right")
     shown.add_column("photo" if by_text else "text", overflow="fold")
     shown.add_column("match", justify="right")
+
     for rank, match in enumerate(result.matches, 1):
         shown.add_row(str(rank), match.path if by_text else match.text, f"{match.probability:.1%}")
+
     return shown
 
 

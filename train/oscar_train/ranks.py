@@ -49,6 +49,7 @@ def joined(device: str) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(0, 1, torch.device(kind))
         return
+
     place = torch.device(kind)
     if kind == "cuda":
         local, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -56,8 +57,10 @@ def joined(device: str) -> Iterator[Ranks]:
             raise UsageError(
                 f"--nproc-per-node: more than the {num_devices} GPUs that are here; give {num_devices}, or --device cpu"
             )
+
         place = torch.device(kind, local)
         torch.cuda.set_device(place)
+
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     yield Ranks(dist.get_rank(), size, place)
     dist.destroy_process_group()  # not after an error: the others would have to come, too

@@ -77,6 +77,7 @@ def claim_numbers(out: Path) -> dict[int, int]:
             if (match := NAME.fullmatch(name)) is not None:
                 shard, number = int(match[1]), int(match[2])
                 newest[shard] = max(number, newest.get(shard, 0))
+
     return newest
 
 
@@ -115,6 +116,7 @@ def is_gone(process: Process, here: Process) -> bool:
     """Whether it is known at once that a process has ended, as it ran on the machine of this one, `here`."""
     if not here.machine or process.machine != here.machine:
         return False
+
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:

@@ -26,6 +26,7 @@ def finish_shard(held: Held, share: Share, items: Iterable[Sample | Reject], lay
     if is_newly_done(held.tar, share):  # in the moment before it was taken
         clear(held.tar, held.shard, held.number)
         return False
+
     try:
         write_shard(held.place / held.tar.name, items, layout)
     except TakenOver:
@@ -42,4 +43,5 @@ def finish_shard(held: Held, share: Share, items: Iterable[Sample | Reject], lay
         if is_owner:
             clear(held.tar, held.shard, held.number)
             shutil.rmtree(held.place, ignore_errors=True)  # empty, unless the shard was done before
+
     return is_owner

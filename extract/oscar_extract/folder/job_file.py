@@ -64,6 +64,7 @@ def read_job(folder: Path) -> tuple[Extract, Detector]:
         settings = parse(Extract, content["settings"], f"{path}: settings")
         entry = parse(Detector, content["entry"], f"{path}: entry")
         return replace(settings, out=str(folder)), entry
+
     raise UsageError(f"--resume {folder}: {path} is damaged; give the command that began the job, which writes it anew")
 
 
@@ -75,6 +76,7 @@ def check_same_job(out: Path, settings: Extract, entry: Detector) -> None:
     """
     if not (out / JOB_FILE).exists():
         return
+
     existing, existing_entry = read_job(out)
 
     def refuse(name: str, old: object, new: object) -> None:

@@ -22,6 +22,7 @@ def give_names(tar: Path, claim: Claim) -> None:
         _move_once(place / refused.name, refused)
     elif (place / index.name).exists():
         refused.unlink(missing_ok=True)  # of a shard that was done before
+
     _move_once(place / index.name, index)
     with suppress(OSError):  # gone, or with something in it
         place.rmdir()

@@ -60,14 +60,17 @@ def prepare(job: Job, plan: Plan, manifest: Manifest | None = None) -> None:
             write_manifest(place, manifest)
             _name_first(place / FILE, out / FILE)
             _check_same(out, read_manifest(out, "--out"), job, plan, manifest)  # another process may have been faster
+
         if len(plan.table):  # else it is the one that lies there
             write_plan(place, plan)
             _replace(place, out, LEFT_OUT_FILE)
             _replace(place, out, PLAN_FILE)
+
         content = job_content(job.settings, job.entry)
         if not _holds(out / JOB_FILE, content):
             (place / JOB_FILE).write_bytes(content)
             _replace(place, out, JOB_FILE)
+
     (out / MISSING_FILE).unlink(missing_ok=True)  # of a job that was refused before
 
 
@@ -123,12 +126,16 @@ def _check_nobody_works(out: Path) -> None:
             if claim.beat != first.setdefault(shard, claim.beat):
                 owner = f"process {claim.owner.pid} at {claim.owner.host}"
                 raise OperationError(f"{out}: {owner} is working there; end it, or give another --out")
+
             waiting = True
+
         if not waiting:
             return
+
         if not is_reported:
             is_reported = True
             print(f"watching for {PATIENCE:.0f} s whether others still work in {out}", file=sys.stderr, flush=True)
+
         time.sleep(POLL)
 
 
@@ -142,25 +149,29 @@ def _remove_all(out: Path, name: str) -> None:
     (out / JOB_FILE).unlink(missing_ok=True)
 
 
-def _check_same(out: Path, there: Manifest, job: Job, plan: Plan, here: Manifest | None) -> None:
+def _check_same(out: Path, stored: Manifest, job: Job, plan: Plan, here: Manifest | None) -> None:
     """Refuse to mix shards of two detectors, plans or settings, naming both sides."""
-    if there.name != job.settings.name:
-        _refuse(out, "name", there.name, job.settings.name)
+    if stored.name != job.settings.name:
+        _refuse(out, "name", stored.name, job.settings.name)
+
     if here is None:
         check_same_job(out, job.settings, job.entry)
     else:
-        _check_same_numbers(out, there, here)
-    _check_same_record(out, "shards", there.plan, plan.record)
+        _check_same_numbers(out, stored, here)
+
+    _check_same_record(out, "shards", stored.plan, plan.record)
 
 
-def _check_same_numbers(out: Path, there: Manifest, here: Manifest) -> None:
-    if there.detector.dtype != here.detector.dtype:
-        _refuse(out, "dtype", there.detector.dtype, here.detector.dtype)
-    if there.detector != here.detector:
-        _refuse(out, "detector", _describe(there), _describe(here))
+def _check_same_numbers(out: Path, stored: Manifest, here: Manifest) -> None:
+    if stored.detector.dtype != here.detector.dtype:
+        _refuse(out, "dtype", stored.detector.dtype, here.detector.dtype)
+
+    if stored.detector != here.detector:
+        _refuse(out, "detector", _describe(stored), _describe(here))
+
     for name, value in here.settings.items():
-        if there.settings.get(name) != value:
-            _refuse(out, name, there.settings.get(name), value)
+        if stored.settings.get(name) != value:
+            _refuse(out, name, stored.settings.get(name), value)
 
 
 def _check_same_plan(job: Job, plan: Plan) -> None:
@@ -170,8 +181,8 @@ def _check_same_plan(job: Job, plan: Plan) -> None:
         _check_same_record(job.out, "the plan", planned_record(job.out), plan.record)
 
 
-def _check_same_record(out: Path, what: str, there: PlanRecord, here: PlanRecord) -> None:
-    before = asdict(there)
+def _check_same_record(out: Path, what: str, stored: PlanRecord, here: PlanRecord) -> None:
+    before = asdict(stored)
     for name, value in asdict(here).items():
         if before[name] != value and name not in SETTLED:
             _refuse(out, f"plan: {name}", before[name], value, what)

@@ -113,9 +113,11 @@ def print_progress(progress: Progress) -> None:
     table = Table("", progress.out.as_posix(), title="oscar-extract", title_justify="left")
     table.add_row("shards done", f"{progress.done:,} of {progress.shards:,}, {progress.bytes_done / 1e6:,.1f} MB")
     table.add_row("images done", f"{progress.images_done:,} of {progress.images:,}")
+
     for shard in progress.in_work:
         since = datetime.fromtimestamp(shard.since).astimezone().isoformat(" ", "seconds")
         table.add_row("in work", f"shard {shard.shard:06d} at {shard.host}, process {shard.pid}, since {since}")
+
     table.add_row("left", f"{progress.left:,}")
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in progress.rejects.items())
     total = sum(progress.rejects.values())

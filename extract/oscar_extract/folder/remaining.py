@@ -58,15 +58,19 @@ class Remaining:
         """Tidy up after all processes, if no other is at work; return whether this was the one to do so."""
         if not self._retries:
             self._clear_done()
+
         self.sweep()
         for unnamed in self._out.glob(f"{PREPARED}*"):  # of a process that was killed as it began; all is written now
             with suppress(OSError):
                 remove(unnamed)
+
         for unborn in (self._out / FOLDER).glob(f"{TEMPORARY}*"):  # claims whose makers were killed
             unborn.unlink(missing_ok=True)
+
         with suppress(OSError):
             (self._out / FOLDER).rmdir()
             return True
+
         return False
 
     def sweep(self) -> None:
@@ -88,6 +92,7 @@ class Remaining:
             stamp = index_stamp(tar)  # before the look at the shard, which may be done in that moment
             if not is_done(tar, self._retries):
                 not_done[number] = stamp
+
         return not_done
 
     def _names(self) -> set[str]:
@@ -117,6 +122,7 @@ class Remaining:
 
         if claim is not None and claim.state == SEALED and not is_newly_done(tar, share):
             give_names(tar, claim)
+
         if is_newly_done(tar, share):
             clear(tar, shard, number)
             self._drop(shard)
@@ -127,6 +133,7 @@ class Remaining:
             self.left.pop(shard)
             self.given_up.append(shard)
             return None
+
         return share if is_free else None
 
     def _drop_done(self) -> None:

@@ -83,12 +83,14 @@ class Held:
         with self._lock:
             if self.claim.state != WORKING:
                 return False
+
             has_rejects = (self.place / rejects_path(self.tar).name).exists()
             token = secrets.token_hex(8)
             sealed = replace(self.claim, state=SEALED, token=token, has_rejects=has_rejects)
             if not make_claim(self.out, self.shard, self.number + 1, sealed):
                 self.is_lost = True
                 return False
+
             self.number, self.claim = self.number + 1, sealed
 
         # A higher number is there if all claims were removed, as the shard was done, and it was begun once more.
@@ -136,12 +138,14 @@ def take(out: Path, tar: Path, share: Share, process: Process) -> Held | None:
     claim = Claim(owner=process, place=private_name(tar), since=now(), deaths=share.deaths)
     if not make_claim(out, share.shard, share.number, claim):
         return None
+
     held = Held(out, tar, share.shard, share.number, claim)
     try:
         held.place.mkdir()
     except OSError:  # a full disk, say
         held.give_back()
         raise
+
     return held
 
 
@@ -156,6 +160,7 @@ def make_claim(out: Path, shard: int, number: int, claim: Claim) -> bool:
                 return _link(private_path, path, claim)
             finally:
                 private_path.unlink(missing_ok=True)
+
     raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(private_path))
 
 
@@ -165,10 +170,12 @@ def change_claim(path: Path, claim: Claim) -> bool:
         handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
+
     try:
         os.pwrite(handle, as_bytes(claim), 0)
     finally:
         os.close(handle)  # only then others see it on NFS
+
     return True
 
 
@@ -196,6 +203,7 @@ def _link(own: Path, path: Path, claim: Claim) -> bool:
     with suppress(FileExistsError), path.open("xb") as file:
         file.write(as_bytes(claim))
         return True
+
     return False
 
 
@@ -205,6 +213,7 @@ def _beating(held: Held) -> Iterator[None]:
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, ended), daemon=True)
     heart.start()
+
     try:
         yield
     finally:

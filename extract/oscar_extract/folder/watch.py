@@ -47,6 +47,7 @@ class Watch:
         self._seen[path.name] = sight
 
         gone = claim is not None and is_gone(claim.owner, self._process)
+
         return Standing(claim=claim, is_dead=gone or sight.idle >= PATIENCE)
 
     def _sight(self, name: str, content: bytes) -> Sight:

@@ -98,6 +98,7 @@ class AttributeRes5ROIHeads(Res5ROIHeads):
                 conv.stride = (1, 1)
             for block in res5:
                 block.conv2.dilation = block.conv2.padding = (2, 2)
+
         return res5, channels
 
     @classmethod
@@ -180,12 +181,14 @@ def build_preactivation_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
     channels = resnets.STEM_OUT_CHANNELS
     stem = PreActivationStem(in_channels=input_shape.channels, out_channels=channels, norm=resnets.NORM)
     stages = []
+
     for number, count in enumerate({50: (3, 4, 6), 101: (3, 4, 23), 152: (3, 8, 36)}[resnets.DEPTH]):
         out = resnets.RES2_OUT_CHANNELS << number
         stages.append(
             _preactivation_stage(count, channels, out, resnets.WIDTH_PER_GROUP << number, 1 if number == 0 else 2)
         )
         channels = out
+
     return PreActivationResNet(stem, stages)
 
 

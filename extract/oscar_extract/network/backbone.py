@@ -82,6 +82,7 @@ def detections(predicted: Tensor, coarser: Tensor | None) -> Tensor:
     width, height = ((a + b).clamp(min=0.1) / ANCHOR for a, b in ((left, right), (top, bottom)))
     x, y = (right - left) / (2 * ANCHOR), (bottom - top) / (2 * ANCHOR)
     boxes = torch.stack([logits.max(1).values, x, y, width.log(), height.log()], dim=1)
+
     return torch.cat([boxes, logits if coarser is None else torch.maximum(logits, coarser[:, 5:])], dim=1)
 
 
@@ -110,6 +111,7 @@ class LiteTrunk(Backbone):
             x = stage(x)
             if i:
                 sides.append(self.laterals[i - 1](x))
+
         middle = sides[1] + resize_like(sides[2], sides[1])
         fine = sides[0] + resize_like(middle, sides[0])
         middle = middle + resize_like(fine, middle)
@@ -120,6 +122,7 @@ class LiteTrunk(Backbone):
         maps: dict[str, Tensor] = {}
         coarser = None
         levels = list(zip(STRIDES, self.neck(x), self.towers, self.heads, strict=True))
+
         for name, y, tower, head in reversed(levels):
             hidden = tower(y)
             detections_of_head = detections(head(hidden), coarser)
@@ -127,6 +130,7 @@ class LiteTrunk(Backbone):
                 [y, hidden, detections_of_head if coarser is None else detections_of_head - coarser], dim=1
             )
             coarser = functional.interpolate(detections_of_head, scale_factor=2.0)
+
         return maps
 
     def output_shape(self) -> dict[str, ShapeSpec]:

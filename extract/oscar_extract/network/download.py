@@ -39,10 +39,12 @@ def _from_hub(name: str, repository: str, file: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     url = hf_hub_url(repository, file)
+
     try:
         return Path(hf_hub_download(repository, file, local_files_only=True))
     except LocalEntryNotFoundError:
         _check_reachable(name, url)
+
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's client has a dozen kinds for "no such file", "not allowed" and "cut off"

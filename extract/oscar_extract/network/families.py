@@ -136,6 +136,7 @@ def family_of(state: Mapping[str, Tensor]) -> Family:
         return MILVLG_CAFFE  # two channels an anchor, background and foreground
     if parts & {"cls_embedding", "fc_attr", "attr_score"}:
         return AIRSPLAY
+
     return AIRSPLAY if (objectness, hidden) == (ANCHORS, 512) and HEAD + "score" not in parts else DETECTRON2
 
 
@@ -167,10 +168,12 @@ def _reorder(family: Family, order: list[int] | None, name: str, tensor: Tensor)
     """Bring one tensor into this project's order; one of another shape than its family's stays as it is."""
     if tensor.dim() == 0:
         return tensor
+
     part, rows = name.rpartition(".")[0], len(tensor)
     if family.two_logits and part == RPN + "objectness_logits" and rows == 2 * ANCHORS:
         background, foreground = tensor.chunk(2)
         tensor, rows = foreground - background, ANCHORS  # softmax over two logits is the sigmoid of their difference
+
     if order and part == RPN + "objectness_logits" and rows == ANCHORS:
         return tensor[order]
     if order and part == RPN + "anchor_deltas" and rows == 4 * ANCHORS:
@@ -179,6 +182,7 @@ def _reorder(family: Family, order: list[int] | None, name: str, tensor: Tensor)
         return tensor.roll(-1, dims=0)
     if family.background_first and part == PREDICTOR + "bbox_pred":
         return tensor[4:]
+
     return tensor
 
 
@@ -192,7 +196,9 @@ def _anchor_order(family: Family, preset: str, anchors: Tensor | None) -> list[i
     if family is AIRSPLAY and anchors is not None and anchors.shape == (ANCHORS, 4):
         width, height = (anchors[:SIZES, 2:] - anchors[:SIZES, :2]).unbind(dim=1)
         stored = "ratio-major" if (height / width).log().std() < 0.1 else "size-major"
+
     if stored in ("as-they-are", expected):
         return None
+
     outer, inner = (RATIOS, SIZES) if expected == "ratio-major" else (SIZES, RATIOS)
     return [i * outer + o for o in range(outer) for i in range(inner)]

@@ -42,17 +42,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix not in SUFFIXES:
         raise UsageError(f"--weights {path}: unknown form {path.suffix!r}; allowed: {' '.join(SUFFIXES)}")
+
     try:
         content = _read(path)
     except FileNotFoundError:
         raise UsageError(f"--weights {path}: no such file; give one of {' '.join(SUFFIXES)}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"--weights {path}: cannot be read: {reason(error)}") from None
+
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
+
     if not isinstance(content, dict):
         raise UsageError(f"--weights {path}: holds a {type(content).__name__}, not named tensors")
+
     tensors = {n: torch.as_tensor(t) for n, t in content.items() if isinstance(t, Tensor | np.ndarray)}
     return {re.sub(r"^module\.", "", n): t.float() if t.is_floating_point() else t for n, t in tensors.items()}
 
@@ -60,6 +64,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _read(path: Path) -> Any:
     if path.suffix != ".pkl":
         return read_weight_file(path)
+
     try:
         with path.open("rb") as file:
             return _ArraysOnly(file, encoding="latin1").load()
@@ -79,6 +84,7 @@ def fill(model: nn.Module, family: Family, preset: str, state: dict[str, Tensor]
         converted = convert(family, preset, state)
     except ValueError as error:
         raise UsageError(f"--weights {path}: {error}") from None
+
     tensors = {name: t for name, t in converted.items() if not COMPUTED.search(name)}
     expected = {name: t for name, t in model.state_dict().items() if not COMPUTED.search(name)}
     problems = [
@@ -96,4 +102,5 @@ def fill(model: nn.Module, family: Family, preset: str, state: dict[str, Tensor]
         raise UsageError(
             f"--weights {path}: of family {family.name}, but does not fit the --detector's config: {listed}{rest}"
         )
+
     model.load_state_dict(tensors, strict=False)

@@ -31,6 +31,7 @@ def read_captions(captions: str, place: Place, paths: pa.Array, ids: pa.Array) -
         source, texts = path.stem, read_texts(path, path.stem)
     else:
         raise UsageError(f"{FLAG} {captions}: no such file (or say txt for .txt files beside the images)")
+
     images = array(texts["image"])
     rows = match(images, (paths, ids), paths, ids)
     if not (rows >= 0).any():
@@ -38,12 +39,14 @@ def read_captions(captions: str, place: Place, paths: pa.Array, ids: pa.Array) -
             f"{FLAG} {captions}: none of its {len(texts)} texts names an image under {place.root} (images there are "
             f"like {paths[0].as_py()!r}); give the captions of these images, or another --images"
         )
+
     image = pc.binary_join_element_wise(place.name, ids.take(pa.array(rows, mask=rows < 0)), "/")
     known = pa.array(rows >= 0)
     strays = texts.filter(pc.invert(known))
     left_out = columns(
         LEFT_OUT, len(strays), dataset=source, image=strays["image"], reason="text-without-image", message=told(strays)
     )
+
     return texts.set_column(0, "image", image).filter(known), left_out
 
 

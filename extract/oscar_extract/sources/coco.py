@@ -27,6 +27,7 @@ def read_coco(place: Place) -> Annotations:
     images: list[tuple[Any, ...]] = []
     texts: list[tuple[Any, ...]] = []
     captioned: set[str] = set()
+
     for path in paths:
         with reading(path, "--root"):
             content = read_json(path, dict)
@@ -35,10 +36,12 @@ def read_coco(place: Place) -> Annotations:
             images += [("coco", f"coco/{n}", name, split.get(f"coco/{n}", of_file)) for n, name in listed]
             texts += _captions(path, content, {n: split.get(f"coco/{n}", of_file) for n, _ in listed}, of_file, place)
             captioned |= {f"coco/{n}" for n, _ in listed if path.name.startswith("captions")}
+
     if split and not captioned.issuperset(split):
         more, of_more = karpathy_texts(place, "coco")
         images += [image for image in more if image[1] not in captioned]
         texts += [text for text in of_more if text[0] not in captioned]
+
     return annotations(images, locate_coco(place, images), texts)
 
 
@@ -65,7 +68,9 @@ def locate_coco(place: Place, images: list[tuple[Any, ...]]) -> Ints:
     long = pc.match_substring_regex(inventory.names, r"^(COCO_\w+_)?\d{12}(\.|$)")
     of_coco = pc.or_(long, pa.array(inventory.outer_family == "coco"))
     photograph = pc.match_substring_regex(inventory.names, r"(?i)\.jpe?g$")
+
     for which in (pc.and_(of_coco, photograph), of_coco):
         files = place.locate(names, pc.if_else(which, numbers(inventory.names), None), "coco")
         rows = np.where(rows < 0, files, rows)
+
     return rows

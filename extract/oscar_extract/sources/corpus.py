@@ -143,6 +143,7 @@ def read_corpus(request: Request, inventory: Inventory) -> Corpus:
     keep = ((file >= 0) & ~held_out & ~excluded & ~unwanted)[present]
     if not keep.any():
         raise _nothing_left(request, missing, held_out, excluded, inventory.damage)
+
     kept_images, group = present[keep], np.unique(group[keep], return_inverse=True)[1].ravel()
     row = np.full(len(names), -1, np.int64)
     row[kept_images] = group
@@ -151,6 +152,7 @@ def read_corpus(request: Request, inventory: Inventory) -> Corpus:
     also, is_twin = _also(files, file, kept_images, group, leaders)
     texts, text_row, strays = _texts(texts, names, row, missing)
     listed = row[of_mention]
+
     return Corpus(
         roots=roots,
         image=names.take(pa.array(leaders)),
@@ -218,6 +220,7 @@ def _read_parts(
                     left_out=annotations.left_out,
                 )
             )
+
     damaged = columns(
         LEFT_OUT,
         len(inventory.damaged),
@@ -279,6 +282,7 @@ def _held_out(
     splits = [item for of_family in karpathy.values() for item in of_family.items()]
     outside = strings([image for image, split in splits if split != "train" and split not in request.splits])
     held_out |= pc.is_in(names, value_set=outside).to_numpy(zero_copy_only=False)
+
     return ~in_wanted & ~held_out, held_out
 
 
@@ -294,6 +298,7 @@ def _excluded(
             named = read_excluded(path)
             for image in (called, array(images["image"])):
                 excluded[of_mention[are_named(named, image, paths, array(images["name"]))]] = True
+
     return excluded
 
 
@@ -321,6 +326,7 @@ def _also(files: pa.Table, file: Ints, kept: Ints, group: Ints, leaders: Ints) -
     order = rows[np.argsort(group[rows], kind="stable")]
     counts = np.bincount(group[order], minlength=len(leaders))
     paths = array(files["path"]).take(pa.array(file[kept[order]]))
+
     return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), paths), is_twin
 
 
@@ -346,9 +352,11 @@ def _texts(texts: pa.Table, names: pa.Array, row: Ints, missing: Bools) -> tuple
     order = np.flatnonzero(rows >= 0)
     order = order[np.argsort(rows[order], kind="stable")]
     texts, rows = texts.take(pa.array(order)), rows[order]
+
     for name in ("text", "question", "answer"):
         column = pc.utf8_trim_whitespace(array(texts[name]))
         texts = texts.set_column(texts.column_names.index(name), name, column)
+
     once = _first_of_each(texts, rows)
     return texts.take(pa.array(once)), rows[once], strays
 
@@ -366,4 +374,5 @@ def _first_of_each(texts: pa.Table, rows: Ints) -> Ints:
     whole = pc.binary_join_element_wise(pa.array(rows[several]).cast(pa.string()), *parts, "\x1f")
     keep = np.ones(len(rows), bool)
     keep[several] = find(whole, whole) == np.arange(len(whole))
+
     return np.flatnonzero(keep)

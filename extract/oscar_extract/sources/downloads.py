@@ -40,6 +40,7 @@ def read_cc(place: Place) -> Annotations:
             prefix = f"{path.stem}/" if split in seen else "" if split == "train" else f"{split}-"
             parts.append(_listed(place, prefix, split, *columns))
             seen.add(split)
+
     return _joined(place, parts) if parts else _downloads(place)
 
 
@@ -53,13 +54,16 @@ def read_sbu(place: Place) -> Annotations:
                 raise UsageError(
                     f"--root {place.root}: {path.name} has {len(urls)} lines, {captions.name} {len(texts)}"
                 )
+
         return _joined(place, [_listed(place, "", "train", strings(urls), strings(texts))])
+
     for path in place.annotations(SBU_JSON):
         with reading(path, "--root"):
             content = read_json(path, (dict, list))
             if isinstance(content, dict) and {"image_urls", "captions"} <= content.keys():
                 fields = [strings(content[k]) for k in ("image_urls", "captions")]
                 return _joined(place, [_listed(place, "", "train", *fields)])
+
     return _downloads(place)
 
 
@@ -80,22 +84,28 @@ def _tsv(place: Place, path: Path) -> tuple[pa.Array, pa.Array, pa.Table] | None
     convert = csv.ConvertOptions(
         column_types={f"f{n}": pa.string() for n in range(COLUMNS)}, strings_can_be_null=False, null_values=[]
     )
+
     with reading(path, "--root"):
         if not _speaks_of_urls(path):
             return None
+
         content = read_text(path, "--root")
         if "\r" in content:  # Arrow would end a row there; where rows end in \n, it is white space in a caption
             content = "\n".join(split_lines(content)).replace("\r", " ")
+
         source = pa.BufferReader(content.encode())
         rows = csv.read_csv(source, csv.ReadOptions(autogenerate_column_names=True), parse, convert)
         texts = [array(column) for column in rows.columns[:COLUMNS]]
+
     address = next((n for n, t in enumerate(texts) if _is_url(t)), None)
     if address is None or len(texts) < 2:
         return None
+
     first = [pc.utf8_lower(pc.utf8_trim_whitespace(text[:1]))[0].as_py() for text in texts]
     caption = next((n for n, name in enumerate(first) if name in TEXT_COLUMNS), 1 if address == 0 else 0)
     if not re.match(URL, first[address]):  # a header
         texts = [column[1:] for column in texts]
+
     urls = pc.utf8_trim_whitespace(texts[address])
     lines = table(LEFT_OUT, [(place.name, path.name, "malformed-row", line[:200]) for line in skipped])
     return urls, texts[caption], lines
@@ -124,6 +134,7 @@ def _listed(
     ids = pc.binary_join_element_wise(f"{place.name}/{prefix}", pa.array(np.arange(count)).cast(pa.string()), "")
     images = columns(IMAGES, count, dataset=place.name, image=ids, name=urls, file=-1, split=split)
     texts = columns(TEXTS, count, image=ids, kind="caption", source=place.name, id="0", text=captions)
+
     return Annotations(
         images=images,
         texts=texts if split in place.splits else TEXTS.empty_table(),
@@ -138,6 +149,7 @@ def _joined(place: Place, parts: list[Annotations]) -> Annotations:
     why = find(urls, array(dead["url"]))
     messages = array(dead["message"]).take(pa.array(why, mask=why < 0))
     rows = _locate(place, images, np.cumsum([0, *(len(p.images) for p in parts)]).astype(np.int64))
+
     return Annotations(
         images=images.set_column(3, "file", pa.array(rows)).set_column(5, "message", messages),
         texts=pa.concat_tables([p.texts for p in parts]),
@@ -161,8 +173,10 @@ def _locate(place: Place, images: pa.Table, starts: Ints) -> Ints:
     if (which := free & place.silent & ~numbered).any():
         for candidates, names in _names(place, urls, starts, which):
             rows = _filled(rows, place.locate(candidates, names, place.name))
+
     if (which := free & place.certain & numbered).any():
         rows = _filled(rows, max(_numbers(place, images, starts, which), key=lambda found: int((found >= 0).sum())))
+
     return rows
 
 
@@ -177,9 +191,11 @@ def _names(place: Place, urls: pa.Array, starts: Ints, which: Bools) -> Iterator
     last_part = _last_part(urls)
     yield once(last_part), once(named)
     yield once(stems(last_part)), once(stem)
+
     for size, digest in ((32, hashlib.md5), (40, hashlib.sha1), (64, hashlib.sha256)):
         if pc.any(pc.match_substring_regex(stem, rf"^[0-9a-fA-F]{{{size}}}$")).as_py():
             yield strings([digest(u.encode()).hexdigest() for u in urls.to_pylist()]), pc.utf8_lower(stem)
+
     if pc.any(pc.match_substring_regex(stem, r"^\d+_\d+$")).as_py():
         row = (np.arange(len(urls)) - np.repeat(starts[:-1], np.diff(starts))).tolist()
         yield strings([f"{n}_{c}" for n, c in zip(row, _sums(urls), strict=True)]), stem
@@ -194,16 +210,20 @@ def _numbers(place: Place, images: pa.Table, starts: Ints, which: Bools) -> Iter
     yield place.locate(strings(list(map(str, _sums(urls)))), number, place.name)
     rows = np.full(len(urls), -1, np.int64)
     seen: set[str] = set()
+
     for start, end in pairwise(starts):
         split = images["split"][int(start)].as_py() if end > start else "train"
         if split in seen:
             continue  # of several lists, the rows of the first are meant
+
         seen.add(split)
         of_split = which & _of_split(place.inventory.paths, split)
         if len(starts) == 2 and not of_split.any():
             of_split = which  # there is no other split to tell it from
+
         count = pa.array(np.arange(end - start)).cast(pa.string())
         rows[start:end] = place.locate(count, pc.if_else(pa.array(of_split), number, None), place.name)
+
     yield rows
 
 
@@ -233,4 +253,5 @@ def _downloads(place: Place) -> Annotations:
             f"--root {place.root}: neither a list of URLs and captions nor tars of images in it, which --dataset "
             f"{place.name} needs"
         )
+
     return read_files(place, which)

@@ -32,11 +32,13 @@ def twins(roots: list[Root], files: pa.Table) -> Ints:
         heads = np.concatenate([np.zeros((0, 2), np.uint64), *pool.map(partial(_heads, roots), parts)])
         suspects = np.flatnonzero(_repeated(heads) & (heads[:, 0] > 0))
         wholes = list(pool.map(_whole, _places(roots, files.take(pa.array(suspects)))))
+
     first: dict[Any, int] = {}
     result = np.arange(len(files))
     for number, whole in zip(suspects.tolist(), wholes, strict=True):
         if whole is not None:
             result[number] = first.setdefault((int(heads[number, 0]), whole), number)
+
     return result
 
 
@@ -76,6 +78,7 @@ def _heads(roots: list[Root], files: pa.Table) -> npt.NDArray[np.uint64]:
                     row[:] = _head(handle, offset, size)
             finally:
                 os.close(handle)
+
     return heads
 
 
@@ -95,6 +98,7 @@ def _whole(place: Bytes) -> bytes | None:
             digest.update(block)
     except (OSError, ValueError):
         return None
+
     return digest.digest()
 
 

@@ -32,8 +32,10 @@ def read_excluded(path: Path) -> list[str]:
             names = [row[0].strip().strip('"') for row in table_rows(path, FLAG, ragged=True)]
         else:
             names = [line.strip() for line in split_lines(read_text(path, FLAG))]
+
     if not any(names):
         raise UsageError(f"{FLAG} {path}: no name in it; give a list of images, one a line")
+
     return [name for name in names if name]
 
 
@@ -47,7 +49,9 @@ def _json(content: Any) -> list[str]:
                 names.append(f"coco/{int(image['cocoid'])}" if "cocoid" in image else str(image["filename"]))
             else:
                 names.append(str(image.get("file_name") or image["id"]))
+
         return names
+
     if isinstance(content, dict):
         train_keys = [k for k in content if {"val", "test"} & content.keys() and split_of(k) == "train"]
         content = [
@@ -56,6 +60,7 @@ def _json(content: Any) -> list[str]:
             for name in (names if isinstance(names, list) else [names])
             if key not in train_keys
         ]
+
     return [str(_name(entry)) for entry in content]
 
 
@@ -80,6 +85,7 @@ def are_named(names: list[str], images: pa.Array, paths: pa.Array, called: pa.Ar
     is_named = np.zeros(len(images), bool)
     coco = pc.starts_with(images, "coco/")
     digits = pc.if_else(coco, ids, None)
+
     for column, values in (
         (images, name_array),
         (ids, name_array),
@@ -93,4 +99,5 @@ def are_named(names: list[str], images: pa.Array, paths: pa.Array, called: pa.Ar
         ),
     ):
         is_named |= pc.is_in(column, value_set=values, skip_nulls=True).to_numpy(zero_copy_only=False)
+
     return is_named

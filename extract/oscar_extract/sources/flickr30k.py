@@ -26,6 +26,7 @@ def read_flickr30k(place: Place) -> Annotations:
     paths = sorted(place.annotations(TOKENS), key=lambda path: ".token" not in path.name)
     images: dict[str, str] = {}
     texts: list[tuple[Any, ...]] = []
+
     for path in paths[:1]:  # the others hold the same captions in another form
         with reading(path, "--root"):
             for name, number, caption in _rows(path):
@@ -33,11 +34,14 @@ def read_flickr30k(place: Place) -> Annotations:
                 images[image] = name
                 if split.get(image, "train") in place.splits:
                     texts.append((image, "caption", "flickr30k", f"{name}#{number}", caption, None, None))
+
     listed = [("flickr30k", image, name, split.get(image, "train")) for image, name in images.items()]
     if not paths:
         listed, texts = karpathy_texts(place, "flickr30k")
+
     if not listed:
         place.required(TOKENS, "results_20130124.token, results.csv or dataset_flickr30k.json")
+
     rows = place.locate(strings([_stem(i[2]) for i in listed]), stems(place.inventory.names), "flickr30k")
     return annotations(listed, rows, texts)
 
@@ -55,10 +59,12 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
                 image, _, number = name.rpartition("#")
                 yield image or name, number, caption.strip()
         return
+
     for count, row in enumerate(_table(path)):
         cells = [cell.strip() for cell in row]
         if count == 0 and cells and cells[0].lower() in PATH_COLUMNS:
             continue
+
         if len(cells) == 3:
             yield cells[0], cells[1], cells[2]
         elif len(cells) == 2:
@@ -74,6 +80,7 @@ def _table(path: Path) -> Iterator[list[str]]:
                 cells = [cells[0], start[1], cells[1][start.end() :]]  # as in line 19999 of Kaggle's results.csv
             yield cells
         return
+
     width = 0
     for _, row in csv_rows(path, "--root"):
         width = width or len(row)
@@ -89,4 +96,5 @@ def _lists(place: Place) -> dict[str, str]:
             for line in filter(None, map(str.strip, lines(path, "--root"))):
                 stem = line.rpartition("/")[2]
                 split[f"flickr30k/{stem.rpartition('.')[0] or stem}"] = split_of(name)
+
     return split

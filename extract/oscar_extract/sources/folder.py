@@ -26,6 +26,7 @@ def read_folder(place: Place, captions: str | None = None) -> Annotations:
             f"--images {place.root}: no image in it, only {place.inventory.others} other files; looked for {endings}"
             f"{place.inventory.damage}"
         )
+
     return read_files(place, which, captions)
 
 
@@ -43,6 +44,7 @@ def read_files(place: Place, which: Bools, captions: str | None = None) -> Annot
         texts = columns(TEXTS, len(rows), image=image, kind="caption", source=place.name, id="0", text=files["text"])
         left_out = _undecoded(place, files)
         texts = texts.filter(texts["text"].is_valid())
+
     gone = _dead(place)
     return Annotations(
         images=pa.concat_tables([images, gone.images]), texts=pa.concat_tables([texts, gone.texts]), left_out=left_out
@@ -82,4 +84,5 @@ def _dead(place: Place) -> Annotations:
         message=dead["message"],
     )
     texts = columns(TEXTS, len(dead), image=image, kind="caption", source=place.name, id="0", text=dead["text"])
+
     return Annotations(images=images, texts=texts.filter(texts["text"].is_valid()))

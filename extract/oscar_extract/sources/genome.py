@@ -25,6 +25,7 @@ def coco_twins(inventory: Inventory) -> dict[str, str]:
                 for image in read_json(path, list):
                     if image.get("coco_id") is not None:
                         twins[f"vg/{image.get('image_id', image.get('id'))}"] = f"coco/{int(image['coco_id'])}"
+
     return twins
 
 
@@ -44,6 +45,7 @@ def read_gqa(place: Place) -> Annotations:
                 if split in place.splits and question.get("answer") is not None:
                     question_text = str(question["question"])
                     texts.append((image, "qa", "gqa", str(number), None, question_text, str(question["answer"])))
+
     listed = [("gqa", image, "", split) for image, split in images.items()]
     return annotations(listed, _locate(place, listed), texts)
 
@@ -83,6 +85,7 @@ def read_vg_qa(place: Place) -> Annotations:
                     )
                     for qa in entry["qas"]
                 ]
+
     return annotations(images, _locate(place, images), texts)
 
 
@@ -90,9 +93,11 @@ def _locate(place: Place, images: list[tuple[Any, ...]]) -> Ints:
     """Return the files of Visual Genome images: 2370799.jpg in VG_100K, VG_100K_2, or GQA's images; else COCO's own."""
     if not images:
         return np.zeros(0, np.int64)
+
     rows = place.locate(strings([i[1].removeprefix("vg/") for i in images]), place.inventory.stems, "vg")
     twins = coco_twins(place.inventory) if (rows < 0).any() else {}
     if twins:
         in_coco = locate_coco(place, [("", twins.get(image[1], ""), "", "") for image in images])
         rows = np.where(rows < 0, in_coco, rows)
+
     return rows

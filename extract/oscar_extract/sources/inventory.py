@@ -147,6 +147,7 @@ class Inventory:
             if len(places):
                 matched_rows = find(wanted, names.take(pa.array(places)))
                 rows = np.where(rows < 0, np.where(matched_rows < 0, -1, places[matched_rows]), rows)
+
         return rows
 
 
@@ -160,6 +161,7 @@ def lie_under(roots: list[Path], folder: Path, root: pa.ChunkedArray, paths: pa.
         elif folder.is_relative_to(place):
             inner = pc.starts_with(paths, f"{folder.relative_to(place).as_posix()}/")
             result |= of_root & inner.to_numpy(zero_copy_only=False)
+
     return result
 
 
@@ -189,39 +191,42 @@ def list_files(
     listing = Listing(roots=roots)
     seen: set[str] = {os.path.realpath(skip)} if skip else set()
     walked = []
+
     for number, root in enumerate(roots):
         if remotes and root in remotes:
             _add_remote(number, remotes[root], listing)
         else:
             walked.append(_rows(number, root, flag, listing, seen))
+
     rows = chain.from_iterable(walked)
     listing.files = table(FILES, rows)
     return listing
 
 
-def _add_remote(number: int, tars: RemoteTars, found: Listing) -> None:
+def _add_remote(number: int, tars: RemoteTars, listing: Listing) -> None:
     for name in tars.files:
         if name.endswith(".tar"):
-            found.tars.append((number, RemoteFile(tars, name), name))
+            listing.tars.append((number, RemoteFile(tars, name), name))
         else:
-            found.others += 1
-            found.tables.append((number, RemoteFile(tars, name)))
+            listing.others += 1
+            listing.tables.append((number, RemoteFile(tars, name)))
 
 
-def take_inventory(found: Listing) -> Inventory:
+def take_inventory(listing: Listing) -> Inventory:
     """Add the members of the tars, and what a downloader says of files."""
-    scans = list(_scan_tars(found.tars))
+    scans = list(_scan_tars(listing.tars))
     in_tars = pa.concat_tables([FILES.empty_table(), *(scan.files for scan in scans)])
-    tables = (read_downloads(number, found.roots[number], file) for number, file in found.tables)
+    tables = (read_downloads(number, listing.roots[number], file) for number, file in listing.tables)
     downloads = pa.concat_tables([DOWNLOADS.empty_table(), *tables])
     is_there = pc.equal(downloads["status"], "success")
+
     return Inventory(
-        roots=found.roots,
-        files=_described(pa.concat_tables([found.files, in_tars]), downloads.filter(is_there)),
-        annotations=found.annotations,
+        roots=listing.roots,
+        files=_described(pa.concat_tables([listing.files, in_tars]), downloads.filter(is_there)),
+        annotations=listing.annotations,
         dead=downloads.filter(pc.invert(is_there)),
-        damaged=_damaged([readable(path or tar.name) for _, tar, path in found.tars], scans),
-        others=found.others,
+        damaged=_damaged([readable(path or tar.name) for _, tar, path in listing.tars], scans),
+        others=listing.others,
     )
 
 
@@ -253,31 +258,33 @@ def _not_a_folder(root: Path) -> str:
     return "a file; give the folder that has it, a list of images (.jsonl, .csv, .tsv, .parquet), or a .tar of images"
 
 
-def _rows(number: int, root: Path, flag: str, found: Listing, seen: set[str]) -> Iterator[tuple[Any, ...]]:
+def _rows(number: int, root: Path, flag: str, listing: Listing, visited: set[str]) -> Iterator[tuple[Any, ...]]:
     if root.is_file() and root.suffix == ".tar":
-        found.tars.append((number, root, ""))
+        listing.tars.append((number, root, ""))
         return
     if not root.is_dir():
         raise UsageError(f"{flag} {root}: {_not_a_folder(root)}")
+
     links = []
-    for path, is_link in _walk(root, flag, seen):
+    for path, is_link in _walk(root, flag, visited):
         extension = os.path.splitext(path)[1].lower()
         if extension == ".tar":
-            found.tars.append((number, root / path, path))
+            listing.tars.append((number, root / path, path))
         elif extension not in EXTENSIONS:
-            found.others += 1
+            listing.others += 1
             if extension in ANNOTATIONS:
-                found.annotations.append(root / path)
+                listing.annotations.append(root / path)
             if extension == ".parquet":
-                found.tables.append((number, root / path))
+                listing.tables.append((number, root / path))
         elif is_link:
             links.append(path)
         else:
             yield _row(number, path)
+
     for path in links:  # last, so that a link to what is listed already is left out
         real = os.path.realpath(root / path)
-        if real not in seen and not _listed(real, seen):
-            seen.add(real)
+        if real not in visited and not _listed(real, visited):
+            visited.add(real)
             yield _row(number, path)
 
 
@@ -292,7 +299,7 @@ def _row(number: int, path: str) -> tuple[Any, ...]:
     return number, text, None if text == path else os.fsencode(path), None, None, None, None, None
 
 
-def _walk(root: Path, flag: str, seen: set[str]) -> Iterator[tuple[str, bool]]:
+def _walk(root: Path, flag: str, visited: set[str]) -> Iterator[tuple[str, bool]]:
     """Yield the relative paths of visible files in a fixed order, and whether each is a link.
 
     Links to folders are followed, but no folder is visited twice. What is no regular file (a pipe, a device) is left
@@ -302,14 +309,16 @@ def _walk(root: Path, flag: str, seen: set[str]) -> Iterator[tuple[str, bool]]:
     while folders:
         folder = folders.pop()
         place = os.path.join(root, folder)
-        if (real := os.path.realpath(place)) in seen:
+        if (real := os.path.realpath(place)) in visited:
             continue
-        seen.add(real)
+
+        visited.add(real)
         try:
             with os.scandir(place) as scan:
                 entries = sorted((e for e in scan if not e.name.startswith(".")), key=lambda e: e.name)
         except OSError as error:
             raise UsageError(f"{flag} {place}: cannot be listed: {error.strerror}") from None
+
         inner = []
         for entry in entries:
             path = os.path.join(folder, entry.name)
@@ -317,6 +326,7 @@ def _walk(root: Path, flag: str, seen: set[str]) -> Iterator[tuple[str, bool]]:
                 inner.append(path)
             elif entry.is_file() or _leads_nowhere(entry) or _looks_like_an_image(entry):
                 yield path, entry.is_symlink()
+
         folders.extend(reversed(inner))
 
 
@@ -353,12 +363,13 @@ def scan_tar(place: tuple[int, File, str]) -> Scan:
         return _scanned(number, Path(local), path, readable(path or tar.name), listed)
 
 
-def _scanned(number: int, tar: Path, path: str, label: str, told: set[str]) -> Scan:
+def _scanned(number: int, tar: Path, path: str, label: str, listed: set[str]) -> Scan:
     raw = os.fsencode(path)
     images: list[tuple[str, Member]] = []  # with their stems
     sidecars: defaultdict[str, dict[str, str]] = defaultdict(dict)
     kinds: defaultdict[str, set[str]] = defaultdict(set)  # of the text files beside each image
     fault, size, read = "", 0, 0
+
     try:
         size = tar.stat().st_size
         with Window(tar, WINDOW) as window:
@@ -366,17 +377,19 @@ def _scanned(number: int, tar: Path, path: str, label: str, told: set[str]) -> S
                 read = member.end
                 if os.path.basename(member.name).startswith("."):
                     continue
+
                 stem, extension = os.path.splitext(member.name)
                 if extension.lower() in EXTENSIONS and extension:
                     images.append((stem, member))
-                elif extension in (".txt", ".json") and stem not in told:
+                elif extension in (".txt", ".json") and stem not in listed:
                     kinds[stem].add(extension)
                     if member.size <= SIDECAR_BYTES:
                         content = window.content(member.data, member.data + member.size)
                         sidecars[stem].update(_sidecar(extension, content))
     except (TarFault, OSError) as error:
         fault = reason(error)
-    whole = _with_their_texts(images, kinds, told) if fault else images
+
+    whole = _with_their_texts(images, kinds, listed) if fault else images
 
     rows = (
         (
@@ -393,12 +406,12 @@ def _scanned(number: int, tar: Path, path: str, label: str, told: set[str]) -> S
         read=read,
         unread=size - read if fault else 0,
         images=len(images),
-        listed=len(told),
+        listed=len(listed),
     )
 
 
 def _with_their_texts(
-    images: list[tuple[str, Member]], kinds: dict[str, set[str]], told: set[str]
+    images: list[tuple[str, Member]], kinds: dict[str, set[str]], listed: set[str]
 ) -> list[tuple[str, Member]]:
     """Leave out images before a damage that may have texts behind it.
 
@@ -410,7 +423,7 @@ def _with_their_texts(
     return [
         (stem, member)
         for stem, member in images
-        if stem in told or (len(stems) > 1 and kinds.get(stem, set()) >= usual)
+        if stem in listed or (len(stems) > 1 and kinds.get(stem, set()) >= usual)
     ]
 
 
@@ -435,14 +448,18 @@ def _sidecar(extension: str, content: bytes) -> dict[str, str]:
         text = decode(content).strip()
     except NotText as error:
         return {"fault": f"its {extension} file: {error}"}
+
     if extension == ".txt":
         return {"text": text}
+
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
         return {}
+
     if not isinstance(record, dict):
         return {}
+
     names = {"url": "url", "caption": "text"}
     return {names[k]: v.strip() for k, v in record.items() if k in names and isinstance(v, str)}
 
@@ -457,6 +474,7 @@ def read_downloads(number: int, root: Path, file: File) -> pa.Table:
         names = [n for n in ("key", "url", "status", "caption", "error_message") if n in schema.names]
         rows = pq.read_table(path, columns=names)
         by_name = {n: array(rows[n]).cast(pa.string()) for n in names}
+
     image = pc.binary_join_element_wise(readable(str(Path(inner).with_suffix(""))), by_name["key"], "/")
     message = pc.coalesce(by_name.get("error_message", pa.nulls(len(rows), pa.string())), by_name["status"])
     return columns(
@@ -475,11 +493,13 @@ def _described(files: pa.Table, downloads: pa.Table) -> pa.Table:
     """Fill in the URLs and captions of files from the tables beside them, where no file in a tar says them."""
     if not len(downloads):
         return files
+
     keys = without_extension(pc.replace_substring(array(files["path"]), ".tar/", "/"))
     rows = find(_rooted(files, keys), _rooted(downloads, array(downloads["image"])))
     for name in ("url", "text"):
         values = array(downloads[name]).take(pa.array(rows, mask=rows < 0))
         files = files.set_column(FILES.get_field_index(name), name, pc.coalesce(array(files[name]), values))
+
     return files
 
 

@@ -44,11 +44,13 @@ def read_listing(path: Path, name: str) -> tuple[pa.Table, Annotations]:
     """
     with reading(path, FLAG):
         rows = pa.concat_tables([ROWS.empty_table(), *_FORMS[path.suffix.lower()](path)])
+
     rows = rows.set_column(4, "source", pc.coalesce(array(rows["source"]), name))
     nameless = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(array(rows["path"])), ""), True)
     strays, rows = rows.filter(nameless), rows.filter(pc.invert(nameless))
     if not len(rows):
         raise UsageError(f"{FLAG} {path}: no row of it names an image; needed is a column {' or '.join(PATH_COLUMNS)}")
+
     paths = pc.replace_substring_regex(array(rows["path"]), r"(^|/)(\./+)+", r"\1")
     paths = pc.replace_substring_regex(paths, "//+", "/")
     unique = pc.unique(paths)
@@ -79,6 +81,7 @@ def read_listing(path: Path, name: str) -> tuple[pa.Table, Annotations]:
         reason="text-without-image",
         message=strays["text"],
     )
+
     return files, Annotations(images=images, texts=texts, left_out=left_out)
 
 
@@ -90,19 +93,21 @@ def _ids(path: Path, paths: pa.Array, given: pa.Array, source: pa.Array) -> pa.A
         at = np.flatnonzero(find(ids, ids) != np.arange(len(ids)))[0]
         shared = f"{paths[int(find(ids, ids)[at])]} and {paths[int(at)]} share the id {ids[int(at)]}"
         raise UsageError(f"{FLAG} {path}: {in_line(shared)}; give each its own")
+
     return ids
 
 
-def _renamed(path: Path, found: pa.Table, start: int) -> pa.Table:
+def _renamed(path: Path, table: pa.Table, start: int) -> pa.Table:
     """Return a table of the schema ROWS from one whose columns have any of the known names."""
-    lower = {str(n).strip().lower(): n for n in reversed(found.column_names)}
-    chosen = {to: [array(found[lower[n]]) for n in names if n in lower] for to, names in NAMES.items()}
+    lower = {str(n).strip().lower(): n for n in reversed(table.column_names)}
+    chosen = {to: [array(table[lower[n]]) for n in names if n in lower] for to, names in NAMES.items()}
     if not chosen["path"]:
         raise UsageError(
-            f"{FLAG} {path}: it has the columns {in_line(', '.join(found.column_names))}; needed is "
+            f"{FLAG} {path}: it has the columns {in_line(', '.join(table.column_names))}; needed is "
             f"{' or '.join(PATH_COLUMNS)}"
         )
-    number = pa.array(np.arange(start, start + len(found))).cast(pa.string())
+
+    number = pa.array(np.arange(start, start + len(table))).cast(pa.string())
     values: dict[str, Any] = {to: _coalesced(several) for to, several in chosen.items() if several}
     if "text" in values and _is_list(values["text"].type):
         lists = values["text"].to_pylist()
@@ -110,8 +115,10 @@ def _renamed(path: Path, found: pa.Table, start: int) -> pa.Table:
         rows = pc.list_parent_indices(values["text"])
         values = {to: pc.list_flatten(v) if to == "text" else v.take(rows) for to, v in values.items()}
         number = _numbered(number.take(rows), rows.to_numpy())
+
     if "text" in values:
         values["text"] = values["text"].cast(pa.string())
+
     return columns(ROWS, len(number), **values, number=number)
 
 
@@ -163,9 +170,11 @@ def _tables(path: Path, records: Iterator[dict[str, Any]]) -> Iterator[pa.Table]
                 f"{FLAG} {path}: row {start + len(chunk) - 1} has the columns {in_line(', '.join(map(str, record)))}; "
                 f"needed is {' or '.join(PATH_COLUMNS)}"
             )
+
         if len(chunk) == CHUNK:
             yield _from_records(path, chunk, start)
             start, chunk = start + len(chunk), []
+
     if chunk:
         yield _from_records(path, chunk, start)
 
@@ -174,6 +183,7 @@ def _from_records(path: Path, chunk: list[dict[str, Any]], start: int) -> pa.Tab
     names = sorted({k for record in chunk for k in record} | {"path"})
     lists = any(isinstance(record.get(n), list) for record in chunk for n in TEXT_COLUMNS)
     by_name = {}
+
     for name in names:
         values = [record.get(name) for record in chunk]
         if lists and name in TEXT_COLUMNS:
@@ -183,6 +193,7 @@ def _from_records(path: Path, chunk: list[dict[str, Any]], start: int) -> pa.Tab
             )
         else:
             by_name[name] = text_array([None if v is None else str(v) for v in values], pa.string())
+
     return _renamed(path, pa.table(by_name), start)
 
 

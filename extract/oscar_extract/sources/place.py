@@ -95,8 +95,8 @@ def read_json(path: Path, form: type | tuple[type, ...], *fields: str) -> Any:
         UsageError: no such file, no JSON, or of another form.
     """
 
-    def slim(found: dict[str, Any]) -> dict[str, Any]:
-        return {name: found[name] for name in fields if name in found} if fields[0] in found else found
+    def slim(content: dict[str, Any]) -> dict[str, Any]:
+        return {name: content[name] for name in fields if name in content} if fields[0] in content else content
 
     with reading(path, "--root"):
         content = text_files.read_json(path, "--root", slim if fields else None)

@@ -81,6 +81,7 @@ class RemoteFile:
                     f"{folder.at(self.name)}: it has changed since the plan was made; give another --out, or "
                     "--overwrite"
                 )
+
             retried(lambda: folder.download(self.name, target, stamp.size or 0), folder.at(self.name))
 
         try:
@@ -112,35 +113,38 @@ def cache_of(settings: Extract) -> Cache:
     return Cache(cache_folder(settings.cache).absolute(), round(settings.cache_size * 1e9))
 
 
-def find_tars(given: str, cache: Cache, flag: str) -> RemoteTars:
+def find_tars(text: str, cache: Cache, flag: str) -> RemoteTars:
     """Return the tars that a URL names: of a folder, one tar, or several as {00000..00331}.tar.
 
     Raises:
         UsageError: it is no such URL, names no tar, or the server does not list folders.
         OperationError: the server does not answer, after several tries.
     """
-    given = given.strip()
-    url, names = _split(given, flag)
+    text = text.strip()
+    url, names = _split(text, flag)
     protocol, url = folder_url(url, flag)
     url = url.rstrip("/")
     open_remote(url, flag)
     folder = _folder(url)
     files = _stamps(folder, names, flag) if names else _listed(folder, protocol, flag)
+
     return RemoteTars(url, files, cache)
 
 
-def _split(given: str, flag: str) -> tuple[str, list[str]]:
+def _split(text: str, flag: str) -> tuple[str, list[str]]:
     """Return the URL of a folder, and the names of the tars in it that are asked for; none for all."""
-    url, _, last = given.partition("{")[0].rpartition("/")
-    last = given[len(url) + 1 :]
+    url, _, last = text.partition("{")[0].rpartition("/")
+    last = text[len(url) + 1 :]
     if not last.endswith(".tar"):
-        return given, []
+        return text, []
     if "/" in last:
-        raise UsageError(f"{flag} {shown(given)}: braces stand in the file's name alone: {{00000..00331}}.tar")
+        raise UsageError(f"{flag} {shown(text)}: braces stand in the file's name alone: {{00000..00331}}.tar")
+
     try:
         names = [name for name, _ in zip(braceexpand(last), range(MANY), strict=False)]
     except ValueError:
-        raise UsageError(f"{flag} {shown(given)}: a brace is missing; write {{00000..00331}}.tar") from None
+        raise UsageError(f"{flag} {shown(text)}: a brace is missing; write {{00000..00331}}.tar") from None
+
     return url, sorted(set(names))
 
 
@@ -150,9 +154,11 @@ def _listed(folder: RemoteFolder, protocol: str, flag: str) -> dict[str, Stamp]:
         entries = folder.listing()
     except Gone as error:
         raise UsageError(f"{flag} {folder.url}: it cannot be listed ({error.cause}){hint}") from None
+
     files = {name: stamp for name, stamp in entries.items() if name.endswith((".tar", ".parquet"))}
     if not any(name.endswith(".tar") for name in files):
         raise UsageError(f"{flag} {folder.url}: no .tar is listed there, and images behind a URL lie in tars{hint}")
+
     unknown = [name for name, stamp in files.items() if stamp.size is None or not stamp.version]
     return files | _stamps(folder, unknown, flag)
 
@@ -169,12 +175,15 @@ def _stamps(folder: RemoteFolder, names: list[str], flag: str) -> dict[str, Stam
             if name not in names:
                 return None
             raise UsageError(f"{flag} {folder.at(name)}: {error.cause}") from None
+
         if stamp.size is None:
             raise OperationError(f"{folder.at(name)}: the server does not say how long it is")
+
         return stamp
 
     with ThreadPoolExecutor(THREADS) as pool:
         stamps = list(pool.map(ask, unique_names))
+
     return {name: stamp for name, stamp in sorted(zip(unique_names, stamps, strict=True)) if stamp is not None}
 
 

@@ -35,12 +35,14 @@ def make_request(settings: Extract, catalog: Catalog) -> Request:
     names = [name.strip() for given in settings.dataset for name in given.split(",") if name.strip()]
     if not names and settings.images is None:
         raise UsageError("no images: give --images DIR (or --dataset or --pipeline NAME)")
+
     parts = _dataset_parts(settings, catalog, names) if names else [_images_part(settings)]
     published = any(part.layout for part in parts)
     if settings.root and not published:
         raise UsageError(f"--root {settings.root[0]}: it goes with --dataset {', '.join(LAYOUTS)}")
     if settings.captions and published:
         raise UsageError(f"--captions {settings.captions}: it goes with --images; a --dataset brings its own texts")
+
     further = _own_images(settings, settings.images) if published and settings.images else None
     return Request(
         parts=parts,
@@ -74,12 +76,15 @@ def _dataset_parts(settings: Extract, catalog: Catalog, names: list[str]) -> lis
     for name in names:
         if name not in catalog.datasets and name not in LAYOUTS:
             raise UsageError(f"--dataset: no dataset {name!r}{nearest(name, {*catalog.datasets, *LAYOUTS})}")
+
     roots = _roots(settings, catalog, names)
     parts = [_entry(settings, catalog, n, roots) if n in catalog.datasets else _layout(n, roots[n]) for n in names]
     own_names = [part.name for part in parts if not part.layout]
+
     for name in own_names:
         if own_names.count(name) > 1:
             raise UsageError(f"--dataset: two of {', '.join(names)} have the source {name!r}; give each its own")
+
     return parts
 
 
@@ -97,6 +102,7 @@ def _roots(settings: Extract, catalog: Catalog, names: list[str]) -> dict[str, s
         raise UsageError(
             f"--root: {len(settings.root)} given for --dataset {','.join(rooted)}; give one, or one for each in turn"
         )
+
     given = settings.root * len(rooted) if len(settings.root) == 1 else settings.root
     return {**known, **dict(zip(rooted, given, strict=True))}
 
@@ -127,6 +133,7 @@ def _has_lists(layout: str, folder: Path, depth: int = 3) -> bool:
                     return True
                 if name.count("/") < depth and entry.is_dir() and not entry.name.startswith("."):
                     folders.append(name)
+
     return False
 
 
@@ -149,27 +156,31 @@ def _entry(settings: Extract, catalog: Catalog, name: str, roots: dict[str, str]
     entry = catalog.datasets[name]
     if entry.layout:
         return _layout(name, roots[name], entry.layout)
+
     images = settings.images or entry.images
     if images is None:
         raise UsageError(f"--dataset {name}: its entry in pipelines.yaml has neither images nor a layout")
+
     source = settings.source or entry.source or name
     return replace(_own_images(settings, images, entry.captions), name=source.replace("/", "_"))
 
 
-def _place(flag: str, given: str) -> Path:
-    path = local_path(given)
+def _place(flag: str, text: str) -> Path:
+    path = local_path(text)
     if path is None:
-        raise UsageError(f"{flag} {shown(given)}: a URL is not read here; only --images takes one")
+        raise UsageError(f"{flag} {shown(text)}: a URL is not read here; only --images takes one")
     if not path.exists():
         raise UsageError(f"{flag} {path}: no such {'file' if flag == '--exclude' else 'folder'}")
     return path
 
 
-def _splits(given: str) -> frozenset[str]:
-    splits = [s.strip() for s in given.split(",") if s.strip()]
+def _splits(text: str) -> frozenset[str]:
+    splits = [s.strip() for s in text.split(",") if s.strip()]
     for split in splits:
         if split not in SPLITS:
             raise UsageError(f"--splits: {split!r} is not allowed{nearest(split, SPLITS)}")
+
     if not splits:
         raise UsageError(f"--splits: nothing given; allowed: {', '.join(SPLITS)}")
+
     return frozenset(splits)

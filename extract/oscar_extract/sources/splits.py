@@ -23,6 +23,7 @@ def karpathy_texts(place: Place, family: str) -> tuple[list[tuple[Any, ...]], li
         images.append((place.name, image, name, split))
         if split in place.splits:
             texts += [(image, "caption", family, number, sentence, None, None) for number, sentence in sentences]
+
     return images, texts
 
 
@@ -37,4 +38,5 @@ def _entries(inventory: Inventory, family: str) -> list[tuple[str, str, str, lis
                     number = int(entry["cocoid"]) if family == "coco" else name.rpartition(".")[0] or name
                     sentences = [(str(s.get("sentid", "")), str(s["raw"])) for s in entry.get("sentences", [])]
                     entries.append((f"{family}/{number}", split_of(str(entry["split"])), name, sentences))
+
     return entries

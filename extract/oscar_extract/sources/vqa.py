@@ -23,16 +23,19 @@ def read_vqa(place: Place) -> Annotations:
     answers = _answers(place)
     images: dict[int, str] = {}
     texts: list[tuple[Any, ...]] = []
+
     for path in _newest(place.required(QUESTIONS, "*OpenEnded_mscoco_*_questions.json")):
         of_file = split_of(path.name.partition("mscoco_")[2])
         if of_file in place.splits and of_file != "test" and of_file not in answers:
             raise UsageError(f"--root {place.root}: {path.name} has no *mscoco_{of_file}*_annotations.json beside it")
+
         with reading(path, "--root"):
             for question in read_json(path, dict)["questions"]:
                 number = int(question["image_id"])
                 of_image = split.get(f"coco/{number}", of_file)
                 if of_image in place.splits and of_file not in place.splits:
                     continue  # Karpathy's training split has it, but no question about it is wanted
+
                 images[number] = of_image
                 answer = answers.get(of_file, {}).get(question["question_id"])
                 if answer is not None:
@@ -40,6 +43,7 @@ def read_vqa(place: Place) -> Annotations:
                     texts.append(
                         (f"coco/{number}", "qa", "vqa", str(question["question_id"]), None, question_text, answer)
                     )
+
     listed = [("vqa", f"coco/{number}", "", of_image) for number, of_image in images.items()]
     return annotations(listed, locate_coco(place, listed), texts)
 
@@ -59,4 +63,5 @@ def _answers(place: Place) -> dict[str, dict[Any, str]]:
                 answers.setdefault(split, {}).update(
                     (a["question_id"], str(a["multiple_choice_answer"])) for a in content
                 )
+
     return answers

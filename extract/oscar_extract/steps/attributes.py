@@ -13,35 +13,35 @@ VINVL_THRESHOLD = 0.05  # POSTPROCESS_ATTRIBUTES_THRESHOLD
 VINVL_MOST = 16  # MAX_NUM_ATTR_PER_OBJ
 
 
-def describe_caffe(head: AttributeHead, found: Candidates, kept: Kept) -> tuple[Tensor, Tensor]:
+def describe_caffe(head: AttributeHead, candidates: Candidates, selected: Kept) -> tuple[Tensor, Tensor]:
     """Take the likeliest attribute, of probabilities that "none" has its share of (Caffe; MILVLG's readers)."""
-    probabilities = _logits(head, found, kept, _likeliest(found, kept)).softmax(dim=-1)
+    probabilities = _logits(head, candidates, selected, _likeliest(candidates, selected)).softmax(dim=-1)
     return _top(probabilities[..., :-1] if head.background else probabilities, 1)
 
 
-def describe_lxmert(head: AttributeHead, found: Candidates, kept: Kept) -> tuple[Tensor, Tensor]:
+def describe_lxmert(head: AttributeHead, candidates: Candidates, selected: Kept) -> tuple[Tensor, Tensor]:
     """Take the likeliest attribute, of probabilities without "none" (airsplay, transformers' `_predict_attrs`)."""
-    logits = _logits(head, found, kept, _likeliest(found, kept))
+    logits = _logits(head, candidates, selected, _likeliest(candidates, selected))
     return _top((logits[..., :-1] if head.background else logits).softmax(dim=-1), 1)
 
 
-def describe_vinvl(head: AttributeHead, found: Candidates, kept: Kept) -> tuple[Tensor, Tensor]:
+def describe_vinvl(head: AttributeHead, candidates: Candidates, selected: Kept) -> tuple[Tensor, Tensor]:
     """Take up to 16 attributes of more than 0.05, given the class the region was kept for (VinVL's attribute head).
 
     VinVL pools the final boxes again. They are the proposals here, whose features are at hand.
     """
-    probabilities = _logits(head, found, kept, kept.classes).softmax(dim=-1)[..., :-1]
+    probabilities = _logits(head, candidates, selected, selected.classes).softmax(dim=-1)[..., :-1]
     return _top(probabilities.masked_fill(probabilities <= VINVL_THRESHOLD, 0), VINVL_MOST)
 
 
-def _likeliest(found: Candidates, kept: Kept) -> Tensor:
+def _likeliest(candidates: Candidates, selected: Kept) -> Tensor:
     """Return the class of the highest logit, the background among them, of every kept region: [B, M]."""
-    return found.logits.argmax(dim=-1).gather(1, kept.index)
+    return candidates.logits.argmax(dim=-1).gather(1, selected.index)
 
 
-def _logits(head: AttributeHead, found: Candidates, kept: Kept, classes: Tensor) -> Tensor:
-    images = torch.arange(len(kept.index), device=kept.index.device)[:, None]
-    features = found.features[images, kept.index]
+def _logits(head: AttributeHead, candidates: Candidates, selected: Kept, classes: Tensor) -> Tensor:
+    images = torch.arange(len(selected.index), device=selected.index.device)[:, None]
+    features = candidates.features[images, selected.index]
     logits: Tensor = head(features.flatten(0, 1), classes.flatten())
     return logits.view(*classes.shape, logits.shape[1])
 

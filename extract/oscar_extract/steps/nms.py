@@ -39,6 +39,7 @@ def nms_by_class(over: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
     if scores.is_cuda:
         survivors: Tensor = survivors_on_gpu(over, scores.argsort(dim=-1, descending=True, stable=True), valid)
         return survivors
+
     groups, classes, count = scores.shape
     apart = ~torch.eye(count, dtype=torch.bool, device=over.device)
     neighbours = _pack(over & apart).flatten(0, 1)  # [G R, words]
@@ -48,9 +49,11 @@ def nms_by_class(over: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
     first = torch.arange(groups, device=over.device)[:, None] * count
     row = (order + first).reshape(count, -1)
     dead = _pack(~valid).repeat_interleave(classes, dim=0)  # [G C, words]
+
     for rank in range(count):
         lives = 1 - ((dead.gather(1, word[rank]) >> bit[rank]) & 1)  # of the box that is next in its class
         dead |= neighbours.index_select(0, row[rank]) & -lives
+
     survives: Tensor = ~_unpack(dead, count).reshape(scores.shape)
     return survives
 
@@ -105,9 +108,11 @@ def first_survivors(boxes: Tensor, valid: Tensor, threshold: float, plus: int, c
     below = torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)).item() if plus else strict(threshold)
     wider = boxes + boxes.new_tensor([0, 0, plus, plus])
     survivors = []
+
     for of_image, is_valid in zip(wider, valid, strict=True):
         rows = is_valid.nonzero()[:, 0]
         survivors.append(rows[nms(of_image[rows], -rows.float(), below)[:count]])
+
     return pad(survivors)
 
 

@@ -44,6 +44,7 @@ def propose_caffe(model: Any, images: ImageList, maps: dict[str, Tensor], target
     sides = boxes[..., 2:] - boxes[..., :2]
     large = ((sides > 0) & (sides + 1 > rpn.min_box_size * scale)).all(dim=-1)
     best, order = _best(logits.masked_fill(~large, -math.inf), rpn.pre_nms_topk[False])
+
     return _suppress(rpn, boxes.gather(1, order[..., None].expand(-1, -1, 4)), best, 1)
 
 

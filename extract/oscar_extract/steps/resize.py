@@ -43,8 +43,10 @@ def target_of(rule: str, cfg: Any, height: int, width: int) -> Target:
     else:
         transform = ResizeShortestEdge([short] * 2, long).get_transform(np.empty((height, width)))
         target = _both(height, width, transform.new_h, transform.new_w)
+
     if min(target.height, target.width) < 1:
         raise RefusedImage("too-thin", f"{width}x{height} pixels would be resized to a line")
+
     return target
 
 
@@ -83,6 +85,7 @@ def normalize(rule: str, cfg: Any, pixels: npt.NDArray[np.uint8], target: Target
     image = torch.tensor(pixels).to(device).permute(2, 0, 1)
     if cfg.INPUT.FORMAT == "BGR":
         image = image.flip(0)
+
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(cfg.MODEL.PIXEL_STD, device=device).view(3, 1, 1)
     image = (image.float() - mean) / std

@@ -71,49 +71,50 @@ class Kept:
     number: Tensor
 
 
-def select_caffe(predictor: Any, found: Candidates, selection: Selection) -> Kept:
+def select_caffe(predictor: Any, candidates: Candidates, selection: Selection) -> Kept:
     """Keep proposals as bottom-up attention does (`tools/generate_tsv.py`, `get_detections_from_im`).
 
     The boxes are the proposals, not regressed. NMS runs in each class at 0.3 on boxes of the original image's pixels; a
     box's confidence is its best score that survives. If min to max boxes reach the threshold, they come in the
     RPN's order; otherwise the best come, in order of confidence. The class is the best, whether NMS spared it or not.
     """
-    probabilities = found.logits.softmax(dim=-1)[..., :-1]
-    scale = found.boxes.new_tensor([t.scale_x for t in found.targets])
-    overlaps = intersection_over_union(found.boxes / scale[:, None, None], plus=1) >= predictor.test_nms_thresh
-    best, _ = _best_surviving(overlaps, probabilities, found.valid)
+    probabilities = candidates.logits.softmax(dim=-1)[..., :-1]
+    scale = candidates.boxes.new_tensor([t.scale_x for t in candidates.targets])
+    overlaps = intersection_over_union(candidates.boxes / scale[:, None, None], plus=1) >= predictor.test_nms_thresh
+    best, _ = _best_surviving(overlaps, probabilities, candidates.valid)
     reach = best >= selection.score_threshold
     number = reach.sum(dim=1)
     between = (number >= selection.min_boxes) & (number <= selection.max_boxes)
     order = torch.where(between[:, None], _true_first(reach), best.argsort(dim=1, descending=True, stable=True))
     scores, classes = probabilities.max(dim=-1)
-    return _keep(order, found.boxes, scores, classes, _clamped(number, found.valid, selection), selection)
+
+    return _keep(order, candidates.boxes, scores, classes, _clamped(number, candidates.valid, selection), selection)
 
 
-def select_vinvl(predictor: Any, found: Candidates, selection: Selection) -> Kept:
+def select_vinvl(predictor: Any, candidates: Candidates, selection: Selection) -> Kept:
     """Keep proposals as VinVL's extraction does (NMS_FILTER 1, `filter_results_peter`; IGNORE_BOX_REGRESSION).
 
     NMS runs in each class; a box's score and class are the best that survive. Always in order of score.
     """
-    probabilities = found.logits.softmax(dim=-1)[..., :-1]
-    overlaps = intersection_over_union(found.boxes, plus=0) > strict(predictor.test_nms_thresh)
-    best, classes = _best_surviving(overlaps, probabilities, found.valid)
+    probabilities = candidates.logits.softmax(dim=-1)[..., :-1]
+    overlaps = intersection_over_union(candidates.boxes, plus=0) > strict(predictor.test_nms_thresh)
+    best, classes = _best_surviving(overlaps, probabilities, candidates.valid)
     order = best.argsort(dim=1, descending=True, stable=True)
     number = _clamped((best >= selection.score_threshold).sum(dim=1), best > 0, selection)
-    return _keep(order, found.boxes, best, classes, number, selection)
+    return _keep(order, candidates.boxes, best, classes, number, selection)
 
 
-def select_lxmert(predictor: Any, found: Candidates, selection: Selection) -> Kept:
+def select_lxmert(predictor: Any, candidates: Candidates, selection: Selection) -> Kept:
     """Keep regressed boxes as the LXMERT port does (`detectron2_mscoco_proposal_maxnms.py`).
 
     One box a proposal, of its best class, and one NMS for all classes, at a threshold that rises until `min_boxes`
     survive. There is no score threshold. Boxes that clipping leaves empty are dropped after that.
     """
-    scores, classes = found.logits.softmax(dim=-1)[..., :-1].max(dim=-1)
-    boxes = _clip(_of_class(_regress(predictor, found), classes), found.targets)
+    scores, classes = candidates.logits.softmax(dim=-1)[..., :-1].max(dim=-1)
+    boxes = _clip(_of_class(_regress(predictor, candidates), classes), candidates.targets)
     overlaps = intersection_over_union(boxes, plus=0)[:, None] > boxes.new_tensor([*map(strict, RISING)])[:, None, None]
     tried = scores[:, None].expand(-1, len(RISING), -1)
-    valid = found.valid[:, None].expand_as(tried)
+    valid = candidates.valid[:, None].expand_as(tried)
     alone = [t.flatten(0, 1) for t in (overlaps, tried, valid)]
     survives = nms_by_class(alone[0], alone[1][:, None], alone[2])[:, 0].unflatten(0, (-1, len(RISING)))
     enough = survives.sum(dim=2).clamp(max=selection.max_boxes) >= selection.min_boxes
@@ -123,22 +124,28 @@ def select_lxmert(predictor: Any, found: Candidates, selection: Selection) -> Ke
     order = scores.masked_fill(~is_kept, -1).argsort(dim=1, descending=True, stable=True)[:, : selection.max_boxes]
     is_valid = is_kept.gather(1, order) & ((boxes[..., 2:] > boxes[..., :2]).all(dim=-1)).gather(1, order)
     order = order.gather(1, _true_first(is_valid))
+
     return _keep(order, boxes, scores, classes, is_valid.sum(dim=1), selection)
 
 
-def select_detectron2(predictor: Any, found: Candidates, selection: Selection) -> Kept:
+def select_detectron2(predictor: Any, candidates: Candidates, selection: Selection) -> Kept:
     """Keep one regressed box a proposal, that of its best class, after NMS within each class, in order of score."""
-    logits = found.logits.flatten(0, 1)
+    logits = candidates.logits.flatten(0, 1)
     (probabilities,) = predictor.predict_probs((logits, None), [logits])
-    scores, classes = probabilities.view(found.logits.shape)[..., :-1].max(dim=-1)
-    boxes = _clip(_of_class(_regress(predictor, found), classes), found.targets)
+    scores, classes = probabilities.view(candidates.logits.shape)[..., :-1].max(dim=-1)
+    boxes = _clip(_of_class(_regress(predictor, candidates), classes), candidates.targets)
     sound = (
-        found.valid & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1) & boxes.isfinite().all(dim=-1) & scores.isfinite()
+        candidates.valid
+        & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+        & boxes.isfinite().all(dim=-1)
+        & scores.isfinite()
     )
     orders = []
+
     for b, s, c, is_valid in zip(boxes, scores, classes, sound, strict=True):
         rows = is_valid.nonzero()[:, 0]
         orders.append(rows[batched_nms(b[rows], s[rows], c[rows], predictor.test_nms_thresh)])
+
     order, survives = pad(orders)
     number = _clamped(
         ((scores.gather(1, order) >= selection.score_threshold) & survives).sum(dim=1), survives, selection
@@ -146,20 +153,21 @@ def select_detectron2(predictor: Any, found: Candidates, selection: Selection) -
     return _keep(order, boxes, scores, classes, number, selection)
 
 
-def select_bua_d2(predictor: Any, found: Candidates, selection: Selection) -> Kept:
+def select_bua_d2(predictor: Any, candidates: Candidates, selection: Selection) -> Kept:
     """Keep what detectron2's own inference finds, as MILVLG's `extract_d2features.py` does: a proposal may come twice.
 
     Every class of a proposal above the threshold is a region of its own, with its regressed box.
     """
-    boxes, probabilities = _regress(predictor, found).flatten(2), found.logits.softmax(dim=-1)
+    boxes, probabilities = _regress(predictor, candidates).flatten(2), candidates.logits.softmax(dim=-1)
     results = [
         _infer(predictor, b[is_valid], p[is_valid], target, selection)
-        for b, p, is_valid, target in zip(boxes, probabilities, found.valid, found.targets, strict=True)
+        for b, p, is_valid, target in zip(boxes, probabilities, candidates.valid, candidates.targets, strict=True)
     ]
     index, is_valid = pad([i for i, _ in results])
     fields = ("scores", "pred_classes")
     scores, classes = (pad([r.get(f) for _, r in results])[0] for f in fields)
     kept_boxes, _ = pad([r.pred_boxes.tensor for _, r in results])
+
     return Kept(index=index, boxes=kept_boxes, scores=scores, classes=classes, number=is_valid.sum(dim=1))
 
 
@@ -175,7 +183,9 @@ def _infer(
         sound = instances.pred_boxes.nonempty()
         if int(sound.sum()) >= selection.min_boxes:
             break
+
         threshold /= 2
+
     return index[sound], instances[sound]
 
 
@@ -197,10 +207,10 @@ def _true_first(flags: Tensor) -> Tensor:
     return flags.int().argsort(dim=1, descending=True, stable=True)
 
 
-def _regress(predictor: Any, found: Candidates) -> Tensor:
+def _regress(predictor: Any, candidates: Candidates) -> Tensor:
     """Return the regressed boxes, [B, R, C or 1, 4], not clipped."""
-    deltas, boxes = found.deltas.flatten(0, 1), found.boxes.flatten(0, 1)
-    return predictor.box2box_transform.apply_deltas(deltas, boxes).view(*found.boxes.shape[:2], -1, 4)  # type: ignore
+    deltas, boxes = candidates.deltas.flatten(0, 1), candidates.boxes.flatten(0, 1)
+    return predictor.box2box_transform.apply_deltas(deltas, boxes).view(*candidates.boxes.shape[:2], -1, 4)  # type: ignore
 
 
 def _of_class(boxes: Tensor, classes: Tensor) -> Tensor:

@@ -51,11 +51,14 @@ def import_shards(
         raise UsageError(f"FROM {source_path}: no such file or folder; give what is in the format {format}")
     if out.resolve() in (source_path.resolve(), source_path.resolve().parent):
         raise UsageError(f"--out {out}: FROM is in it; give another --out")
+
     check_output_folder(out, "--out", (FILE,))
     beside = sidecar.find(source_path)
     vocabulary = _vocabulary(format, source_path, classes, attributes) if beside is None else Vocabulary([], [])
+
     with phase(f"looking through {source_path}"):
         rows = find_rows(format, source_path, source, vocabulary, beside is None)
+
     if beside is not None:
         layout_fields = {"source": source, "classes": classes, "attributes": attributes, "dtype": dtype}
         manifest, parts = _same_again(format, beside, rows, out, layout_fields | {"images-per-shard": images_per_shard})
@@ -66,6 +69,7 @@ def import_shards(
         chosen = dtype or "float16", images_per_shard or IMAGES_PER_SHARD
         manifest, parts = _anew(format, source_path, rows, out, source, vocabulary, *chosen)
         print("".join(f"{note}\n" for note in rows.notes), end="")
+
     with locked(out, "--out"):
         _begin(out, manifest)
         finish_shards(out)
@@ -85,6 +89,7 @@ def find_rows(format: str, path: Path, source: str | None, vocabulary: Vocabular
         rows = npz.read_rows(path, source, vocabulary)
     else:
         rows = lxmert_tsv.read_rows(path, format, source, vocabulary)
+
     return rows
 
 
@@ -96,6 +101,7 @@ def _vocabulary(format: str, path: Path, classes: Path | None, attributes: Path 
     known = Vocabulary(manifest.detector.classes, manifest.detector.attributes) if manifest else Vocabulary([], [])
     if numbers and not manifest:
         classes, attributes = classes or NAMES / "objects.txt", attributes or NAMES / "attributes.txt"
+
     return Vocabulary(
         read_names("--classes", classes, "label_to_idx") if classes else known.classes,
         read_names("--attributes", attributes, "attribute_to_idx") if attributes else known.attributes,
@@ -106,6 +112,7 @@ def _same_again(format: str, beside: Path, rows: Rows, out: Path, given: dict[st
     for name, value in given.items():
         if value is not None:
             raise UsageError(f"--{name} {value}: {beside} says what the shards were; delete it, or leave out --{name}")
+
     images = sidecar.read_images(beside, format, rows)
     manifest = read_manifest(beside.parent, "FROM")
     parts = [
@@ -158,6 +165,7 @@ def _anew(
     manifest = Manifest(
         name=NAME, detector=detector, settings=settings, plan=plan, software={"oscar_shards": __version__}
     )
+
     return manifest, list(_parts(rows, out, images_per_shard, count))
 
 
@@ -196,6 +204,7 @@ def _feature_dim(rows: Rows, path: Path) -> int:
                     return int(features.shape[1])
             except ValueError as error:
                 first = first or f": {rows.name(row)}: {error}"
+
     raise UsageError(f"FROM {path}: none of the first {len(tries)} rows can be read as this format{first}")
 
 
@@ -238,11 +247,13 @@ def _write(parts: list[Part], layout: Layout, out: Path, workers: int | None) ->
     total = sum(len(p.places) for p in parts)
     done = total - sum(len(p.places) for p in remaining)
     written: dict[str, Written] = {}
+
     with meter("images", total, done) as progress:
         for (part, _), result in each(write_part, [(part, layout) for part in remaining], workers):
             written[part.tar.name] = result
             done += len(part.places)
             progress.show(done, sum(w.rejects for w in written.values()))
+
     refused = sum(w.rejects for w in written.values())
     images = total - sum(w.refused_images for w in written.values())
     print(f"{out}: {plural(len(parts), 'shard')}, {plural(images, 'image')}")

@@ -41,6 +41,7 @@ def export_shards(format: str, path: Path, out: Path, overwrite: bool) -> None:
     manifest, tars = _shards_of(path)
     _check_out(out, path, overwrite)
     total = manifest.plan.num_images
+
     with _alone(out), replacing_folder(out) as folder, ExitStack() as stack, meter("images", total) as progress:
         writer = _writer(format, folder, manifest, stack)
         beside = sidecar.SidecarWriter(folder, format, tars, stack)
@@ -50,6 +51,7 @@ def export_shards(format: str, path: Path, out: Path, overwrite: bool) -> None:
         write_manifest(folder, manifest)
         if path.is_dir():  # to the byte
             shutil.copyfile(path / FILE, folder / FILE)
+
     print("".join(f"{note}\n" for note in notes), end="")
     print(f"{out}: {plural(done, 'image')}")
 
@@ -58,16 +60,20 @@ def _shards_of(path: Path) -> tuple[Manifest, list[Path]]:
     """Return what is exported: the shards of a folder, or one, for which the manifest is adapted."""
     if not path.exists():
         raise UsageError(f"PATH {path}: no such file or folder; give a folder of shards, or a tar")
+
     folder = path if path.is_dir() else path.parent
     if not (folder / FILE).is_file():
         raise UsageError(f"PATH {path}: no {FILE} in {folder}; run: oscar-shards index {folder}")
     if path.is_dir():
         return find_shards(path, "PATH")
+
     whole = read_manifest(folder, "PATH")
     samples = _samples(path)
     texts, images = 0, 0
+
     for sample in samples:
         texts, images = texts + len(sample.texts), images + 1
+
     images += len(_rejects(path))
     sha256 = hashlib.sha256(f"{whole.plan.sha256} {path.name}".encode()).hexdigest()
     plan = dataclasses.replace(
@@ -93,6 +99,7 @@ def _check_out(out: Path, path: Path, overwrite: bool) -> None:
         raise UsageError(f"--out {out}: the shards are in it; give another --out")
     if out.is_file():
         raise UsageError(f"--out {out}: a file; give a folder")
+
     restore_folder(out)
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
@@ -107,12 +114,14 @@ def _is_foreign(out: Path) -> str:
         format, data = sidecar.read_files(out / sidecar.FILE)
     except (OSError, ValueError, LookupError, pa.ArrowException):
         return f"no {sidecar.FILE} of one in it"
+
     names = {FILE, sidecar.FILE, *data, *(files_beside(data) if format == "oscar" else [lxmert_tsv.FILE])}
     folders = {str(parent) for name in names if "/" in name for parent in Path(name).parents}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
         if name not in (folders if path.is_dir() else names):
             return f"{name} is in it"
+
     return ""
 
 
@@ -125,8 +134,10 @@ def _alone(out: Path) -> Iterator[None]:
         handle = hold(lock)
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written: {error.strerror}; give another --out") from None
+
     if handle is None:
         raise OperationError(f"{out}: another process is writing there; wait for it, or give another --out")
+
     try:
         yield
     finally:
@@ -149,6 +160,7 @@ def _export_tar(tar: Path, writer: Writer, beside: sidecar.SidecarWriter, progre
         file, id = writer.add(sample)
         places.append((sample.key, sample_json(sample).decode(), file, id))
         progress.show(progress.done + 1, 0)
+
     rejects = _rejects(tar)
     beside.add(tar, places, rejects)
     progress.show(progress.done + len(rejects), 0)

@@ -42,9 +42,11 @@ def decode(field: bytes, dtype: str, count: int, name: str) -> npt.NDArray[Any]:
         raise Refused(
             "size", f"{name}: {len(field):,} characters of base64; {count:,} of {dtype} have {-(-size // 3) * 4:,}"
         )
+
     raw = _base64(field, name)
     if len(raw) != size:  # characters that are none of base64's are passed over, so that fewer bytes come out
         raise Refused("base64", f"{name}: not base64 throughout")
+
     return np.frombuffer(raw, dtype)
 
 
@@ -71,29 +73,30 @@ def whole(field: bytes, name: str) -> int:
     return int(field)
 
 
-def names_of(numbers: Ints, known: list[str], what: str) -> list[str]:
+def names_of(numbers: Ints, vocabulary: list[str], what: str) -> list[str]:
     """Return the names of class numbers [K]; none if all are -1, which stands for: not known.
 
     Raises:
         Refused: there is no such class.
     """
-    if not known or not len(numbers) or (numbers == -1).all():
+    if not vocabulary or not len(numbers) or (numbers == -1).all():
         return []
-    if numbers.min() < 0 or numbers.max() >= len(known):
-        wrong = numbers[(numbers < 0) | (numbers >= len(known))][0]
-        raise Refused("class", f"{what} {wrong}; there are {len(known):,} names for them, from 0 on")
-    return [known[n] for n in numbers.tolist()]
+    if numbers.min() < 0 or numbers.max() >= len(vocabulary):
+        wrong = numbers[(numbers < 0) | (numbers >= len(vocabulary))][0]
+        raise Refused("class", f"{what} {wrong}; there are {len(vocabulary):,} names for them, from 0 on")
+    return [vocabulary[n] for n in numbers.tolist()]
 
 
-def attributes_of(numbers: Ints, scores: Floats, known: list[str]) -> list[list[Attribute]]:
+def attributes_of(numbers: Ints, scores: Floats, vocabulary: list[str]) -> list[list[Attribute]]:
     """Return the attribute of each region, given numbers and scores [K]; -1 stands for none.
 
     Raises:
         Refused: there is no such attribute.
     """
-    if not known or (numbers == -1).all():
+    if not vocabulary or (numbers == -1).all():
         return []
-    names = names_of(np.maximum(numbers, 0), known, "attribute")
+
+    names = names_of(np.maximum(numbers, 0), vocabulary, "attribute")
     return [
         [Attribute(id=number, name=name, score=score)] if number >= 0 else []
         for number, name, score in zip(numbers.tolist(), names, scores.tolist(), strict=True)
@@ -124,7 +127,9 @@ def free_id(taken: Container[str], *candidates: str) -> str:
     for candidate in candidates:
         if candidate not in taken:
             return candidate
+
     number = 2
     while (numbered := f"{candidates[-1]}%{number}") in taken:
         number += 1
+
     return numbered

@@ -66,15 +66,19 @@ class Lines:
         file, size = int(span["file"]), int(span["end"] - span["begin"])
         if size > LINE_LIMIT:
             raise Refused("too-long", f"a line of {size:,} bytes; at most {LINE_LIMIT:,} are read")
+
         if file not in self._handles:
             self._handles[file] = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
             self._stack.callback(os.close, self._handles[file])
+
         line = os.pread(self._handles[file], size, int(span["begin"]))
         if len(line) < size:
             raise Refused("truncated", f"the file ends at byte {span['begin'] + len(line):,}, in the middle of a line")
+
         line = line[: -2 if line.endswith(b"\r\n") else -1 if line.endswith(b"\n") else size]
         if b"\n" in line:
             raise Refused("lines", "several lines where the .lineidx says one; delete that file, it is of another TSV")
+
         return line
 
     def name(self, span: np.void) -> str:
@@ -94,10 +98,12 @@ def index_lines(path: Path, file: int) -> tuple[Spans, list[str]]:
         heads = None if begins is None else _heads_at(handle.fileno(), begins)
         if begins is None or heads is None or not _is_last(handle.fileno(), begins[-1], size):
             begins, heads = _scan(handle.fileno(), size)
+
     spans = np.zeros(len(begins), SPAN)
     spans["file"], spans["line"], spans["begin"] = file, np.arange(1, len(begins) + 1), begins
     spans["end"] = [*begins[1:], size]
     kept = np.array([not head.startswith((b"\n", b"\r\n")) for head in heads], bool)
+
     return spans[kept], [_name(head) for head, keep in zip(heads, kept, strict=True) if keep]
 
 
@@ -109,6 +115,7 @@ def _offsets(path: Path, size: int) -> list[int] | None:
         offsets = list(map(int, path.read_bytes().split()))
     except (OSError, ValueError):
         return None
+
     rising = all(a < b for a, b in itertools.pairwise(offsets))
     return offsets if offsets and offsets[0] == 0 and rising and offsets[-1] < size else None
 
@@ -120,10 +127,13 @@ def _heads_at(handle: int, begins: list[int]) -> list[bytes] | None:
         around = os.pread(handle, 64, begin - 1) if begin else b"\n" + os.pread(handle, 63, 0)
         if around[:1] != b"\n":
             return None
+
         head = around[1:]
         if b"\t" not in head and b"\n" not in head:
             head = os.pread(handle, NAME_LIMIT, begin)
+
         heads.append(head)
+
     return heads
 
 
@@ -148,6 +158,7 @@ def _scan(handle: int, size: int) -> tuple[list[int], list[bytes]]:
 def _beginnings(handle: int, size: int) -> Iterator[int]:
     if size:
         yield 0
+
     for offset in range(0, size, BLOCK):
         block = os.pread(handle, BLOCK, offset)
         newline = block.find(b"\n")

@@ -63,6 +63,7 @@ class TsvRows(LineRows):
         if len(fields) != len(self.columns):
             expected = f"{len(self.columns)}: {', '.join(self.columns)}"
             raise Refused("columns", f"{len(fields)} fields; the format has {expected}")
+
         return _sample(
             dict(zip(self.columns, fields, strict=True)), self.ids[row], self.sources[row], self.vocabulary
         ), []
@@ -75,6 +76,7 @@ def _sample(fields: dict[str, bytes], id: str, source: str, vocabulary: Vocabula
     size = len(fields["features"]) // 4 * 3 - fields["features"][-2:].count(b"=")
     if not k or size % (4 * k):
         raise Refused("size", f"features: {size:,} bytes for {k} regions")
+
     features = decode(fields["features"], "<f4", size // 4, "features").reshape(k, -1)
     tags: list[str] = []
     scores: list[float] = []
@@ -87,6 +89,7 @@ def _sample(fields: dict[str, bytes], id: str, source: str, vocabulary: Vocabula
             decode(fields[f"attrs_{n}"], d, k, f"attrs_{n}") for n, d in (("id", "<i8"), ("conf", "<f4"))
         )
         attributes = attributes_of(numbers, surely, vocabulary.attributes)
+
     return make_sample(id, source, (width, height), boxes, features, tags, scores, attributes, [])
 
 
@@ -101,6 +104,7 @@ def read_rows(path: Path, format: str, source: str | None, vocabulary: Vocabular
         raise UsageError(
             f"FROM {path}: no {f'{FILE} in it' if path.is_dir() else 'such file'}; give {format}'s TSV file"
         )
+
     spans, ids = index_lines(file, 0)
     lxmert = format == "lxmert"
     return TsvRows(
@@ -133,6 +137,7 @@ class TsvWriter:
         if not len(sample.regions.boxes):
             self._without += 1
             return "", ""
+
         image = sample.image
         escaped = plain(image.id, ID_CHARACTERS)
         id = free_id(self._ids, escaped, plain(f"{image.source}/{image.id}", ID_CHARACTERS), sample.key)
@@ -143,6 +148,7 @@ class TsvWriter:
         fields |= {"boxes": encode(sample.regions.boxes, "<f4"), "features": encode(sample.regions.features, "<f4")}
         short = (name.removeprefix("image_").removeprefix("img_") for name in self._columns)
         self._file.write(b"\t".join(fields[name] for name in short) + b"\n")
+
         return FILE, id
 
     def close(self) -> list[str]:
@@ -151,6 +157,8 @@ class TsvWriter:
         notes = []
         if self._without:
             notes.append(f"{self._without:,} images without regions have no row: its readers fail on them")
+
         if self._texts:
             notes.append(f"{self._texts:,} texts are not in {FILE}: the format has none")
+
         return notes

@@ -78,18 +78,22 @@ class NpzRows:
             raise Refused("shape", f"bbox is {list(boxes.shape)} and x {list(features.shape)}, not [K, 4] and [K, P]")
         if "num_bbox.npy" in archive.namelist() and _number(archive, "num_bbox") != k:
             raise Refused("shape", f"num_bbox is not the number of boxes, {k}")
+
         for name, array in (("bbox", boxes), ("x", features)):
             if array.dtype.kind != "f":
                 raise Refused("dtype", f"{name} is {array.dtype}; allowed are floating-point numbers")
+
         tags: list[str] = []
         scores: list[float] = []
         attributes: list[list[Attribute]] = []
         if self.vocabulary.classes and "objects_id.npy" in archive.namelist():
             tags = names_of(_list(archive, "objects_id", k).astype(np.int64), self.vocabulary.classes, "class")
             scores = _list(archive, "objects_conf", k).astype(float).tolist() if tags else []
+
         if self.vocabulary.attributes and "attrs_id.npy" in archive.namelist():
             numbers, surely = _list(archive, "attrs_id", k).astype(np.int64), _list(archive, "attrs_conf", k)
             attributes = attributes_of(numbers, surely.astype(np.float32), self.vocabulary.attributes)
+
         sizes = width, height
         floats = features if features.dtype.itemsize == 2 else features.astype(np.float32)
         return make_sample(
@@ -121,28 +125,36 @@ def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
         entry = archive.getinfo(f"{name}.npy")
     except KeyError:
         raise Refused("missing", f"no {name} in it") from None
+
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise Refused("zip", f"{name} is compressed in another way than numpy does")
     if entry.file_size > LIMIT:
         raise Refused("too-long", f"{name} of {entry.file_size:,} bytes; at most {LIMIT:,} are read")
+
     with archive.open(entry) as member:
         start = member.read(12)
         if start[:6] != b"\x93NUMPY" or len(start) < 12 or start[6] not in (1, 2):
             raise Refused("npy", f"{name} is no .npy file of version 1 or 2")
+
         width = 2 if start[6] == 1 else 4
         rest = 8 + width + int.from_bytes(start[8 : 8 + width], "little") - len(start)
         if not 0 <= rest <= NPY_LIMIT:
             raise Refused("npy", f"{name} has an .npy header of {rest + len(start):,} bytes; at most {NPY_LIMIT:,}")
+
         try:
             shape, dtype = parse_npy_header(start + member.read(rest))
         except ValueError as error:
             raise Refused("npy", f"{name}: {error}") from None
+
         size = prod(shape) * np.dtype(dtype).itemsize
         if size != entry.file_size - rest - len(start):
             raise Refused("npy", f"{name}: {dtype} {list(shape)} has {size:,} bytes, not as many as are there")
+
         raw = member.read(size)
+
     if len(raw) != size:
         raise Refused("truncated", f"{name} is cut")
+
     return np.frombuffer(raw, dtype).reshape(shape)
 
 
@@ -154,10 +166,13 @@ def read_rows(path: Path, source: str | None, vocabulary: Vocabulary) -> NpzRows
     """
     if not path.is_dir():
         raise UsageError(f"FROM {path}: {no_folder(path)}; give the folder with MILVLG's .npz files")
+
     with os.scandir(path) as entries:
         names = sorted(e.name for e in entries if e.name.endswith(".npz") and not e.name.startswith("."))
+
     if not names:
         raise UsageError(f"FROM {path}: no .npz file in it; give the folder with MILVLG's .npz files")
+
     paths = [path / name for name in names]
     return NpzRows(
         paths=paths,
@@ -200,6 +215,7 @@ class NpzWriter:
             **numbers_of(regions, self._vocabulary),
         )
         np.savez(self._folder / f"{id}.npz", **arrays)
+
         return f"{id}.npz", id
 
     def close(self) -> list[str]:

@@ -41,6 +41,7 @@ class OscarRows(LineRows):
         starts = np.concatenate([[0], np.cumsum(counts)])
         chosen = np.repeat(self.starts[rows] - starts[:-1], counts) + np.arange(starts[-1])
         ids, sources = ([some[n] for n in rows.tolist()] for some in (self.ids, self.sources))
+
         return replace(
             self,
             ids=ids,
@@ -64,6 +65,7 @@ class OscarRows(LineRows):
         label = read_label(lines.read(place)) if place["file"] >= 0 else Label([], [], None)
         if label.size is None:
             raise Refused("no-size", "nothing says how large the image is: no image_h and image_w in predictions.tsv")
+
         objects, size = label.objects, label.size
         features, z = numbers[:, :-POSITION], numbers[:, -POSITION:]
         fits = len(objects) == len(numbers)
@@ -72,6 +74,7 @@ class OscarRows(LineRows):
         attributes = _attributes(objects, self.vocabulary.attributes) if fits else []
         texts, refused = self._texts(row, lines)
         args = self.ids[row], self.sources[row], size
+
         return make_sample(*args, boxes, features, tags, scores, attributes, texts, _truth(label)), refused
 
     def _texts(self, row: int, lines: Lines) -> tuple[list[Text], list[Reject]]:
@@ -81,6 +84,7 @@ class OscarRows(LineRows):
                 texts.append(_text(lines, self.texts[n], self.answers[n], self.sources[row]))
             except Refused as error:
                 refused.append(Reject(path=lines.name(self.texts[n]), reason=error.reason, message=str(error)))
+
         return texts, refused
 
 
@@ -101,11 +105,13 @@ def read_features(line: bytes) -> Floats:
         k, field = whole(fields[1], "number of boxes"), fields[-1]
     else:
         raise Refused("columns", f"{len(fields)} fields; a row has an id, the number of boxes and the features")
+
     size = len(field) // 4 * 3 - field[-2:].count(b"=")
     if not k and not field:
         return np.zeros((0, POSITION), np.float32)
     if not k or size % (4 * k) or size // (4 * k) <= POSITION:
         raise Refused("size", f"features: {size:,} bytes for {k} regions")
+
     numbers: Floats = decode(field, "<f4", size // 4, "features").reshape(k, -1)
     return numbers
 
@@ -127,12 +133,15 @@ def read_label(line: bytes) -> Label:
     fields = line.split(b"\t")
     if len(fields) < 2:
         raise Refused("label", "predictions: no second field")
+
     content = _json(fields[1], "predictions", list)
     record = {"objects": content} if isinstance(content, list) else content
     objects, gt_objects = (record.get(name, []) for name in ("objects", "gt_objects"))
+
     for some, name in ((objects, "objects"), (gt_objects, "gt_objects")):
         if not isinstance(some, list) or not all(isinstance(o, dict) for o in some):
             raise Refused("label", f"predictions: no list of {name}")
+
     size = (_side(record["image_w"]), _side(record["image_h"])) if {"image_h", "image_w"} <= record.keys() else None
     return Label(objects, gt_objects, size)
 
@@ -142,8 +151,10 @@ def _json(field: bytes, name: str, *others: type) -> Any:
         content = json.loads(field)
     except (ValueError, RecursionError) as error:
         raise Refused("json", f"{name}: {error}") from None
+
     if not isinstance(content, dict | list) or not isinstance(content, (dict, *others)):
         raise Refused("json", f"{name}: {type(content).__name__} instead of an object")
+
     return content
 
 
@@ -177,9 +188,9 @@ def _truth(label: Label) -> list[str]:
     return tags
 
 
-def _attributes(objects: list[dict[str, Any]], known: list[str]) -> list[list[Attribute]]:
+def _attributes(objects: list[dict[str, Any]], vocabulary: list[str]) -> list[list[Attribute]]:
     """Return the attributes of each region, if their numbers are known and any region has some."""
-    number = {name: n for n, name in enumerate(known)}
+    number = {name: n for n, name in enumerate(vocabulary)}
     try:
         attributes = [
             [
@@ -191,6 +202,7 @@ def _attributes(objects: list[dict[str, Any]], known: list[str]) -> list[list[At
         ]
     except (TypeError, ValueError):
         raise Refused("label", "predictions: attributes and attr_scores are no lists of names and numbers") from None
+
     return attributes if any(attributes) else []
 
 
@@ -201,10 +213,12 @@ def _text(lines: Lines, span: np.void, answer: np.void, source: str) -> Text:
         raise Refused("text", "corpus: the text is empty")
     if answer["file"] < 0:
         return Text(kind="caption", source=source, id=str(span["line"] - 1), text=text)
+
     row = lines.read(answer).split(b"\t")
     labels = _json(row[1], "QA").get("labels") if len(row) > 1 else None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or not " ".join(labels):
         raise Refused("answer", "QA: no labels for the question")
+
     return Text(kind="qa", source=source, id=_decoded(row[0], "QA").strip(), question=text, answer=" ".join(labels))
 
 

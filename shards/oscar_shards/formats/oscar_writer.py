@@ -129,20 +129,25 @@ class OscarWriter:
         self._without += not len(regions.boxes)
         if min(image.width, image.height) < 1:
             raise OperationError(f"{sample.key}: its width or height is missing, which this format cannot be without")
+
         name = {"cc": "googlecc"}.get(image.source, image.source)
         if name not in KNOWN:
             self._put[image.source] += 1
             name = OTHERS
+
         if name not in self._datasets:
             self._datasets[name] = _Dataset(self._folder / name, name in CHUNKED, self._stack)
+
         dataset = self._datasets[name]
         id = free_id(dataset.ids, plain(image.id), plain(f"{image.source}/{image.id}"), plain(sample.key))
         z = positions(regions.boxes, image.width, image.height)
         numbers = np.concatenate([regions.features.astype(np.float32, copy=False), z], 1)
         dataset.add(id, (b"%d" % len(numbers), encode(numbers, "<f4")), _json(_label(sample)))
         shown = f"{'cc' if name == 'googlecc' else name}" + f"_{dataset.chunk}" * dataset.chunked
+
         for text in sample.texts:
             self._add_text(dataset, shown, id, text, " ".join(regions.tags))
+
         return str((dataset.place / FEATURES).relative_to(self._folder)), id
 
     def _add_text(self, dataset: _Dataset, name: str, image: str, text: Text, tags: str) -> None:
@@ -153,6 +158,7 @@ class OscarWriter:
         if not first or not second:
             self._refused["an empty text" if not first else "an empty answer" if is_qa else "no tags"] += 1
             return
+
         row = f"{name}_{image}"
         label = row
         if is_qa:
@@ -160,12 +166,14 @@ class OscarWriter:
             id = free_id(dataset.answers, plain(text.id), text_id, f"{text_id}-{len(dataset.answers)}")
             dataset.answer(id, second)
             label = f"{name}_qa_{image}_{id}"
+
         self._corpus.write(row.encode(), label.encode(), first.encode("utf-8", "replace"))
 
     def close(self) -> list[str]:
         """Write what comes last and return what people should know, a line each."""
         for dataset in self._datasets.values():
             dataset.close()
+
         self._corpus.close()
         names = list(self._datasets)
         content = {
@@ -181,11 +189,13 @@ class OscarWriter:
         ]
         if self._without:
             notes.append(f"{self._without:,} images have no regions: run_retrieval.py fails if it is given them")
+
         if self._refused:
             why = ", ".join(f"{reason}: {n:,}" for reason, n in self._refused.most_common())
             notes.append(
                 f"{self._refused.total():,} texts are not in {CORPUS}, as microsoft/Oscar fails on them ({why})"
             )
+
         return notes
 
 
@@ -198,8 +208,10 @@ def _label(sample: Sample) -> dict[str, Any]:
             regions.tags or [""] * k, regions.scores or [0.0] * k, regions.boxes.tolist(), strict=True
         )
     ]
+
     for one, some in zip(objects, regions.attributes, strict=False):
         one |= {"attributes": [a.name for a in some], "attr_scores": [a.score for a in some]}
+
     truth = {"gt_objects": [{"class": tag} for tag in sample.gt_tags]} if sample.gt_tags else {}
     return {"image_h": sample.image.height, "image_w": sample.image.width, "objects": objects, **truth}
 

@@ -81,6 +81,7 @@ def write_part(job: tuple[Part, Layout]) -> Written:
         write_shard(part.tar, counted(), layout)
     except ValueError as error:
         raise OperationError(f"{part.tar}: {error}") from None
+
     new = rejects[part.known_rejects :]
     return Written(len(new), len(part.places) - images, (new[0].path, new[0].message) if new else ("", ""))
 
@@ -94,12 +95,14 @@ def _from_files(part: Part, layout: Layout) -> Iterator[Sample | Reject]:
                 message = f"{rows.sources[row]} has an image {rows.ids[row]!r} before"
                 yield Reject(path=rows.name(row), reason="duplicate", message=message)
                 continue
+
             try:
                 sample, refused = rows.read(row, lines)
                 sample = checked(sample, layout)
             except (ValueError, OverflowError, TypeError) as error:
                 yield _reject(rows.name(row), error)
                 continue
+
             yield from refused
             yield sample
 
@@ -110,6 +113,7 @@ def _from_sidecar(part: Part, layout: Layout) -> Iterator[Sample | Reject]:
     images, rejects = sidecar.read_group(*part.sidecar)
     yield from rejects
     row = -1
+
     with Lines(part.rows.paths) as lines:
         for (key, content), place in zip(images, part.places.tolist(), strict=True):
             row += place >= 0
@@ -123,6 +127,7 @@ def _from_sidecar(part: Part, layout: Layout) -> Iterator[Sample | Reject]:
             except (ValueError, OverflowError, TypeError) as error:
                 yield _reject(key, error)
                 continue
+
             yield sample
 
 
@@ -151,9 +156,11 @@ def checked(sample: Sample, layout: Layout) -> Sample:
         raise Refused("count", f"{k} regions, {len(regions.tags)} tags and {len(regions.scores)} scores")
     if unfit := unfit_numbers(regions):
         raise Refused(*unfit)
+
     content = sample_json(sample)  # which fails on what is no Unicode
     if len(content) > JSON_LIMIT:
         raise Refused("too-long", f"{len(content):,} bytes of JSON; at most {JSON_LIMIT:,}")
+
     return sample if k else dataclasses.replace(sample, regions=_no_regions(layout))
 
 

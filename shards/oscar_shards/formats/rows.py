@@ -81,9 +81,11 @@ def make_sample(
     """
     if not id:
         raise Refused("no-id", "no id in the first field")
+
     for name, side in zip(("width", "height"), size, strict=True):
         if not 0 < side <= SIDE_LIMIT:
             raise Refused("no-size", f"a {name} of {side} pixels")
+
     return Sample(
         key=make_key(f"{source}/{id}"),
         image=ImageRecord(source=source, id=id, path="", width=size[0], height=size[1], sha256=""),

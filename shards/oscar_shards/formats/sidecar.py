@@ -100,14 +100,17 @@ def read_images(path: Path, format: str, found: Rows) -> Images:
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         again = "export again, or delete it to have the files alone read"
         raise UsageError(f"FROM {path}: it is damaged ({reason(error)}); {again}") from None
+
     if version != format:
         raise UsageError(f"FORMAT {format}: {path} is of an export in the format {version}; give that")
     if not all(isinstance(t, str) and t.endswith(".tar") and Path(t).name == t and t[0] != "." for t in tars):
         raise UsageError(f"FROM {path}: it names shards that are no files of a folder: {tars[:3]}")
+
     places: dict[str, dict[str, int]] = {}  # by file and id
     of_file = [places.setdefault(str(p.relative_to(path.parent)), {}) for p in found.paths]
     for row, (n, id) in enumerate(zip(found.file.tolist(), found.ids, strict=True)):
         of_file[n][id] = row
+
     group = {table["shard"][0].as_py(): n for n, table in enumerate(tables)}
     rows, rejects = [], []
     for tar in tars:
@@ -118,6 +121,7 @@ def read_images(path: Path, format: str, found: Rows) -> Images:
             np.array([places.get(f, {}).get(i, -2) if f else -1 for f, i in zip(files, ids, strict=True)], np.int64)
         )
         rejects.append(len(table) - len(images))
+
     return Images(tars, [group.get(tar, -1) for tar in tars], rows, rejects)
 
 

@@ -49,6 +49,7 @@ class Lengths:
         words, answers, is_qa = self._of_texts(texts.take(pa.array(sampled)))
         self.words = np.concatenate([self.words, words])
         self.triples = np.concatenate([self.triples, words + np.where(is_qa, answers, of_tags[image[sampled]])])
+
         while len(self.words) > self.sample:
             self.words, self.triples, self.stride = self.words[::2], self.triples[::2], 2 * self.stride
 
@@ -63,10 +64,12 @@ class Lengths:
         plain = pc.utf8_slice_codeunits(pc.fill_null(texts, ""), 0, LONGEST)
         lengths = np.zeros(len(plain), np.int64)
         filled = np.flatnonzero(pc.not_equal(plain, "").to_numpy(zero_copy_only=False))
+
         for begin in range(0, len(filled), CHUNK):
             part = filled[begin : begin + CHUNK]
             chunk = plain.take(pa.array(part)).to_pylist()
             lengths[part] = [len(e) for e in self._tokenizer.encode_batch(chunk, add_special_tokens=False)]
+
         return lengths
 
     def _of_tags(self, column: pa.ListArray) -> Ints:
@@ -75,6 +78,7 @@ class Lengths:
         names = coded.dictionary.to_pylist()
         if new := [name for name in names if name not in self._known]:
             self._known |= dict(zip(new, self._split(pa.array(new, pa.string())).tolist(), strict=True))
+
         of_name = np.array([self._known[name] for name in names], np.int64)
         sums = np.concatenate([[0], np.cumsum(of_name[coded.indices.to_numpy()])]).astype(np.int64)
         ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy())

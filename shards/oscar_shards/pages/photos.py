@@ -53,15 +53,16 @@ def _names(row: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     yield from ((False, str(row[name])) for name in ("id", "key") if row.get(name))
 
 
-def _listed(root: Path, wanted: set[tuple[bool, str]]) -> dict[tuple[bool, str], Path]:
+def _listed(root: Path, names: set[tuple[bool, str]]) -> dict[tuple[bool, str], Path]:
     """Walk through a folder for files of the wanted names; the first in the order of names counts."""
     by_name: dict[tuple[bool, str], Path] = {}
     for place, folders, files in os.walk(root):
         folders.sort()
         for name in sorted(files):
             for form in ((True, name), (False, name.rpartition(".")[0] or name)):
-                if form in wanted and form not in by_name and (path := _inside(root, Path(place, name))):
+                if form in names and form not in by_name and (path := _inside(root, Path(place, name))):
                     by_name[form] = path
+
     return by_name
 
 
@@ -88,7 +89,9 @@ def _embedded(path: Path) -> tuple[str, int, int] | None:
                 image.draft("RGB", (2 * SIDE, 2 * SIDE))  # JPEG can be decoded at a fraction of its size
                 image.thumbnail((SIDE, SIDE))
                 small = ImageOps.exif_transpose(image).convert("RGB")
+
         small.save(buffer, "JPEG", quality=82)
     except Exception:  # whatever a damaged file makes a decoder raise: the boxes are shown without it
         return None
+
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), small.width, small.height

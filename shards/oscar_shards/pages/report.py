@@ -48,6 +48,7 @@ def write_report(paths: Sequence[Path], html: Path | None, overwrite: bool = Fal
     """
     if html:
         check_output_file(html, "--html", mark=MARK, overwrite=overwrite)
+
     statistics = measure(paths)
     print_report(statistics)
     if html:
@@ -62,29 +63,33 @@ def measure(paths: Sequence[Path]) -> Report:
     tars = list(dict.fromkeys(tar.resolve() for path in paths for tar in tars_at(path)))
     manifests = [m for m in map(manifest_of, dict.fromkeys(paths)) if m]
     stats, lengths = Stats(), Lengths()
+
     with meter("shards", len(tars)) as shown:
         for done, tar in enumerate(tars, start=1):
             table = checked_index(tar)
             stats += count_shard(tar, table)
             lengths.add(table)
             shown.show(done, stats.rejects.total())
+
     detectors = {(m.detector.name, m.detector.weights_sha256, m.detector.preset): m.detector for m in manifests}
     return Report(paths=paths, stats=stats, lengths=lengths, detectors=list(detectors.values()))
 
 
-def facts(found: Report) -> Iterator[tuple[str, str]]:
+def facts(statistics: Report) -> Iterator[tuple[str, str]]:
     """Yield what one line can say, as (name, value)."""
-    stats, lengths = found.stats, found.lengths
-    for d in found.detectors:
+    stats, lengths = statistics.stats, statistics.lengths
+    for d in statistics.detectors:
         yield "detector", f"{d.name}, preset {d.preset}, {d.feature_dim:,} features a region as {d.dtype}"
+
     yield "images", f"{stats.images:,} in {plural(stats.shards, 'shard')}"
     per_image = size((stats.bytes + stats.index_bytes) / max(stats.images, 1))
     yield "bytes", f"{size(stats.bytes)} of tars, {size(stats.index_bytes)} of indexes; {per_image} an image"
     yield "triples (image, text)", f"{stats.triples.total():,}; {stats.images_without_text:,} images have no text"
     yield "regions", f"{stats.regions:,}; an image: {spread(stats.regions_of_image)}"
-    yield "tags", f"{len(stats.tags):,} different on {stats.tags.total():,} regions{_unused(found)}"
+    yield "tags", f"{len(stats.tags):,} different on {stats.tags.total():,} regions{_unused(statistics)}"
     if stats.attributes:
         yield "attributes", f"{len(stats.attributes):,} different, {stats.attributes.total():,} in all"
+
     yield "tokens of a text", f"{spread(counted(lengths.words))}{sampled(lengths)}"
     yield "tokens of an image's tags", spread(lengths.tags)
     yield "tokens of a triple", f"{spread(counted(lengths.triples))}; {share_cut(lengths)}"
@@ -116,9 +121,9 @@ def share_cut(lengths: Lengths) -> str:
     return f"{100 * longer:.1f} % have more than the {LIMIT} that training takes"
 
 
-def _unused(found: Report) -> str:
-    known = found.vocabulary
-    unused = len(known - set(found.stats.tags))
+def _unused(statistics: Report) -> str:
+    known = statistics.vocabulary
+    unused = len(known - set(statistics.stats.tags))
     return f"; {unused:,} of the vocabulary's {len(known):,} never occur" if known else ""
 
 
@@ -127,46 +132,50 @@ def score_bars(stats: Stats) -> list[Bar]:
     return [(f"{n / SCORE_BINS:.2f}", int(times)) for n, times in enumerate(stats.scores)]
 
 
-def print_report(found: Report) -> None:
+def print_report(statistics: Report) -> None:
     """Print the numbers as a table."""
     console = Console()
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    stats = found.stats
+
+    stats = statistics.stats
     table = Table(
-        "", escape(", ".join(visible(p) for p in found.paths)), title="oscar-shards stats", title_justify="left"
+        "", escape(", ".join(visible(p) for p in statistics.paths)), title="oscar-shards stats", title_justify="left"
     )
-    for name, value in facts(found):
+    for name, value in facts(statistics):
         table.add_row(name, Text(visible(value, 2000)))
+
     table.add_section()
     table.add_row("triples by source, kind", Text(_listed(stats.triples, 20)))
     table.add_row("most frequent tags", Text(_listed(stats.tags, MOST_TAGS)))
     if stats.attributes:
         table.add_row("most frequent attributes", Text(_listed(stats.attributes, MOST_TAGS)))
+
     if (console.encoding or "").lower().startswith("utf"):
         table.add_section()
-        for name, bars in histograms(found):
+        for name, bars in histograms(statistics):
             if bars:
                 table.add_row(name, Text(f"{bars[0][0]} {sparkline(bars)} {bars[-1][0]}"))
+
     console.print(table)
 
 
-def histograms(found: Report) -> Iterator[tuple[str, list[Bar]]]:
+def histograms(statistics: Report) -> Iterator[tuple[str, list[Bar]]]:
     """Yield (name, bars) of what has a distribution."""
-    yield "regions an image", binned(found.stats.regions_of_image)
-    yield "scores", score_bars(found.stats) if found.stats.scores.any() else []
-    yield "tokens of a text", binned(counted(found.lengths.words))
-    yield "tokens of an image's tags", binned(found.lengths.tags)
-    yield "tokens of a triple", binned(counted(found.lengths.triples))
+    yield "regions an image", binned(statistics.stats.regions_of_image)
+    yield "scores", score_bars(statistics.stats) if statistics.stats.scores.any() else []
+    yield "tokens of a text", binned(counted(statistics.lengths.words))
+    yield "tokens of an image's tags", binned(statistics.lengths.tags)
+    yield "tokens of a triple", binned(counted(statistics.lengths.triples))
 
 
 def _listed(counts: "Counter[str]", most: int) -> str:
     return ", ".join(f"{visible(name, 60)} {n:,}" for name, n in counts.most_common(most)) or "none"
 
 
-def _body(found: Report) -> Iterator[str]:
-    stats = found.stats
-    yield f'<h1>Shards in numbers</h1><p class="lead">{text(", ".join(map(str, found.paths)))}</p><div class="cards">'
+def _body(statistics: Report) -> Iterator[str]:
+    stats = statistics.stats
+    yield f'<h1>Shards in numbers</h1><p class="lead">{text(", ".join(map(str, statistics.paths)))}</p><div class="cards">'
     for name, value in (
         ("images", number(stats.images)),
         ("triples", number(stats.triples.total())),
@@ -177,31 +186,34 @@ def _body(found: Report) -> Iterator[str]:
         ("rejects", number(stats.rejects.total())),
     ):
         yield f'<div class="card"><b>{value}</b><span>{name}</span></div>'
-    yield f'</div>\n{fact_table(found)}\n<h2>Distributions</h2><div class="panels">\n'
-    yield from _distributions(found)
+
+    yield f'</div>\n{fact_table(statistics)}\n<h2>Distributions</h2><div class="panels">\n'
+    yield from _distributions(statistics)
     yield '</div>\n<h2>Most frequent</h2><div class="panels">\n'
     yield _panel("tags", lying(stats.tags.most_common(MOST_TAGS), "regions"), f"{len(stats.tags):,} in all")
     yield _panel("triples by source and kind", lying(stats.triples.most_common(MOST_TAGS), "triples"))
     if stats.attributes:
         yield _panel("attributes", lying(stats.attributes.most_common(MOST_TAGS), "regions"))
+
     if stats.rejects:
         yield _panel("rejects by reason", lying(stats.rejects.most_common(MOST_TAGS), "images"))
+
     yield "</div>\n"
 
 
-def fact_table(found: Report) -> str:
+def fact_table(statistics: Report) -> str:
     """Return what one line each can say as an HTML table."""
-    rows = "".join(f"<tr><th>{text(name)}<td>{text(value, 2000)}" for name, value in facts(found))
+    rows = "".join(f"<tr><th>{text(name)}<td>{text(value, 2000)}" for name, value in facts(statistics))
     return f'<div class="panel"><table>{rows}</table></div>'
 
 
-def _distributions(found: Report) -> Iterator[str]:
+def _distributions(statistics: Report) -> Iterator[str]:
     """Yield a panel for each histogram; that of triples has a line where training cuts."""
     units = ("images", "regions", "texts", "images", "triples")
-    for (name, bars), unit in zip(histograms(found), units, strict=True):
+    for (name, bars), unit in zip(histograms(statistics), units, strict=True):
         note, mark = f"highest bar: {max((n for _, n in bars), default=0):,} {unit}", 0
         if unit == "triples":
-            note += f"; {share_cut(found.lengths)} (the line)"
+            note += f"; {share_cut(statistics.lengths)} (the line)"
             mark = next((n for n, (label, _) in enumerate(bars) if int(begin(label)) > LIMIT), 0)
         yield _panel(name, standing(bars, unit, mark), note)
 

@@ -39,14 +39,17 @@ def show(
     tars, manifest = tars_at(path), manifest_of(path)
     if images is not None and not images.is_dir():
         raise UsageError(f"--images {images}: {no_folder(images)}; give the one that has the photos")
+
     check_output_file(html, "--html", mark=MARK, overwrite=overwrite)
     rows = choose(path, keys, tags, limit)
     photos = _photos(rows, images)
     lead = _lead(len(rows), len(tars), limit, manifest)
+
     with replacing(html) as file:
         body = _body(path, lead, sheet(rows, photos, MIN_SCORE, _first(tags)))
         for piece in page(f"Shards: {path.name or path}", body):
             file.write(piece.encode("utf-8", "replace"))
+
     num_photos = sum(photo is not None for photo in photos)
     blank = f" ({len(rows) - num_photos:,} without their photo)" if images and num_photos < len(rows) else ""
     print(f"{html}: {plural(len(rows), 'image')}{blank}, {size(html.stat().st_size)}")
@@ -60,6 +63,7 @@ def _photos(rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None) ->
     """
     if images is None:
         return [None] * len(rows)
+
     photos = find_photos(images, [row for _, row in rows])
     if rows and not any(photos):
         name = rows[0][1].get("path") or rows[0][1].get("key")
@@ -67,6 +71,7 @@ def _photos(rows: Sequence[tuple[Path, dict[str, Any]]], images: Path | None) ->
             f"--images {images}: it has none of the {len(rows):,} photos (the first is {shorten(str(name))!r}); give "
             "the folder that was extracted, or leave --images out for blank canvases"
         )
+
     return photos
 
 
@@ -99,6 +104,7 @@ def choose(
     images: list[tuple[Path, dict[str, Any]]] = []
     tars = tars_at(path)
     missing, met = set(keys), _Names()
+
     with meter("shards", len(tars)) as shown:
         for number, tar in enumerate(tars, start=1):
             table = checked_index(tar)
@@ -108,11 +114,14 @@ def choose(
             shown.show(number, 0)
             if len(images) == limit or (keys and not missing):
                 return images
+
             met.add(table["key"] if keys else pc.list_flatten(table["tags"]) if tags else None)
+
     if keys and missing and not tags:
         raise UsageError(f"--key {min(missing)!r}: no image of {path} has it{met.like(min(missing))}")
     if tags and not images:
         raise UsageError(f"--tag {tags[0]!r}: no image of {path} has it{met.like(tags[0])}")
+
     return images
 
 
@@ -153,11 +162,13 @@ def _wanted(table: pa.Table, keys: Sequence[str], tags: Sequence[str]) -> pa.Arr
     mask = pa.repeat(True, len(table))
     if keys:
         mask = pc.and_(mask, pc.is_in(table["key"].combine_chunks(), value_set=pa.array(keys, pa.string())))
+
     if tags:
         column = table["tags"].combine_chunks()
         has = pc.is_in(pc.utf8_lower(column.flatten()), value_set=pc.utf8_lower(pa.array(tags, pa.string())))
         rows = pc.list_parent_indices(column).filter(has)
         mask = pc.and_(mask, pc.is_in(pa.array(range(len(table)), rows.type), value_set=rows))
+
     return mask
 
 

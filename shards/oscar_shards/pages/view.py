@@ -60,6 +60,7 @@ def regions_of(row: dict[str, Any], boxes: npt.NDArray[np.float32]) -> list[Regi
             regions.append(
                 Region(box, tag or "", finite_score, [_attribute(a) for a in some or () if a and a.get("name")])
             )
+
     return sorted(regions, key=lambda region: -1.0 if region.score is None else region.score)
 
 
@@ -80,6 +81,7 @@ def figure(row: dict[str, Any], boxes: npt.NDArray[np.float32], picture: Picture
     image = f'<img alt="{text(alt)}" src="{picture[0]}">' if picture else ""
     rects, labels = "".join(map(_rect, regions)), "".join(_labels(regions, width, height))
     key = text(row.get("key") or "")
+
     return (
         f'<figure><div class="frame" tabindex="0" role="button" aria-label="Enlarge {key}">'
         f'<div class="photo{"" if picture else " blank"}" style="--w:{shown:.5f};--h:1">{image}'
@@ -142,6 +144,7 @@ def _crowded(places: list[tuple[float, float, float, float]]) -> set[int]:
             crowded.add(number)
         elif len(placed) < MOST_LABELS:
             placed.append(places[number])
+
     return crowded
 
 

@@ -26,11 +26,13 @@ def java_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) ->
     truth = {number: [" ".join(split_words(text)) for text in texts] for number, texts in enumerate(references)}
     scores: dict[str, float] = {}
     absent: list[str] = []
+
     for name in NAMES:
         try:
             scores[name] = _score(name, truth, candidates)
         except Exception as error:  # whatever Java, or a download that SPICE tries, comes to
             absent.append(f"without {name}: {reason(error)}")
+
     return scores, absent
 
 
@@ -40,6 +42,7 @@ def _score(name: str, truth: dict[int, list[str]], own: dict[int, list[str]]) ->
             from pycocoevalcap.meteor.meteor import Meteor
 
             return float(Meteor().compute_score(truth, own)[0])
+
         from pycocoevalcap.spice.spice import Spice
 
         return float(Spice().compute_score(truth, own)[0])

@@ -79,6 +79,7 @@ def _after(state: _State, token: int, constraints: Sequence[Sequence[Phrase]]) -
     open_phrases = [phrase for n, phrases in enumerate(constraints) if n not in satisfied for phrase in phrases]
     suffixes = (written[begin:] for begin in range(len(written)))
     begun = next((suffix for suffix in suffixes if any(_begins(phrase, suffix) for phrase in open_phrases)), ())
+
     return _State(satisfied, begun)
 
 

@@ -78,11 +78,13 @@ class Decoder:
         unseen = unseen.masked_fill(~batch.seen, torch.finfo(hidden.dtype).min)[:, None, None, :]
 
         layers = []
+
         for layer in self._layers():
             query, own = _projected(layer, hidden)
             layers.append(own)
             scores = query @ own.keys.mT + unseen
             hidden = _completed(layer, hidden, scores.softmax(-1) @ own.values)
+
         return Context(layers, unseen)
 
     def begin(self, context: Context, beginnings: int = 1) -> Beginnings:
@@ -163,6 +165,7 @@ def _attended(query: Tensor, images: Keys, unseen: Tensor, keys: Tensor, values:
     to_image, to_text = weights.split([to_images.shape[-1], to_caption.shape[-1]], -1)
     of_image = (to_image.transpose(1, 2).flatten(2, 3) @ images.values).view(rows, heads, beginnings, two, size)
     attended: Tensor = of_image.transpose(1, 2) + to_text @ values
+
     return attended
 
 

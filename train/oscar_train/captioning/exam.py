@@ -56,6 +56,7 @@ def make_caption_exam(
     captions = triples[corpus.kind[triples] == CAPTION]
     first = captions[np.unique(corpus.image[captions], return_index=True)[1]]
     drawn = np.sort(first[permutation(SEED, EXAM, 0, len(first))[: images or len(first)]])
+
     return CaptionExam(
         corpus=corpus,
         reader=reader,
@@ -96,9 +97,11 @@ def _written(exam: CaptionExam, answering: Answering) -> Tensor:
     tokens = torch.zeros(count, MOST_TOKENS, dtype=torch.int64, device=answering.ranks.device)
     shape = Shape(regions=exam.regions)
     room = make_room(min(answering.size, count), exam.corpus.feature_dim, shape=shape)
+
     for begin, end in answering.shares(count):
         batch = images_with_tags(exam.corpus, exam.reader, exam.triples[begin:end], room.rows(0, end - begin))
         tokens[begin:end] = answering.forward(batch) + 1  # 0 where another rank writes
+
     return answering.ranks.total(tokens) - 1
 
 
@@ -110,6 +113,7 @@ def images_with_tags(corpus: Corpus, reader: RegionReader, triples: Ints, room: 
 
     nothing, lengths = np.zeros((len(triples), 0), np.int32), np.zeros(len(triples), np.int64)
     ids, types, present = laid_out(corpus.tokenizer, nothing, lengths, *tags_of(corpus, triples))
+
     return replace(
         room.batch,
         input_ids=torch.from_numpy(ids.astype(np.int64)),

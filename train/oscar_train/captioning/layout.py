@@ -81,6 +81,7 @@ def laid_out(
     ids[(place == last) | ends_tags] = tokenizer.sep
 
     of_tags = in_tags | ends_tags
+
     return ids, of_tags.astype(np.int64), (place <= last) | of_tags
 
 

@@ -52,6 +52,7 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
 
     cider = cider_d(words, reference_words, document_frequencies(reference_words))
     rouge = [rouge_l(*pair) for pair in zip(words, reference_words, strict=True)]
+
     return {
         "bleu_4": bleu(words, reference_words)[LONGEST - 1],
         "cider_d": sum(cider) / len(cider),
@@ -79,9 +80,11 @@ def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> li
     ratio = (length + TINY) / (reference_length + SMALL)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     product, scores = 1.0, []
+
     for n, (right, total) in enumerate(zip(matches, totals, strict=True), 1):
         product *= (right + TINY) / (total + SMALL)
         scores.append(brevity * product ** (1 / n))
+
     return scores
 
 
@@ -150,6 +153,7 @@ def _weights(words: Words, frequencies: DocumentFrequencies) -> _Weights:
         weight = count * math.log(frequencies.images / max(1, frequencies.counts[ngram]))
         of_ngram[ngram] = weight
         squares[len(ngram) - 1] += weight**2
+
     return _Weights(of_ngram, [math.sqrt(square) for square in squares], len(words))
 
 

@@ -67,6 +67,7 @@ def _batch(
     features = torch.zeros(count, most, feature_dim, dtype=torch.float16)
     z = torch.zeros(count, most, BOX)
     regions = torch.zeros(count, most, dtype=torch.bool)
+
     for number, (row, tar) in enumerate(zip(rows, tars, strict=True)):
         if not row["num_boxes"]:
             continue

@@ -73,6 +73,7 @@ class _Search:
         for state in sorted(choices):
             best = heapq.nlargest(2 * self.beams, choices[state], key=lambda choice: choice.total)
             self.open += self._set_aside(best, end)
+
         if self._is_done():
             self.open = []
 
@@ -106,8 +107,10 @@ class _Search:
                 self._keep(choice)
             else:
                 going_on.append(choice)
+
             if len(going_on) == self.beams:
                 break
+
         return going_on
 
     def _keep(self, ended: _Beginning) -> None:
@@ -148,6 +151,7 @@ def step_by_step(
     tokens = torch.full((len(context), captions), decoder.first, device=context.unseen.device)
     written, scores = [], []
     has_ended = torch.zeros_like(tokens, dtype=torch.bool)
+
     for step in range(most):
         log_probabilities, beginnings = decoder.step(context, beginnings, tokens)
         tokens = choose(log_probabilities, step)
@@ -190,6 +194,7 @@ def beam_search(
     machines = machines or [FREE] * len(context)
     searches = [_Search(machine, beams, most, length_penalty) for machine in machines]
     beginnings = decoder.begin(context)
+
     while any(search.open for search in searches):
         tokens, parents = _last_tokens(searches, decoder.first, context.unseen.device)
         log_probabilities, beginnings = decoder.step(context, beginnings, tokens, parents)

@@ -78,6 +78,7 @@ def rewards(
         *scores, last = cider_d([*captions, baseline], [words] * (len(captions) + 1), frequencies)
         of_drawn.append(scores)
         of_greedy.append(last)
+
     return of_drawn, of_greedy
 
 
@@ -94,6 +95,7 @@ def probing(batch: Batch, tokens: Sequence[Sequence[int]], decoder: Decoder, dev
     ids, present = batch.input_ids.clone(), batch.attention_mask.clone()
     labels = torch.full_like(ids, IGNORED)
     present[:, :CAPTION] = False
+
     for row, row_tokens in enumerate(tokens):
         count = len(row_tokens)
         ids[row, :count] = torch.tensor([decoder.first, *row_tokens[:-1]])
@@ -106,6 +108,7 @@ def probing(batch: Batch, tokens: Sequence[Sequence[int]], decoder: Decoder, dev
     place = packed.position_ids
     is_probe = (place >= PROBES) & (place < CAPTION)
     positions = torch.where(is_probe, place - PROBES + 1, place)
+
     return as_caption(replace(packed, position_ids=positions), is_probe)
 
 

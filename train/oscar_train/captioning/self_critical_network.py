@@ -63,6 +63,7 @@ class SelfCriticalOscar(OscarForCaptioning):
         """Return `Drawn` in training; in eval mode the greedy captions. Labels are the numbers of triples."""
         if not self.training:
             return self._written(batch)
+
         images = unpacked(batch)
         captions, worth, reward = self._compared(images, batch.seen.device)
 
@@ -72,6 +73,7 @@ class SelfCriticalOscar(OscarForCaptioning):
         scores = self.cls.predictions(hidden.index_select(0, inputs.masked)).float()
         tokens = scores.log_softmax(-1).gather(1, inputs.masked_ids[:, None])[:, 0]
         means = torch.stack([part.mean() for part in tokens.split([len(tokens) for tokens in predicted])])
+
         return Drawn(means.view(-1, DRAWN), worth, reward)
 
     @torch.no_grad()
@@ -87,6 +89,7 @@ class SelfCriticalOscar(OscarForCaptioning):
         references = truth.references(np.maximum(images.triples.numpy(), 0))
         scores = rewards([self._words(own) for own in captions], baseline, references, truth.frequencies)
         of_drawn, of_greedy = (torch.tensor(part, device=device) for part in scores)
+
         return captions, of_drawn - of_greedy[:, None], of_drawn.mean(1)
 
     def _words(self, captions: Sequence[Caption]) -> list[list[str]]:

@@ -83,10 +83,12 @@ def open_writer(path: Path, feature_dim: int, device: str = "auto", precision: s
         raise UsageError(
             f"--model {path}: has {model.config.max_position_embeddings} positions; captions with tags need {TEXT}"
         )
+
     about = {"task": TASK} if model.made is None else model.made.about
     if about.get("task") != TASK:
         kind = f"fine-tuned for {about['task']}" if "task" in about else "pre-trained only"
         raise UsageError(f"--model {path}: a model that is {kind}; make one with: oscar-finetune {TASK} --init {path}")
+
     return Writer(
         decoder=decoder_of(_network(path, model, feature_dim).to(choose_device(device)), model.tokenizer),
         tokenizer=model.tokenizer,
@@ -104,6 +106,7 @@ def _network(path: Path, model: Model, feature_dim: int) -> OscarForPreTraining:
             f"--model {path}: is for regions of {width - position_of(model.config)} features, these photos' have "
             f"{feature_dim}; extract them with the detector that the model was trained with"
         )
+
     network.load_state_dict(model.tensors, strict=False)
     return network.eval()
 

@@ -104,9 +104,11 @@ def save(
                 f"{place}: cannot be written ({reason(error)}); the disk may be full: free some space; "
                 "the same command again continues"
             ) from None
+
         record["files"] = {path.name: _seal(path) for path in sorted(unfinished.iterdir())}
         record["seal"] = _record_seal(record)
         (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
     return read(place)[0]
 
 
@@ -138,12 +140,14 @@ def load(checkpoint: Checkpoint, model: OscarForPreTraining, optimizer: Optimize
     """
     if ranks == checkpoint.ranks:
         torch.set_num_threads(checkpoint.threads)
+
     model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
     state = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
 
     # How the rate is kept is this run's own (--cuda-graphs keeps it in a tensor); each step sets its value
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
         saved.update(lr=group["lr"], capturable=group["capturable"])
+
     optimizer.load_state_dict(state)
 
 
@@ -160,8 +164,10 @@ def newest(out: Path) -> tuple[Checkpoint | None, list[str]]:
             return whole(place), damages
         except ValueError as error:
             damages.append(f"{place} is damaged ({error})")
+
     if damages:
         raise UsageError(f"--out: {damages[0]} and no other checkpoint is whole; start anew with --overwrite")
+
     return None, damages
 
 
@@ -173,10 +179,12 @@ def agree(checkpoint: Checkpoint | None, run: dict[str, Any]) -> None:
     """
     if checkpoint is None:
         return
+
     for name, value in run.items():
         before = checkpoint.run.get(name, getattr(UNSAID, name, None))
         if before == value:
             continue
+
         instead = f"give another --out, or --overwrite to start anew; {checkpoint.folder} is at step {checkpoint.step}"
         if name == "corpus":
             raise UsageError(
@@ -184,6 +192,7 @@ def agree(checkpoint: Checkpoint | None, run: dict[str, Any]) -> None:
                 "or other --tags are chosen from it, or an earlier version took texts that spell [MASK], [SEP] or the "
                 f"like for special tokens; {instead}"
             )
+
         raise UsageError(f"--{name.replace('_', '-')} {value}: the run in --out began with {before}; {instead}")
 
 
@@ -206,6 +215,7 @@ def prune(out: Path, keep: int, step: int) -> None:
         if len(kept_folders) == keep:
             outdated.append(place)
             continue
+
         try:
             whole(place)
             kept_folders.append(place)
@@ -213,11 +223,13 @@ def prune(out: Path, keep: int, step: int) -> None:
             outdated.append(place)
         except OSError:  # the disk may be well again the next time
             continue
+
     if not kept_folders:
         return
 
     if step_of(kept_folders[0]) == step:
         outdated = given_up + outdated
+
     for place in outdated:
         _delete(place)
 
@@ -230,6 +242,7 @@ def sweep(out: Path, everything: bool = False) -> None:
     restore_folders(out, CHECKPOINT)
     for leftover in checkpoints(out, TEMPORARY):
         remove(leftover)
+
     if everything:
         for place in checkpoints(out):
             _delete(place)
@@ -275,8 +288,10 @@ def read(folder: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
         raise ValueError(f"{RECORD} is missing") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise ValueError(f"{RECORD} is unreadable") from None
+
     if not sealed:
         raise ValueError(f"the content of {RECORD} changed")
+
     return made, files
 
 
@@ -291,16 +306,20 @@ def whole(folder: Path) -> Checkpoint:
     for name in NEEDED:
         if name not in seals:
             raise ValueError(f"{RECORD} has no seal of {name}")
+
     for name, seal in seals.items():
         try:
             content = _seal(folder / name)
         except GONE:
             raise ValueError(f"{name} is missing") from None
+
         if content != seal:
             written = seal.get("bytes", "unknown")
             raise ValueError(f"{name} has {content['bytes']} bytes, written were {written}, or its content changed")
+
     if step_of(folder) not in (-1, made.step):
         raise ValueError(f"{RECORD} is of step {made.step}")
+
     return made
 
 
@@ -319,4 +338,5 @@ def _seal(path: Path) -> dict[str, Any]:
     except OSError as error:
         error.filename = error.filename or str(path)  # which a failing read does not say
         raise
+
     return {"bytes": path.stat().st_size, "xxh3": digest.hexdigest()}

@@ -77,9 +77,11 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> None:
 
     model = write(path, format, out, overwrite)
     print(f"{out}: {model.parameters:,} parameters of {model.folder}")
+
     for what, names in (("not in it, as the source has none", model.lost), ("left out", model.extra)):
         if names:
             print(f"{what}: {', '.join(modules(names))}")
+
     say_next("oscar-checkpoint", "show", out)
 
 

@@ -106,6 +106,7 @@ def find(path: Path, place: str = "") -> Model:
     tensors = fitting(weights, expected, place)
     if TIED in expected:
         tensors[TIED] = weights[WORDS]
+
     return Model(
         folder=folder,
         made=made,
@@ -182,10 +183,12 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
         raise UsageError(
             f"--format oscar: microsoft/Oscar has no {model.config.hidden_act} (known: {activations}); give hf"
         )
+
     # Copies, as torch saves all of a memory of which a tensor may be a part
     tensors = OrderedDict((name, tensor.float().contiguous().clone()) for name, tensor in model.tensors.items())
     if TIED in tensors:
         tensors[TIED] = tensors[WORDS]
+
     write = {"oscar": _write_oscar, "hf": _write_hf}[format]
     try:
         with replacing_folder(out) as folder:
@@ -197,6 +200,7 @@ def export(path: Path, format: str, out: Path, overwrite: bool) -> Model:
         raise kind(f"--out {out}: cannot be written: {error.strerror}; {INSTEAD}") from None
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
         raise OperationError(f"--out {out}: cannot be written: {reason(error)}; {INSTEAD}") from None
+
     return model
 
 
@@ -205,13 +209,16 @@ def checkpoint_at(path: Path) -> Checkpoint | None:
     check_model(path)
     if (path / CONFIG).is_file() or (path / RECORD).is_file():
         return _whole(path) if (path / RECORD).is_file() else None
+
     try:
         made, damages = checkpoint.newest(path)
     except UsageError:
         see = f"see: oscar-checkpoint show {path}/{CHECKPOINT}*"
         raise OperationError(f"FOLDER {path}: none of its checkpoints is whole; {see}") from None
+
     for damage in damages:
         warn(damage)
+
     return made
 
 
@@ -226,6 +233,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     """Refuse to write over anything but an export, and over that only if it is wanted."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: a file; give a folder")
+
     restore_folder(out)
     if not out.exists() or not any(out.iterdir()):
         return
@@ -241,6 +249,7 @@ def _is_foreign(out: Path) -> str:
         seals = dict(json.loads((out / SEALS).read_bytes())["files"])
     except (OSError, ValueError, LookupError, TypeError):
         return f"no {SEALS} in it"
+
     for path in sorted(out.iterdir()):
         if path.name == SEALS:
             continue
@@ -248,6 +257,7 @@ def _is_foreign(out: Path) -> str:
             return f"{path.name} is in it"
         if seal(path) != seals[path.name]:
             return f"{path.name} changed"
+
     return ""
 
 
@@ -258,6 +268,7 @@ def _write_oscar(folder: Path, model: Model, tensors: "OrderedDict[str, Tensor]"
         config |= {name: getattr(model.config, name) for name in HEAD_FIELDS}
     elif named := getattr(model.config, "contrast_classes", None):
         config["contrast_classes"] = named
+
     (folder / CONFIG).write_text(json.dumps({**FIXED, **config}, indent=2, sort_keys=True) + "\n")
     _write_vocabulary(folder, model.tokenizer)
     torch.save(tensors, folder / PICKLED, pickle_protocol=2, _use_new_zipfile_serialization=False)

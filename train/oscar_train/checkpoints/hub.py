@@ -52,6 +52,7 @@ def fetch(init: str, weights: tuple[str, ...], files: tuple[str, ...]) -> Path:
         _ = [present(name) for name in files]
     except Exception as error:  # no network, no such model, no rights: each has its own exceptions
         _give_up(init, fault or reason(error))
+
     return config.parent
 
 
@@ -63,6 +64,7 @@ def _fault(init: str) -> str:
         get_hf_file_metadata(hf_hub_url(init, CONFIG), timeout=TIMEOUT)
     except Exception as error:  # each of a dozen kinds, of three libraries
         return reason(error)
+
     return ""
 
 

@@ -60,6 +60,7 @@ def open_init(init: str) -> Start:
         tokenizer = load_tokenizer(None)
         config = random_config(init[len(RANDOM) :], tokenizer.size)
         return Start(name=init, place=place, folder=None, config=config, tokenizer=tokenizer)
+
     folder = Path(init) if Path(init).is_dir() else fetch(init, (SAFETENSORS, PICKLED), FILES)
     return open_folder(init, newest_model(folder, place), place)
 
@@ -72,12 +73,14 @@ def newest_model(folder: Path, place: str) -> Path:
     """
     if (folder / "config.json").is_file() or not checkpoints(folder):
         return folder
+
     damages: list[str] = []
     for checkpoint in checkpoints(folder):
         try:
             return whole(checkpoint).folder
         except ValueError as error:
             damages.append(f"{checkpoint} is damaged ({error})")
+
     raise UsageError(f"{place}: {damages[0]} and no other checkpoint is whole")
 
 
@@ -89,14 +92,15 @@ def open_folder(name: str, folder: Path, place: str) -> Start:
             f"{place}: has {config.max_position_embeddings} positions and {config.type_vocab_size} token types; "
             f"Oscar needs {MAX_TOKENS} and 2"
         )
-    has_own_tokenizer = has_tokenizer(
-        folder
-    )  # its weights may have rows to spare, but those of a foreign vocabulary mean nothing
+
+    # Its weights may have rows to spare, but those of a foreign vocabulary mean nothing.
+    has_own_tokenizer = has_tokenizer(folder)
     if tokenizer.size > config.vocab_size or (not has_own_tokenizer and tokenizer.size != config.vocab_size):
         raise UsageError(
-            f"{place}: {'its' if has_own_tokenizer else 'the shipped'} vocabulary has {tokenizer.size} entries, its weights "
-            f"{config.vocab_size}; put the vocab.txt that belongs to the weights into the folder"
+            f"{place}: {'its' if has_own_tokenizer else 'the shipped'} vocabulary has {tokenizer.size} entries, "
+            f"its weights {config.vocab_size}; put the vocab.txt that belongs to the weights into the folder"
         )
+
     return Start(name=name, place=place, folder=folder, config=config, tokenizer=tokenizer)
 
 
@@ -157,9 +161,11 @@ def build(
     position = _position(start, config, feature_dim, position)
     if classes is not None:
         _order_classes(config, weights, classes)
+
     config.use_img_layernorm = int(bool(getattr(config, "use_img_layernorm", 0)) or image_layernorm)
     if attention_dropout is not None:
         config.attention_probs_dropout_prob = attention_dropout
+
     torch.manual_seed(seed)
     model = network(oscar_config(config, feature_dim, position))
     total = f"{start.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
@@ -168,8 +174,10 @@ def build(
     else:
         filled = fill(model, weights, start.place)
         line = "; ".join([total, *differences(model, weights, filled)])
+
     if begin is not None and f"{REGIONS}.weight" not in filled:
         line += f"; {begin(model)}"
+
     return model, line
 
 
@@ -184,6 +192,7 @@ def _position(start: Start, config: Any, feature_dim: int, asked: int | None) ->
             f"--region-position {asked}: {start.place} takes {theirs} numbers of a region's position "
             f"(img_feature_dim {config.img_feature_dim}, {feature_dim} of them features); leave the flag out"
         )
+
     return theirs
 
 
@@ -204,12 +213,15 @@ def read(start: Start) -> tuple[BertConfig, dict[str, Tensor]]:
     config = deepcopy(start.config)
     if start.folder is None:
         return config, {}
+
     weights = read_weights(start.place, start.folder)
     if f"{REGIONS}.weight" in weights:
         config.use_img_layernorm = int(f"{IMAGE_NORM}.weight" in weights)
         config.img_feature_dim = weights[f"{REGIONS}.weight"].shape[-1]
+
     if f"{HEAD}.weight" in weights:
         config.num_contrast_classes = len(weights[f"{HEAD}.weight"])
+
     return config, weights
 
 
@@ -237,6 +249,7 @@ def differences(model: nn.Module, weights: dict[str, Tensor], filled: set[str]) 
         ],
         "in the file and not used": modules(weights.keys() - model_tensors.keys() | weights.keys() & {TIED}),
     }
+
     return [
         f"{part_name}: {', '.join(some) or 'none'}"
         for part_name, some in parts.items()
@@ -272,6 +285,7 @@ def _read_config(place: str, folder: Path) -> BertConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{place}: {folder} has no config.json; give the folder of a BERT model")
+
     try:
         content = BertConfig.get_config_dict(folder)[0]
         if content.get("model_type", "bert") != "bert":

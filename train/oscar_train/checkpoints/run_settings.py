@@ -28,9 +28,11 @@ def write_settings(out: Path, settings: Train) -> None:
         with replacing(out / VOCABULARY) as file:
             file.write(content)
         values["tag_vocabulary"] = str(out / VOCABULARY)
+
     values |= {name: _each(values[name], lambda path: str(path.resolve())) for name in paths(type(settings))}
     values |= {"recipe": None, "overwrite": False}  # what a recipe said is among the values
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
     with replacing(out / FILE) as file:
         command = f"oscar-finetune {settings.task}" if isinstance(settings, Finetune) else "oscar-train"
         file.write(f"# Settings of this run: {command} --resume {out}\n{text}".encode())
@@ -49,12 +51,14 @@ def resumed(folder: Path, schema: type[S] = Train) -> S:  # type: ignore[assignm
     if not path.is_file():
         reason = f"no {FILE} there; give a folder that oscar-train wrote" if folder.is_dir() else no_folder(folder)
         raise UsageError(f"--resume {folder}: {reason}")
+
     content = read_yaml(path, "--resume")
     if isinstance(content, dict) and not content.get("shards"):
         raise UsageError(
             f"--resume {folder}: {path} is {'cut' if content else 'empty'}: it names no shards; give the command that "
             "began the run instead, which writes it anew"
         )
+
     settings = parse(schema, content, str(path))
     before = settings.out or str(folder)
 
@@ -65,8 +69,10 @@ def resumed(folder: Path, schema: type[S] = Train) -> S:  # type: ignore[assignm
     values = {name: _each(getattr(settings, name), moved, missing=True) for name in paths(schema)}
     if checkpoints(folder):
         values["init"] = settings.init  # is not needed any more, and its name is that of the run
+
     if values["cache"] and not Path(values["cache"]).exists():
         values["cache"] = None  # it was another machine's
+
     return dataclasses.replace(settings, **{**values, "out": str(folder), "overwrite": False})
 
 
@@ -87,11 +93,13 @@ def own_shards(path: Path) -> list[str]:
             settings: Train = resumed(folder, schema_of(folder))
             if settings.eval_shards or settings.eval_fraction:
                 return settings.eval_shards or settings.shards
+
             flags = " ".join(f"--shards {place}" for place in settings.shards)
             raise UsageError(
                 f"--shards is missing: {path} held nothing out of its training; give --shards with other images, or "
                 f"{flags} --all to ask about those that it was trained on, or train with --eval-fraction 0.1"
             )
+
     raise UsageError(f"--shards is missing: {path} is not in a run's folder; give the shards to evaluate on")
 
 

@@ -42,17 +42,21 @@ def read_weights(place: str, folder: Path) -> dict[str, Tensor]:
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise UsageError(f"{place}: {folder} has none of {', '.join(WEIGHTS)}")
+
     try:
         named = [(_renamed(name), tensor) for part in _parts(path) for name, tensor in _load(part).items()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last three: an index's JSON
         raise UsageError(f"{place}: {path} cannot be read: {reason(error)}") from None
+
     state = dict(named)
     if len(state) < len(named):
         twice = Counter(name for name, _ in named).most_common(1)[0][0]
         raise UsageError(f"{place}: {path} has {twice} under two names, and which of them counts is unknown")
+
     for copy, original in COPIES.items():
         if copy in state and (original not in state or torch.equal(state[copy], state[original])):
             state[original] = state.pop(copy)
+
     return {name: tensor for name, tensor in state.items() if name not in BUFFERS}
 
 
@@ -72,17 +76,21 @@ def fitting(weights: dict[str, Tensor], expected: dict[str, torch.Size], place: 
     """
     if WORDS not in weights:
         raise UsageError(f"{place}: its weights are not those of a BERT (no word embeddings)")
+
     fitted = {}
     for name, shape in expected.items():
         if name not in weights or name == TIED:
             continue
+
         tensor = weights[name]
         if not tensor.is_floating_point():
             raise UsageError(f"{place}: {name} is {tensor.dtype}; give weights that are not quantised")
+
         if tensor.shape == shape:
             fitted[name] = tensor
         elif not name.startswith((REGIONS, HEAD, CLASSIFIER)):
             raise UsageError(f"{place}: {name} is {list(tensor.shape)}, but config.json says {list(shape)}")
+
     return fitted
 
 
@@ -99,10 +107,12 @@ def modules(names: Iterable[str]) -> list[str]:
             layers.setdefault(match[1], set()).add(int(match[2]))
         else:
             counts[name.rpartition(".")[0] or name] += 1
+
     listed = []
     for module, count in sorted(counts.items()):
         numbers = f".{_runs(layers[module])}" if module in layers else ""
         listed.append(f"{module}{numbers} ({count} tensor{'s' * (count > 1)})")
+
     return listed
 
 

@@ -159,15 +159,19 @@ def open_corpus(
             meta = _whole(folder)  # another process may have made it meanwhile
             if meta is None:
                 meta = _make(folder, sources, tokenizer, texts, skip_corrupt, tags, width)
+
     if meta["left_out"] and not skip_corrupt:
         raise UsageError(f"{FLAG}: {meta['left_out'][0]}; or go on without it: --skip-corrupt")
+
     for line in meta["left_out"]:
         warn(f"left out: {line}")
+
     corpus = _mapped(folder, meta, sources, tokenizer)
     if not skip_corrupt:  # else reading finds out
         for shard, tar_bytes in enumerate(corpus.tar_bytes.tolist()):
             source, number = corpus.place(shard)
             source.check_size(number, tar_bytes)
+
     return corpus
 
 
@@ -204,9 +208,11 @@ def _whole(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         damaged = [META]
+
     if damaged:
         warn(f"--cache: {folder / damaged[0]} is damaged; it is made again")
         return None
+
     return meta
 
 
@@ -223,6 +229,7 @@ def _alone(folder: Path) -> Iterator[None]:
             handle = hold(lock)
     except OSError as error:
         raise UsageError(f"--cache {lock.parent}: cannot be written: {error.strerror}; give another --cache") from None
+
     try:
         _sweep(folder.parent)
         yield

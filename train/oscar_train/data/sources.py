@@ -56,6 +56,7 @@ class Source:
         tar = Path(self.tars[number])
         if self.remote is not None:
             return _fetched_index(self.remote, tar)
+
         assert self.folder is not None
         try:
             return open_index(index_path(self.folder / tar), self.folder / tar)
@@ -102,6 +103,7 @@ def open_source(place: str, skip_corrupt: bool, flag: str = FLAG) -> Source:
             f"{flag} {place}: {num_whole} of {source.manifest.plan.num_shards} shards are there; run its oscar-extract "
             "command again, or go on without the others: --skip-corrupt"
         )
+
     return source
 
 
@@ -140,6 +142,7 @@ def suspect(tar: Path) -> str:
         fault = str(error)
     except OSError:
         fault = ""
+
     return f" ({fault})" if fault else ""
 
 
@@ -147,10 +150,12 @@ def _local(place: str, folder: Path, flag: str) -> Source:
     if not folder.is_dir():
         reason = "a file; give its folder" if folder.exists() else "no such folder; give one made by oscar-extract"
         raise UsageError(f"{flag} {folder}: {reason}")
+
     manifest = read_manifest(folder, flag)
     stats = {path.name: path.stat() for path in folder.iterdir() if path.suffix in (".tar", ".parquet")}
     tars = manifest.tar_names(stats)
     stamps = [stats.get(index_path(Path(tar)).name) for tar in tars]
+
     return Source(
         place=place,
         manifest=manifest,
@@ -169,6 +174,7 @@ def _remote(place: str, flag: str) -> Source:
         raise UsageError(
             f"{flag} {remote.url}: no {FILE} there ({error.cause}); give the URL of a folder made by oscar-extract"
         ) from None
+
     listing = _listed(remote, manifest)
     tars = manifest.tar_names(listing)
     return Source(
@@ -194,6 +200,7 @@ def _fetched_index(remote: RemoteFolder, tar: Path) -> tuple[int, Iterator[pa.Re
         tar_bytes, rows = remote.parsed(index_path(tar).name, INDEX_LIMIT, parse)
     except Gone:
         raise ValueError(f"it has no index {index_path(tar).name}; make it: oscar-shards index") from None
+
     return tar_bytes, iter(rows)
 
 
@@ -203,17 +210,21 @@ def _listed(remote: RemoteFolder, manifest: Manifest) -> dict[str, Stamp]:
         listing = remote.listing()
     except Gone:
         listing = {}
+
     if not manifest.tar_names(listing):
         if not manifest.name:
             raise UsageError(f"{FLAG} {remote.url}: it cannot be listed, and its {FILE} does not name the shards")
+
         listing = {
             name: Stamp(None, "")
             for number in range(manifest.plan.num_shards)
             for name in (f"{manifest.name}-{number:06d}.tar", f"{manifest.name}-{number:06d}.parquet")
         }
+
     unknown = [n for n, stamp in listing.items() if n.endswith(".parquet") and stamp == Stamp(None, "")]
     with ThreadPoolExecutor(ASKERS) as askers:
         answers = dict(zip(unknown, askers.map(lambda name: _asked(remote, name), unknown), strict=True))
+
     return {name: stamp for name, stamp in {**listing, **answers}.items() if stamp is not None}
 
 

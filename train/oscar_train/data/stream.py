@@ -99,6 +99,7 @@ class Stream:
     ) -> None:
         if batch_size % ranks:
             raise UsageError(f"--batch-size {batch_size}: not a multiple of the {ranks} ranks; give one that is")
+
         weights = tuple(weights) or (Fraction(1),) * len(corpus.sources)
         self.corpus, self.reader, self.seed, self.batch_size, self.pin = corpus, reader, seed, batch_size, pin
         self.size, self.threads, self.objective = batch_size // ranks, threads, objective
@@ -216,6 +217,7 @@ class Stream:
         rooms = [self.room() for _ in range(self.rooms)]
         rows = self.shape.rows
         pieces = [[(begin, room.rows(begin * rows, end * rows)) for begin, end in pairwise(edges)] for room in rooms]
+
         with (
             self.reader.tars.reading(),  # until the makers are gone, whom the end of fetching stops
             ThreadPoolExecutor(self.threads, "stream") as makers,
@@ -242,6 +244,7 @@ class Stream:
         if cache is None:
             yield lambda step: None
             return
+
         last: list[list[int]] = []
         with Ahead(self.reader.tars) as ahead:
 
@@ -250,6 +253,7 @@ class Stream:
                 begin = step * self.batch_size
                 if last and begin // SLICE == (begin - self.batch_size) // SLICE:
                     return
+
                 if (windows := list(self._order.shards(begin, begin + 1))) != last:
                     last = windows
                     ahead.want(self._needed(begin, end * self.batch_size, cache.limit))
@@ -335,6 +339,7 @@ def open_stream(
     tars = Tars(corpus, ShardCache(folder, round(cache_size * 1e9)) if remote else None)
     if tars.cache is not None:
         check_window(corpus, tars.cache, window)
+
     weights = [Fraction(str(weight)) for weight in mix]
     yield Stream(
         corpus,

@@ -73,6 +73,7 @@ def command(
     """Check the arguments, and only then import torch."""
     if flags["json_file"] is not None:
         check_output_file(flags["json_file"], "--json", mark=MARK, overwrite=overwrite)
+
     check_model(path)
     places = shards or tuple(own_shards(path))
     from oscar_train.tasks.evaluate import evaluate_task, task_of
@@ -83,6 +84,7 @@ def command(
             raise UsageError(f"{pretraining_flags}: FOLDER {path} is fine-tuned for {task}; leave them out")
         evaluate_task(path, task, places, flags.pop("annotations"), flags)
         return
+
     del flags["annotations"]
     from oscar_train.evaluation.evaluate import Asked, evaluate
 

@@ -55,28 +55,31 @@ class Asked:
     skip_corrupt: bool
 
 
-def evaluate(given: Asked) -> None:
+def evaluate(request: Asked) -> None:
     """Ask a model, and print and write what it knows.
 
     Raises:
         UsageError: there is no model that can be asked, or nothing to ask it about.
         OperationError: the model or a shard is damaged.
     """
-    model = find(given.path)
+    model = find(request.path)
     if not model.has_regions or model.lost:
-        raise UsageError(f"FOLDER {given.path}: no whole Oscar; it lacks {', '.join(modules(model.lost))}")
-    objective = choose_objective(model, given.objective)
-    ranks = Ranks(0, 1, torch.device(choose_device(given.device)))
-    sources = [open_source(place, given.skip_corrupt) for place in given.shards]
+        raise UsageError(f"FOLDER {request.path}: no whole Oscar; it lacks {', '.join(modules(model.lost))}")
+
+    objective = choose_objective(model, request.objective)
+    ranks = Ranks(0, 1, torch.device(choose_device(request.device)))
+    sources = [open_source(place, request.skip_corrupt) for place in request.shards]
     check_together(sources)
-    with opened(model, sources, objective, given) as exam:
-        forward = partial(answer, loaded(model, exam.corpus.feature_dim).to(ranks.device), given.precision)
-        answering = Answering(forward=forward, ranks=ranks, size=given.batch_size)
+
+    with opened(model, sources, objective, request) as exam:
+        forward = partial(answer, loaded(model, exam.corpus.feature_dim).to(ranks.device), request.precision)
+        answering = Answering(forward=forward, ranks=ranks, size=request.batch_size)
         columns = {"as it is": measure(exam, answering)}
-        columns |= {f"{name} shuffled": measure(exam, answering, name) for name in given.shuffles}
+        columns |= {f"{name} shuffled": measure(exam, answering, name) for name in request.shuffles}
+
     Console(soft_wrap=True).print(table(exam, columns, f"{model.folder}: {describe_exam(exam)}"))
-    if given.json_file is not None:
-        _write(given, model, sources, exam, columns)
+    if request.json_file is not None:
+        _write(request, model, sources, exam, columns)
 
 
 def choose_objective(model: Model, name: str | None) -> Objective:
@@ -94,29 +97,33 @@ def choose_objective(model: Model, name: str | None) -> Objective:
         raise UsageError(
             f"--objective {chosen}: it tells {', '.join(objective.classes)}; the model tells {has}; give another"
         )
+
     return replace(objective, classes=classes)
 
 
 @contextmanager
-def opened(model: Model, sources: list[Source], objective: Objective, given: Asked) -> Iterator[Exam]:
+def opened(model: Model, sources: list[Source], objective: Objective, request: Asked) -> Iterator[Exam]:
     """Open shards and draw what is asked about."""
     about = {} if model.made is None else model.made.about
     fraction = 0.0 if model.made is None else float(model.made.run.get("eval_fraction") or 0)
     is_known = [manifest_sha256(source) in about.get("shards", ()) for source in sources]
-    if any(is_known) and (given.everything or not fraction):
+    if any(is_known) and (request.everything or not fraction):
         warn("the model was trained on these shards: what follows is not what it knows of other images")
-    partly = [each and fraction > 0 and not given.everything for each in is_known]
+
+    partly = [each and fraction > 0 and not request.everything for each in is_known]
     with open_asked(
         sources,
         tokenizer=model.tokenizer,
         objective=objective,
         tags=tag_rule_of(about),
-        cache=given.cache,
-        skip_corrupt=given.skip_corrupt,
+        cache=request.cache,
+        skip_corrupt=request.skip_corrupt,
     ) as stream:
         corpus, reader = stream.corpus, stream.reader
         only = asked(corpus, partly, fraction)
-        yield make_exam(corpus, reader, objective, only, triples=given.triples, images=given.images, seed=given.seed)
+        yield make_exam(
+            corpus, reader, objective, only, triples=request.triples, images=request.images, seed=request.seed
+        )
 
 
 def tag_rule_of(about: dict[str, Any]) -> TagRule:
@@ -137,11 +144,12 @@ def loaded(model: Model, feature_dim: int) -> OscarForPreTraining:
     if width - feature_dim not in POSITIONS:
         expected_dim = width - position_of(model.config)
         raise UsageError(f"--shards: their regions have {feature_dim} features, the model is for {expected_dim}")
+
     network.load_state_dict(model.tensors)
     return network.eval()
 
 
-def _write(given: Asked, model: Model, sources: list[Source], exam: Exam, columns: dict[str, Numbers]) -> None:
+def _write(request: Asked, model: Model, sources: list[Source], exam: Exam, columns: dict[str, Numbers]) -> None:
     """Write the numbers as JSON; one that is none is null."""
     content = {
         "model": str(model.folder),
@@ -151,13 +159,13 @@ def _write(given: Asked, model: Model, sources: list[Source], exam: Exam, column
         "triples": len(exam.triples),
         "images": len(np.unique(exam.corpus.image[exam.triples])),
         "gallery": len(exam.gallery),
-        "seed": given.seed,
-        "precision": given.precision,
+        "seed": request.seed,
+        "precision": request.precision,
         "numbers": {
             name: {key: None if math.isnan(value) else value for key, value in values.items()}
             for name, values in columns.items()
         },
     }
-    assert given.json_file is not None
-    with replacing(given.json_file) as file:
+    assert request.json_file is not None
+    with replacing(request.json_file) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())

@@ -47,6 +47,7 @@ def split(corpus: Corpus, fraction: float) -> Split:
             f"--eval-fraction {fraction:g}: of {len(held)} images none that has a text is left to train on; give "
             "another share, or --eval-shards"
         )
+
     _check_sources(corpus, sides.trained, f"--eval-fraction {fraction:g}")
     return sides
 
@@ -62,10 +63,12 @@ def asked(corpus: Corpus, partly: list[bool], fraction: float) -> Array | None:
     """
     if not any(partly):
         return None
+
     source = np.searchsorted(corpus.source_shards, corpus.images.shard, "right") - 1
     selected = _of(corpus, ~np.array(partly)[source] | held_images(corpus.images, fraction))
     if not len(selected):
         raise UsageError("--shards: no image with a text was held out of training; give other shards, or --all")
+
     return selected
 
 
@@ -78,9 +81,11 @@ def apart(corpus: Corpus, others: Images) -> Array | None:
     same = np.isin(_identity(corpus.images), _identity(others))
     if not same.any():
         return None
+
     distinct = _of(corpus, ~same)
     if not len(distinct):
         raise UsageError("--eval-shards: all images of --shards are in them, too; nothing is left to train on")
+
     _check_sources(corpus, distinct, "--eval-shards")
     return distinct
 
@@ -93,13 +98,16 @@ def of_kind(corpus: Corpus, kind: int | None, only: Array | None, flag: str) -> 
     """
     if kind is None:
         return only
+
     kinds = np.asarray(corpus.kind) if only is None else corpus.kind[only]
     if (kinds == kind).all():
         return only
+
     of_this_kind = np.flatnonzero(kinds == kind).astype(np.int32) if only is None else only[kinds == kind]
     if not len(of_this_kind):
         names = {CAPTION: "caption", QA: "question"}
         raise UsageError(f"{flag}: no image has a {names[kind]}; give other shards, or texts with --texts")
+
     return of_this_kind
 
 

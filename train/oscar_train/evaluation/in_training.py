@@ -38,10 +38,12 @@ class HeldOut:
         """Return what is asked, None if nothing is held out. stream: that of training."""
         if self.beside is None and not self.settings.eval_fraction:
             return None
+
         source = stream if self.beside is None else self.beside
         partly = [self.beside is None] * len(source.corpus.sources)
         only = asked(source.corpus, partly, self.settings.eval_fraction)
         flag = "--eval-fraction" if self.beside is None else "--eval-shards"
+
         return self.task.evaluation(source.corpus, source.reader, of_kind(source.corpus, self.task.kind, only, flag))
 
 

@@ -106,6 +106,7 @@ def _questions(exam: Exam, answering: Answering, shuffled: str | None) -> dict[s
     tokens = torch.zeros(len(SIDES), 3, dtype=torch.float64, device=device)  # loss, right ones, all
     pairs = torch.zeros(len(exam.asked), 3, dtype=torch.float64, device=device)
     rooms = make_room(min(answering.size, len(exam.triples)), exam.corpus.feature_dim)
+
     for begin, end in answering.shares(len(exam.triples)):
         room, rows = rooms.rows(0, end - begin), slice(begin, end)
         exam.regions(exam.triples[rows], exam.partners[rows], room, shuffled)
@@ -116,6 +117,7 @@ def _questions(exam: Exam, answering: Answering, shuffled: str | None) -> dict[s
             if name == MATCHED:
                 labels, sides = (each.to(device) for each in _masked(exam, room.batch))
                 tokens.index_add_(0, sides, _counted(scores, labels))
+
     answering.ranks.total(tokens), answering.ranks.total(pairs)
     return _named(exam, tokens.cpu(), pairs.cpu())
 
@@ -152,6 +154,7 @@ def _named(exam: Exam, tokens: Tensor, pairs: Tensor) -> dict[str, float]:
     rates = (pairs[:, :2] / pairs[:, 2:].clamp(min=1)).T @ weights / weights.sum()
     values |= {"match_loss": float(rates[0]), "match_accuracy": float(rates[1])}
     shares = pairs[:, 1] / pairs[:, 2]
+
     return values | {f"{_plain(exam, name)}_accuracy": float(s) for name, s in zip(exam.asked, shares, strict=True)}
 
 
@@ -166,16 +169,19 @@ def _retrieval(exam: Exam, answering: Answering, shuffled: str | None) -> dict[s
     scores = torch.zeros(size, size, device=ranks.device)  # [texts, images]
     room = make_room(min(answering.size, size), exam.corpus.feature_dim)
     matched = exam.objective.label(MATCHED)
+
     for first in range(0, size, answering.size):
         block = slice(first, min(first + answering.size, size))
         part = room.rows(0, block.stop - block.start)
         exam.regions(exam.gallery[block], exam.gallery_partners[block], part, shuffled)
         features = part.batch.features.to(ranks.device)  # once for all texts
+
         for text in _each(answering, size):
             exam.pairs(text, first, part, shuffled)
             _, classes = answering.forward(replace(part.batch, features=features))
             other_classes = torch.cat([classes[:, :matched], classes[:, matched + 1 :]], 1).float()
             scores[text, block] = classes[:, matched].float() - other_classes.logsumexp(1)
+
     ranks.total(scores)
     return _recalls(scores.cpu().numpy())
 

@@ -133,6 +133,7 @@ def make_exam(
     some = np.arange(len(corpus)) if only is None else only.astype(np.int64)
     if len(some) == 0 or (corpus.image[some] == corpus.image[some[0]]).all():
         raise UsageError("the evaluation needs at least two held-out images with texts; give more")
+
     objective = replace(objective, negatives="typed", exact=True, any_token=False, whole_words=False)
     chosen = _drawn(seed, some, triples or len(some), lane=0)
     gallery = _drawn(seed, _one_each(corpus, some), images, lane=1)

@@ -31,6 +31,7 @@ def line(values: Numbers) -> str:
         if f"{name}_r1" in values:
             shares = "/".join(f"{100 * values[f'{name}_r{k}']:.1f}" for k in RANKS)
             parts.append(f"{way} R@1/5/10 {shares} %")
+
     return "held out: " + "  ".join(parts)
 
 
@@ -40,10 +41,12 @@ def table(exam: Exam, columns: dict[str, Numbers], title: str) -> Table:
     grid.add_column("", no_wrap=True)
     for name in (*columns, "chance"):
         grid.add_column(name, justify="right")
+
     for name in next(iter(columns.values())):
         grid.add_row(
             name.replace("_", " "), *(_shown(name, values[name]) for values in columns.values()), _chance(exam, name)
         )
+
     return grid
 
 

@@ -62,9 +62,11 @@ def _cut(path: Path, columns: tuple[str, ...], step: int) -> int:
             f"--out: {path} is not this command's: its columns are not {','.join(columns)}; move it away, or give "
             "another --out"
         )
+
     kept_lines = [line for line in lines[1:] if 0 <= _step(line, len(columns)) <= step]
     with replacing(path) as file:
         file.writelines([header, *kept_lines])
+
     return max((_step(line, len(columns)) for line in kept_lines), default=-1)
 
 

@@ -50,6 +50,7 @@ def record_start(
     }
     path = out / FILE
     before = path.read_bytes() if path.exists() else b""
+
     with replacing(path) as file:
         file.write(before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
 

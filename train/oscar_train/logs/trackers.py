@@ -58,6 +58,7 @@ def _open_run(out: Path, project: str, config: Mapping[str, Any]) -> Iterator[An
     except BaseException:
         run.finish(exit_code=1)
         raise
+
     run.finish(exit_code=0)
 
 

@@ -73,6 +73,7 @@ class TripleDropout(nn.Module):
             is_kept = _kept(self._at_site.packed[None], self.columns, self.p)
         else:
             is_kept = keep(by_head(self._tokens.in_rows, hidden.shape[1]), self.offset, hidden.shape[-1], self.p)
+
         return torch.where(is_kept, hidden * (1 / (1 - self.p)), 0.0)
 
 

@@ -42,6 +42,7 @@ def count(parts: Iterable[Packed]) -> Work:
             masked=len(part.masked) - masked,
             triples=len(part.match_labels),
         )
+
     return whole
 
 
@@ -64,6 +65,7 @@ def flops(config: Any, work: Work) -> float:
     triple = hidden * (hidden + config.num_contrast_classes)
     thrice = token * work.tokens + masked * work.masked + triple * work.triples
     twice = hidden * config.img_feature_dim * work.regions
+
     return float(2 * (3 * thrice + 2 * twice))
 
 
@@ -77,12 +79,15 @@ def matrix_ceiling(device: torch.device, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
     try:
         seconds = _best(SIDE[device.type], dtype, device)
     finally:
         torch.set_float32_matmul_precision(before)
+
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
     return 2.0 * SIDE[device.type] ** 3 / seconds
 
 
@@ -102,9 +107,11 @@ def _seconds(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> float
         began = time.perf_counter()
         torch.mm(one, other, out=out)
         return time.perf_counter() - began
+
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     torch.mm(one, other, out=out)
     end.record()
     end.synchronize()
+
     return float(begin.elapsed_time(end)) / 1e3

@@ -66,6 +66,7 @@ def _sees(groups, row, lines, columns, at_queries, at_keys, length, GROUPED: tl.
         key = tl.load(of_keys + columns, mask=columns < length, other=0)[None, :]
         itself = lines[:, None] == columns[None, :]
         sees = sees & (((query & key) != 0) | itself | (at_queries < 0)[:, None])
+
     return sees
 
 
@@ -110,6 +111,7 @@ def _backward(
 
     of_key = tl.zeros([KEYS, SIZE], dtype=tl.float32)
     of_value = tl.zeros([KEYS, SIZE], dtype=tl.float32)
+
     for block in range(BLOCKS):
         lines = block * QUERIES + tl.arange(0, QUERIES)
         at_queries = tl.load(places + row * length + lines, mask=lines < length, other=-1)
@@ -166,6 +168,7 @@ def attention(
     _forward[grid](
         query, key, value, out, places, bits, site, groups, *numbers, **blocks, **_grouped(groups), num_warps=4
     )
+
     return out
 
 
@@ -188,6 +191,7 @@ def attention_backward(
     blocks = _blocks(query, length)
     if blocks["PRECISION"] != "ieee":
         blocks["QUERIES"] = blocks["KEYS"]  # all at once: 0.22 ms for [21760, 12, 64] on an H200; 0.48 ms by 64
+
     blocks["BLOCKS"] = triton.cdiv(length, blocks["QUERIES"])
     _backward[rows, query.shape[1]](
         gradient, query, key, value, *gradients, places, bits, site, groups, *numbers,

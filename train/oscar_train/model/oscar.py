@@ -58,6 +58,7 @@ def oscar_config(bert: BertConfig, feature_dim: int, position: int = BOX) -> Ber
         ("num_contrast_classes", 2),
     ):
         setattr(bert, name, getattr(bert, name, default))
+
     bert.architectures = ["OscarForPreTraining"]
     bert._attn_implementation = ATTENTION
     return bert
@@ -93,12 +94,14 @@ def attend(
         p = dropout.p if module.training else 0.0
         bits, site = dropout.tokens.in_rows, dropout.offset
         return fused.attention(*packed, places, bits, site, groups, p, scaling)[None], None
+
     query, key, value = (_in_rows(each, mask, slots) for each in (query, key, value))
     if module.training and module.dropout.p:
         weights = (query * scaling @ key.transpose(2, 3) + mask).softmax(-1)
         hidden = module.dropout(weights.to(value.dtype)) @ value
     else:
         hidden = scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), scale=scaling)
+
     return hidden.transpose(1, 2).flatten(0, 1).index_select(0, slots)[None], None
 
 
@@ -141,6 +144,7 @@ class OscarModel(nn.Module):
         self.use_img_layernorm = bool(config.use_img_layernorm)
         if self.use_img_layernorm:
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.img_layer_norm_eps)
+
         self.recompute = False
         self.attention: Attention | None = None
         self._tokens = Tokens()
@@ -155,15 +159,18 @@ class OscarModel(nn.Module):
         """
         if self.attention is not None:
             batch = replace(batch, groups=grouped(self.attention, batch))
+
         hidden = self.embed(batch)
         unseen = _unseen(batch, hidden.dtype)
         places = _places(batch) if self._fused(batch) else None
+
         for layer in self.encoder.layer:
             attending = partial(layer, slots=batch.slots, places=places, groups=batch.groups)
             if self.recompute and self.training:
                 hidden = checkpoint(attending, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = attending(hidden, unseen)
+
         tokens: Tensor = hidden.flatten(0, 1)
         return tokens
 
@@ -180,6 +187,7 @@ class OscarModel(nn.Module):
         regions = self.img_embedding(torch.cat([batch.features.to(text.dtype), z.to(text.dtype)], -1))
         if self.use_img_layernorm:
             regions = self.LayerNorm(regions)
+
         hidden: Tensor = self.dropout(torch.cat([text, regions[None]], 1))
         return hidden
 
@@ -237,6 +245,7 @@ def _make_dropouts_stateless(model: OscarModel, tokens: Tokens) -> tuple[TripleD
             setattr(module, name, dropout)
             if not isinstance(module, BertSelfAttention):
                 of_tokens.append(dropout)
+
     return tuple(of_tokens)
 
 

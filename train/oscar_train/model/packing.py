@@ -170,9 +170,11 @@ def copied_together(tensors: dict[str, Tensor], device: torch.device) -> dict[st
     """Return small tensors on a device. To a GPU they go as one buffer: each copy of its own would cost a call."""
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in tensors.items()}
+
     buffer = torch.empty(sum(map(_room, tensors.values())), dtype=torch.uint8, pin_memory=True)
     for part, tensor in zip(_parts(buffer, tensors), tensors.values(), strict=True):
         part.copy_(tensor)
+
     on_device = buffer.to(device, non_blocking=True)
     return dict(zip(tensors, _parts(on_device, tensors), strict=True))
 

@@ -28,10 +28,12 @@ def answers(model: TaskModel, photos: Photos, question: str, limit: int | None =
     tokens = model.tokenizer([question], model.shape.tokens - 2)
     if not tokens.lengths[0]:
         raise UsageError(f"QUESTION {question!r}: no word; give a question")
+
     config = model.network.config
     names = [config.id2label[number] for number in range(config.num_labels)]
     if names[0] == "LABEL_0":  # transformers' name for what has none
         raise UsageError(f"--model {model.folder}: its {len(names):,} answers have no names; fine-tune one of your own")
+
     paths = photos.table["path"].to_pylist()
     answered = []
     for begin in range(0, min(len(photos), limit or len(photos)), CHUNK):
@@ -39,7 +41,9 @@ def answers(model: TaskModel, photos: Photos, question: str, limit: int | None =
         scores = model.scores(make_batch(model, photos, chunk, tokens))
         shares = scores.sigmoid() if config.loss_type == "bce" else scores.softmax(1)
         best = scores.argmax(1)
+
         for photo, label in zip(chunk.tolist(), best.tolist(), strict=True):
             share = float(shares[photo - begin, label])
             answered.append(Answer(path=str(paths[photo]), answer=names[label], probability=share))
+
     return answered

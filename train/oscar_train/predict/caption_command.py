@@ -87,6 +87,7 @@ def caption(**flags: Any) -> None:
     scores = _scores(captions) if request.score else {}
     if request.json_file is not None:
         _write_json(request.json_file, captions, scores)
+
     if request.html_file is not None:
         from oscar_train.predict.caption_page import write_page
 
@@ -102,12 +103,15 @@ def _check(asked: Asked) -> None:
     """Refuse what cannot be, before anything is loaded."""
     if asked.shards is None and asked.images is None:
         raise UsageError("no photos: give a folder of them, --images DIR, or what oscar-extract wrote, --shards DIR")
+
     check_words(asked.mention)
     if asked.score and asked.shards is None:
         raise UsageError("--score: compares with the captions in --shards; give these")
+
     check_model(asked.model, "--model")
     if asked.json_file is not None:
         check_output_file(asked.json_file, "--json", mark=MARK, overwrite=asked.overwrite)
+
     if asked.html_file is not None:
         from oscar_shards.pages.page import MARK as PAGE
 
@@ -131,6 +135,7 @@ def _written(asked: Asked) -> "list[Captioned]":
     ):
         click.echo(f"{captioned.name}: {captioned.caption}{_lack(captioned.satisfied, asked.mention)}")
         captions.append(captioned)
+
     return captions
 
 
@@ -147,13 +152,16 @@ def _scores(captions: "Sequence[Captioned]") -> dict[str, float]:
     pairs = [(captioned.caption, captioned.references) for captioned in captions if captioned.references]
     if not pairs:
         raise UsageError("--score: no image of --shards has a caption; extract with --captions")
+
     texts, references = zip(*pairs, strict=True)
     scores = caption_scores(texts, references)
     java, absent = java_scores(texts, references)
     scores |= java
     click.echo(f"{plural(len(pairs), 'photo')}: {', '.join(_named(scores))}")
+
     for line in absent:
         click.echo(line, err=True)
+
     return scores
 
 

@@ -51,6 +51,7 @@ def caption(
         if images is None:
             raise UsageError("no photos: give a folder of them, or the shards that oscar-extract wrote")
         shards = extract(Path(images), cache, detector)
+
     folder = open_folder(Path(shards))
     writer = open_writer(Path(model), folder.manifest.detector.feature_dim, device, precision)
     return caption_folder(writer, folder, words=mention, beams=beams, batch_size=batch_size)

@@ -78,6 +78,7 @@ def open_model(
     loaded = fitting(weights, expected, place)
     if lost := expected.keys() - loaded.keys() - {TIED}:
         raise UsageError(f"{place}: it lacks {', '.join(modules(lost))}")
+
     network.load_state_dict(loaded, strict=False)  # a tied weight has two names
 
     chosen = torch.device(choose_device(device))

@@ -29,6 +29,7 @@ def write_page(
     place = folder or Path(photos.folders[0].manifest.plan.images)
     places = find_photos(place, [entry for _, entry in rows]) if place.is_dir() else [None] * len(rows)
     titled = [(tar, {**entry, "key": entry["title"]}) for tar, entry in rows]
+
     with replacing(path) as file:
         for piece in page(f"Search: {title}", _body(title, result, sheet(titled, places, LEAST, ""))):
             file.write(piece.encode("utf-8", "replace"))
@@ -46,6 +47,7 @@ def _row(model: TaskModel, photos: Photos, match: Match, rank: int) -> tuple[Pat
         {"kind": "caption", "source": "words of the tags that carried it", "text": carried},
     ]
     title = f"{rank}. {entry['path'] or entry['key']}"
+
     return tar, {**entry, "title": title, "scores": scores[: len(entry["tags"])], "attributes": [], "texts": texts}
 
 

@@ -77,6 +77,7 @@ def open_photos(places: str | Path | Sequence[str | Path], model: TaskModel, fla
                 f"{flag} {folder.folder}: its regions have {feature_dim} features, the model is for "
                 f"{model.feature_dim}; give shards of the detector that the model was trained with"
             )
+
     tables = [f.table.append_column("folder", pa.array(np.full(len(f.table), n))) for n, f in enumerate(folders)]
     table = pa.concat_tables(tables).combine_chunks()
     tagging = Tagging(model.tokenizer, model.tags, model.shape.text)
@@ -86,6 +87,7 @@ def open_photos(places: str | Path | Sequence[str | Path], model: TaskModel, fla
         np.concatenate([np.zeros(0, np.int32), *(part.values for part in tags)]),
         np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in tags)]))]),
     )
+
     return Photos(folders=folders, table=table, tags=joined)
 
 
@@ -100,6 +102,7 @@ def make_batch(model: TaskModel, photos: Photos, which: Ints, text: Ragged) -> B
         tar, entry = photos.row(photo)
         if not entry["num_boxes"]:
             continue
+
         features, z = read_regions(tar, entry, model.shape.regions)
         count = len(features)
         batch.features[row, :count], batch.z[row, :count] = features, z
@@ -109,8 +112,10 @@ def make_batch(model: TaskModel, photos: Photos, which: Ints, text: Ragged) -> B
     w, len_w = text.padded(lines, model.shape.tokens)
     q, len_q = photos.tags.padded(which, model.shape.tokens)
     rows = rows_from(model.tokenizer, w, len_w, q, len_q, model.shape.tokens)
+
     for name in ("input_ids", "token_type_ids", "attention_mask", "mlm_labels", "match_labels"):
         getattr(batch, name)[:] = torch.from_numpy(np.asarray(getattr(rows, name)))
+
     return batch
 
 
@@ -124,6 +129,7 @@ def extract(images: Path, cache: Path | None, detector: str, flag: str = "--imag
     """
     if not images.exists():
         raise UsageError(f"{flag} {images}: {no_folder(images)}; give a folder of photos, or --shards")
+
     files = sorted(path for path in images.rglob("*") if path.is_file()) if images.is_dir() else [images]
     stamp = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     name = xxh3_64_hexdigest(json.dumps([str(images.resolve()), detector, stamp]).encode())
@@ -135,8 +141,10 @@ def extract(images: Path, cache: Path | None, detector: str, flag: str = "--imag
         unfinished = temporary(source)
         unfinished.write_text(json.dumps({"path": str(images.resolve())}) + "\n")
         unfinished.replace(source)
+
     line = [sys.executable, "-m", "oscar_extract", "--images", str(source), "--out", str(out), "--detector", detector]
     print(f"extracting the regions of {images}, into {out}", file=sys.stderr, flush=True)
     if subprocess.run(line, stdout=sys.stderr, check=False).returncode:
         raise OperationError(f"{flag} {images}: oscar-extract failed, see above")
+
     return out

@@ -84,9 +84,11 @@ def search(
         raise UsageError(f"{text!r}: no word; give a text to search for")
     if not len(photos):
         raise UsageError("--shards: no photos")
+
     chosen = np.arange(len(photos))
     if candidates is not None and candidates < len(photos):
         chosen = np.sort(np.argsort(-likeness(model, photos.tags, words[0]), kind="stable")[:candidates])
+
     probability = probabilities(model, photos, chosen, words)
     best = np.argsort(-probability, kind="stable")[:limit]
     paths = photos.table["path"].take(chosen[best]).to_pylist()
@@ -94,6 +96,7 @@ def search(
         Match(photo=int(chosen[n]), path=str(path), text=text, probability=float(probability[n]))
         for n, path in zip(best, paths, strict=True)
     ]
+
     return SearchResult(matches=matches, scored=len(chosen), total=len(photos))
 
 
@@ -115,15 +118,18 @@ def search_texts(
     tokens = _tokens(model, distinct)
     if not distinct:
         raise UsageError("--shards: no texts to choose from; give shards whose images have captions")
+
     chosen = np.arange(len(distinct))
     if candidates is not None and candidates < len(distinct):
         chosen = np.sort(np.argsort(-likeness(model, tokens, photos.tags[photo]), kind="stable")[:candidates])
+
     probability = probabilities(model, photos, np.full(len(chosen), photo), tokens.take(chosen))
     best = np.argsort(-probability, kind="stable")[:limit]
     path = str(photos.row(photo)[1]["path"])
     matches = [
         Match(photo=photo, path=path, text=distinct[int(chosen[n])], probability=float(probability[n])) for n in best
     ]
+
     return SearchResult(matches=matches, scored=len(chosen), total=len(distinct))
 
 
@@ -156,6 +162,7 @@ def likeness(model: TaskModel, rows: Ragged, words: npt.NDArray[np.int32]) -> Fl
     query_tokens = np.unique(words).astype(np.int64) if not len(query_tokens) else query_tokens
     if not len(rows.values) or not len(query_tokens):
         return np.zeros(len(rows), np.float32)
+
     row_tokens, place = np.unique(rows.values, return_inverse=True)
     embedding = model.network.bert.embeddings.word_embeddings.weight.detach().float().cpu()
     embedding = embedding - embedding.mean(0)  # all of BERT's point to one side
@@ -165,8 +172,10 @@ def likeness(model: TaskModel, rows: Ragged, words: npt.NDArray[np.int32]) -> Fl
     has_tokens = rows.lengths > 0
     starts = rows.offsets[:-1][has_tokens]
     total = np.zeros(len(rows), np.float32)
+
     for line in cosine:
         total[has_tokens] += np.maximum.reduceat(line[place], starts)
+
     return total
 
 
@@ -181,15 +190,19 @@ def contributions(model: TaskModel, photos: Photos, match: Match) -> tuple[Float
     tags = _tag_places(model, batch)
 
     lines = _repeated(batch, 1 + count + len(tags))
+
     for region in range(count):
         lines.region_mask[1 + region, region] = False
+
     for number, places in enumerate(tags.values(), 1 + count):
         lines.attention_mask[number, places] = False
+
     scores = [match_score(model.scores(lines.part(n, min(n + CHUNK, len(lines.triples))))) for n in _chunks(lines)]
     falls = torch.cat(scores)
     falls = (falls[0] - falls[1:]).clamp(min=0)
     falls = falls / falls.max().clamp(min=1e-6)
     of_tags = dict(zip(tags, falls[count:].tolist(), strict=True))
+
     return falls[:count].numpy(), of_tags
 
 
@@ -210,9 +223,11 @@ def _tag_places(model: TaskModel, batch: Batch) -> dict[str, Tensor]:
     names = model.tokenizer.backend.convert_ids_to_tokens(ids.tolist())
     places: dict[str, list[int]] = {}
     word = ""
+
     for place in inside.nonzero()[:, 0].tolist():
         word = word if names[place].startswith("##") else names[place]
         places.setdefault(word, []).append(place)
+
     return {word: torch.tensor(numbers) for word, numbers in places.items()}
 
 

@@ -57,6 +57,7 @@ def make_head(config: Any) -> nn.Module:
     width = config.num_choice * config.hidden_size
     if config.classifier == "linear":
         return nn.Linear(width, config.num_labels)
+
     inner = config.cls_hidden_scale * config.hidden_size
     has_norm = config.num_choice > 1 and config.use_img_layernorm
     norm = [nn.LayerNorm(inner, eps=config.layer_norm_eps)] if has_norm else []

@@ -53,6 +53,7 @@ def evaluate_task(path: Path, task: str, shards: tuple[str, ...], annotations: t
     check_together(sources)
     if sources[0].manifest.detector.feature_dim != model.feature_dim:
         raise UsageError(f"--shards: the model is for regions of {model.feature_dim} features; give others")
+
     names = tuple(dict(getattr(model.network.config, "id2label", {})).values())
     make_task = import_module(f"oscar_train.tasks.{MODULES[task]}").make_task
     task_parts = make_task(settings, sources, model.tokenizer, names=names)
@@ -61,6 +62,7 @@ def evaluate_task(path: Path, task: str, shards: tuple[str, ...], annotations: t
     is_trained_on = [manifest_sha256(source) in checkpoint.about.get("shards", ()) for source in sources]
     if any(is_trained_on) and (flags["everything"] or not fraction):
         warn("the model was trained on these shards: what follows is not what it knows of other images")
+
     partly = [same and fraction > 0 and not flags["everything"] for same in is_trained_on]
     with open_asked(
         sources,
@@ -93,8 +95,10 @@ def _table(values: dict[str, float], title: str) -> Table:
     shown = Table(title=title, title_justify="left")
     shown.add_column("", no_wrap=True)
     shown.add_column("as it is", justify="right")
+
     for name, value in values.items():
         as_number = name.endswith(("loss", "rank"))
         shown_value = "–" if math.isnan(value) else f"{value:.4g}" if as_number else f"{value:.1%}"
         shown.add_row(name.replace("_", " "), shown_value)
+
     return shown

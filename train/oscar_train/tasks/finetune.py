@@ -118,12 +118,14 @@ def _train(name: str, settings: Finetune, out: Path, stop: Stop) -> None:
     from oscar_train.training.loop import train
 
     make_task: Callable[..., object] = import_module(f"oscar_train.tasks.{MODULES[name]}").make_task
+
     try:
         train(settings, sources, out, stop, beside, make_task)  # type: ignore[arg-type]  # a module is known by its name
     except Exception as error:  # each library has its own for a lack of memory
         if not lacks_memory(error):
             raise
         raise lacking(settings) from None
+
     if os.environ.get("RANK", "0") == "0":
         say_next(*NEXT[name](out, settings))
 

@@ -97,6 +97,7 @@ def make_composer(
         row_labels = np.full((len(triples), ROWS), IGNORED)
         row_labels[:, 0] = np.where(partners[left_image] >= 0, of_triples[triples], IGNORED)
         seeds = (random_words[:, :ROWS] >> np.uint64(32)).astype(np.int64)
+
         return replace(text, match_labels=row_labels.ravel(), dropout_seeds=seeds.ravel()), images
 
     return compose
@@ -107,9 +108,11 @@ def find_partners(corpus: Corpus) -> Ints:
     keys = [corpus.key(image) for image in range(len(corpus.images.shard))]
     image_of = {key: image for image, key in enumerate(keys)}
     partners = np.full(len(keys), -1)
+
     for image, key in enumerate(keys):
         if key.endswith(LEFT):
             partners[image] = image_of.get(key[: -len(LEFT)] + RIGHT, -1)
+
     return partners
 
 

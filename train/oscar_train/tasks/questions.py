@@ -53,6 +53,7 @@ def _batches(source: Source, texts: Sequence[str]) -> Iterator[pa.StructArray]:
     keys = pa.concat_arrays([rows.column("key") for rows in batches]) if batches else pa.array([], pa.string())
     overlays = read_overlays(keys, [Path(file) for file in texts]) if texts else []
     begin = 0
+
     for rows in batches:
         texts_of_images = rows.column("texts")
         for overlay in overlays:
@@ -105,4 +106,5 @@ def _annotations(path: Path) -> list[dict[str, Any]]:
             f"{FLAG} {path}: no annotations of VQA (a list `annotations` with question_id and answers); give one like "
             "v2_mscoco_train2014_annotations.json"
         ) from None
+
     return entries

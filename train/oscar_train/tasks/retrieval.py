@@ -87,6 +87,7 @@ def make_composer(corpus: Corpus, weights: Sequence[Fraction], only: Only, *, sh
 
         text = rows_of(corpus, texts, images, shape.tokens)
         seeds = (drawn[:, _DROPOUT] >> np.uint64(32)).astype(np.int64)
+
         return replace(text, match_labels=labels.ravel(), dropout_seeds=seeds.ravel()), images
 
     return compose
@@ -107,6 +108,7 @@ def other_triples(corpus: Corpus, pools: Pools, triples: Ints, drawn: Words) -> 
         waiting = waiting[~fits]
         if not len(waiting):
             break
+
     return negatives
 
 
@@ -143,6 +145,7 @@ def make_evaluation(settings: Finetune, shape: Shape, corpus: Corpus, reader: Re
     triples = draw_triples(corpus, only, settings.eval_triples)
     if len(np.unique(corpus.image[triples])) < 2:
         raise UsageError("the evaluation needs at least two held-out images with captions; give more")
+
     samples = Samples(
         corpus=corpus,
         reader=reader,
@@ -163,6 +166,7 @@ def make_evaluation(settings: Finetune, shape: Shape, corpus: Corpus, reader: Re
     described = plural(len(triples), "caption")
     if len(gallery.images):
         described += f", and on all pairs of {plural(len(gallery.images), 'image')} and {len(gallery.texts):,} captions"
+
     return Evaluation(
         names=("loss", "accuracy", *(recall_names() if len(gallery.images) else ())),
         description=described,

@@ -71,4 +71,5 @@ def measure_samples(samples: Samples, answering: Answering) -> dict[str, float]:
     loss, right, labels = totals.tolist()
     if not labels:
         return {"loss": float("nan"), "accuracy": float("nan")}
+
     return {"loss": loss / labels, "accuracy": right / labels}

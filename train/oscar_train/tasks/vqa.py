@@ -101,6 +101,7 @@ def make_task(settings: Finetune, sources: Sequence[Source], tokenizer: Tokenize
             f"--min-answers {least}: none of the {len(best_answers):,} questions of --shards has an answer given "
             "so often; give fewer, or other shards"
         )
+
     targets = make_targets(names, {source.place: rows for source, rows in zip(sources, questions, strict=True)})
     shape = Shape(tokens=settings.text_length, regions=settings.regions)
     loss = "bce" if settings.task == "vqa" else "sfmx"
@@ -132,9 +133,11 @@ def make_targets(names: Sequence[str], sources: Mapping[str, Sequence[Question |
     number = {name: position for position, name in enumerate(names)}
     first: dict[str, int] = {}
     rows: list[list[tuple[int, float, float]]] = []
+
     for place, triples in sources.items():
         first[place] = len(rows)
         rows += [_scores(question, number) if question else [] for question in triples]
+
     width = max(map(len, rows), default=0) or 1
     table = np.array([row + [(-1, 0.0, 0.0)] * (width - len(row)) for row in rows]).reshape(-1, width, 3)
     return Targets(
@@ -151,6 +154,7 @@ def _scores(question: Question, number: Mapping[str, int]) -> list[tuple[int, fl
     people = question.people
     if len(people) == 1:
         return [(number[people[0]], 1.0, 1.0)] if people[0] in number else []
+
     answers = [answer for answer in dict.fromkeys(people) if answer in number]
     counts = [people.count(answer) for answer in answers]
     return [
@@ -193,6 +197,7 @@ def criterion(scores: Tensor, batch: Packed, *, targets: Targets, loss: str) -> 
         each = binary_cross_entropy_with_logits(scores.float(), soft, reduction="none").sum(1)
     else:
         each = cross_entropy(scores.float(), soft.argmax(1), reduction="none")
+
     best = soft.gather(1, scores.argmax(1, keepdim=True))[:, 0]
     return label_sums((each * has_label).sum(), best.sum()), finite_samples(scores, 1)
 

@@ -60,6 +60,7 @@ def check_part(shop: Workshop, stream: Stream) -> None:
     """
     if shop.ranks.device.type != "cpu":
         return
+
     part, feature_dim = stream.size // shop.settings.accumulate, stream.corpus.feature_dim
     sizes, whole = _small(part), replace(shop, settings=replace(shop.settings, accumulate=1))
     peaks, free = _peaks(whole, sizes, feature_dim), _free(shop.ranks.device)
@@ -111,11 +112,14 @@ def largest_batch(
     part = min(fits(sizes, peaks, free), _round(max(1, min(MOST, triples // EPOCH) // shares)))
     if ranks.device.type == "cuda":
         part = _verified(shop, part, feature_dim)
+
     part = _least(part, ranks)
     if part * shares < 2:
         raise UsageError(NONE_FITS)
+
     if ranks.first:
         print(_found(part * shares, part, sizes, peaks, free, triples), flush=True)
+
     return part * shares
 
 
@@ -149,6 +153,7 @@ def _peaks(shop: Workshop, sizes: Sequence[int], feature_dim: int) -> list[int]:
     cuda = shop.ranks.device.type == "cuda"
     moments = 0 if cuda else 8 * sum(p.numel() for p in shop.model.parameters())  # a GPU's rehearsal has them
     peaks = []
+
     try:
         for size in (sizes[0], *sizes):  # the first time, libraries take memory that they keep
             _reset_peak(shop.ranks.device)
@@ -156,6 +161,7 @@ def _peaks(shop: Workshop, sizes: Sequence[int], feature_dim: int) -> list[int]:
             peaks.append(_peak(shop.ranks.device) - before + moments)
     except torch.cuda.OutOfMemoryError:
         raise UsageError(NONE_FITS) from None
+
     return peaks[1:]
 
 
@@ -175,6 +181,7 @@ def _verified(shop: Workshop, part: int, feature_dim: int) -> int:
         except torch.cuda.OutOfMemoryError:
             shop.optimizer.zero_grad()
             part = _round(part * 7 // 8)
+
     return part
 
 
@@ -193,6 +200,7 @@ def _found(total: int, part: int, sizes: Sequence[int], peaks: Sequence[int], fr
         most = f"; more than {MOST} are never chosen"
     elif (total + STEP) * EPOCH > triples:
         most = f"; more than an eighth of the {triples:,} triples are never chosen"
+
     return (
         f"--batch-size auto: {total} triples a step, {part} at a time; {sizes[0]} and {sizes[1]} took {took} GB, "
         f"{free / 1e9:.2f} GB are free{most}"
@@ -217,8 +225,10 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+
     with suppress(AttributeError):  # only glibc has it, and keeps what was freed, which would hide what is taken next
         ctypes.CDLL(None).malloc_trim(0)
+
     with suppress(OSError):  # not every system lets it; then the larger batch must still set a peak
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -76,8 +76,10 @@ class Recorder:
 
         # Other threads, which copy batches, may go on meanwhile
         memory = self._memory.id
+
         with torch.cuda.graph(graph, memory, self._stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]
             numbers, finite = self._step(inputs, self._stopping)
+
         return Recorded(graph=graph, inputs=inputs, numbers=numbers, finite=finite)
 
     def _inputs(self, part: Packed) -> Packed:

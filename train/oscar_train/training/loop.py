@@ -68,14 +68,16 @@ def train(
         if settings.batch_size == AUTO and last is not None:
             settings = replace(settings, batch_size=last.run["batch_size"])
             check_ranks(settings)
+
         checkpoint.agree(last, checkpoint.identity(settings))  # before the texts are read, which may take minutes
         start = open_init(settings.init if last is None else str(last.folder))
         feature_dim = sources[0].manifest.detector.feature_dim
         task = make_task(settings, [*sources, *eval_sources], start.tokenizer)
         check_weights(settings, start, feature_dim, ranks, task)
         if settings.batch_size == AUTO:
-            batch_sizes = largest_batch(settings, start, feature_dim, ranks, _triples(settings, sources), task)
-            settings = replace(settings, batch_size=batch_sizes)
+            batch_size = largest_batch(settings, start, feature_dim, ranks, _triples(settings, sources), task)
+            settings = replace(settings, batch_size=batch_size)
+
         with (
             holding_out(settings, eval_sources, tags, start.tokenizer, task) as held,
             _stream(settings, sources, tags, start.tokenizer, ranks, held) as stream,
@@ -86,6 +88,7 @@ def train(
                 if ranks.first:
                     print(f"complete: all {last.step} steps are done; the model is in {last.folder}")
                 return
+
             evaluation = held.evaluation(stream)
             begin = partial(anchor, stream=stream) if choose_region_init(settings) == "tags" else None
             model, origin = task.build(start, feature_dim, begin)
@@ -99,6 +102,7 @@ def train(
                     shards=sources,
                     eval_shards=eval_sources,
                 )
+
             shop = open_workshop(model.to(ranks.device), settings, ranks, task)
             with _open_log(out, last, settings, task, evaluation, ranks) as log:
                 about = {"tags": asdict(tags), "shards": list(map(manifest_sha256, sources)), **task.about}
@@ -106,6 +110,7 @@ def train(
                 run.say(describe(stream, evaluation))
                 if settings.tags == "ground-truth" and ranks.first and not stream.corpus.ground_truth:
                     warn("--tags ground-truth: no image of --shards has any; all q are tags of the detector")
+
                 run.say(f"{origin if last is None else last.folder}; on {_place(ranks)}")
                 _train(run, last, stop)
 
@@ -132,6 +137,7 @@ def _newest(out: Path, overwrite: bool, ranks: Ranks) -> Checkpoint | None:
         last, damages = (None, []) if overwrite else checkpoint.newest(out)
         for damage in damages:
             warn(f"{damage}; going on from {last.folder}" if last else damage)
+
     step = int(ranks.total(torch.tensor(0 if last is None else last.step, device=ranks.device)))
     return last if ranks.first or not step else checkpoint.at(out, step)
 
@@ -166,6 +172,7 @@ def _open_log(
 ) -> AbstractContextManager[Log | None]:
     if not ranks.first:
         return nullcontext()
+
     return open_log(
         out,
         last.step if last else 0,
@@ -191,9 +198,11 @@ def _train(run: Run, last: Checkpoint | None, stop: Stop) -> None:
         checkpoint.load(last, run.shop.model, run.shop.optimizer, run.shop.ranks.size)
         run.shop.guard.restore(last.guard)
         run.say(f"going on after step {done} of {steps}, from {last.folder}")
+
     began = time.monotonic()
     with stop.deferred():
         _go_on(run, done, stop)
+
     seconds = time.monotonic() - began
     pace = (steps - done) * run.settings.batch_size / seconds
     folder = checkpoint.folder(run.out, steps)
@@ -205,6 +214,7 @@ def _go_on(run: Run, done: int, stop: Stop) -> None:
     settings, alone = run.settings, run.shop.ranks.size == 1
     if _lacks_evaluation(run, done) and _evaluate(run, done, stop):
         raise Stopped(f"before step {done + 1}; the same command again continues", stop.cause or signal.SIGTERM)
+
     reports = Reports(run)
     for step, work in enumerate(shares(run.shop, run.stream.batches(done, settings.steps)), done + 1):
         report = take(run.shop, work, rate(settings, step), stop.cause is not None)
@@ -214,15 +224,19 @@ def _go_on(run: Run, done: int, stop: Stop) -> None:
         saves = step % settings.checkpoint_every == 0 or step == settings.steps
         if not (stopped or asks or saves):
             continue
+
         stopped = reports.read() or stopped
         if asks and not stopped:
             stopped = _evaluate(run, step, stop)
+
         if stopped or saves:
             _save(run, step)
+
         if step < settings.steps and (stopped or (alone and saves and stop.cause)):
             run.shop.ranks.gather()
             saved = f"after step {step}, which is saved; the same command again continues"
             raise Stopped(saved, stop.cause or signal.SIGTERM)  # it may have reached other ranks alone
+
         reports.rested()
 
 
@@ -244,12 +258,15 @@ def _evaluate(run: Run, step: int, stop: Stop) -> bool:
         size=max(1, settings.batch_size // ranks.size // settings.accumulate),
         stopped=lambda: stop.cause is not None,
     )
+
     try:
         values = run.evaluation.measure(answering)
     except Interrupted:
         return True
+
     if run.log is not None:
         run.log.add_evaluation(step, values, f"step {step}/{settings.steps}  {run.evaluation.line(values)}")
+
     return False
 
 
@@ -259,6 +276,7 @@ def describe(stream: Stream, evaluation: Evaluation | None = None) -> str:
     triples, images = len(corpus), len(corpus.images.shard) - textless
     if stream.only is not None:
         triples, images = len(stream.only), len(np.unique(corpus.image[stream.only]))
+
     without = f"; left out: {plural(textless, 'image')} without text" if textless else ""
     truth = f"; q are ground-truth tags of {corpus.ground_truth:,} images" if corpus.ground_truth else ""
     suffix = f"; evaluated on {evaluation.description}" if evaluation is not None else ""
@@ -269,6 +287,7 @@ def _save(run: Run, step: int) -> None:
     """Write a checkpoint, by the first rank."""
     if run.log is None:
         return
+
     run.log.settle()  # first: metrics.csv must not end before a checkpoint that a rerun goes on from
     checkpoint.save(
         run.out,

@@ -35,6 +35,7 @@ class Guard:
         fault = ~(loss.isfinite() & norm.isfinite())
         if self.spike:
             fault = fault | (loss > self.spike * usual)
+
         # In place, as a recorded step (graphs.py) goes on from where the losses were when it was recorded
         self._losses.copy_(torch.where(fault, self._losses, torch.cat([self._losses[1:], loss[None]])))
         return fault, usual
@@ -70,6 +71,7 @@ class Guard:
                 f"{message}; {self.skipped} steps were skipped, --max-skipped allows {self.max_skipped}; try a smaller "
                 "--lr or more --warmup-steps, or look for damaged features in --shards"
             )
+
         if aloud:
             warn(f"{message}; the step is skipped ({self.skipped} so far, --max-skipped {self.max_skipped})")
 

@@ -40,6 +40,7 @@ def anchor(model: OscarForPreTraining, stream: Stream) -> str:
     names, (squares, counts, sums) = _moments(stream)
     if len(names) < 2:
         return "bert.img_embedding stays random, as no regions have tags"
+
     bert, layer = model.bert, model.bert.img_embedding
     with torch.no_grad():
         tags = _embedded(model, names, stream.corpus.tokenizer).double()
@@ -47,10 +48,12 @@ def anchor(model: OscarForPreTraining, stream: Stream) -> str:
             bert.LayerNorm.load_state_dict(bert.embeddings.LayerNorm.state_dict())
         else:
             tags = bert.embeddings.LayerNorm(tags.float()).double()
+
         size = layer.in_features  # of a model that takes 4 numbers of z, the last two are left out
         weight, bias, explained = _regression(squares[:size, :size], counts, sums[:, :size], tags)
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
+
     count = int(counts.sum())
     return f"bert.img_embedding begins at the tags of {count:,} regions ({explained:.0%} of their variance)"
 
@@ -72,12 +75,14 @@ def _moments(stream: Stream) -> tuple[list[str], tuple[Tensor, Tensor, Tensor]]:
     size = stream.corpus.feature_dim + BOX
     squares, sums = torch.zeros(size, size, dtype=torch.float64), torch.zeros(0, size, dtype=torch.float64)
     counts = torch.zeros(0, dtype=torch.float64)
+
     for tags, regions in _tagged_regions(stream):
         code = torch.tensor([codes.setdefault(tag, len(codes)) for tag in tags], dtype=torch.int64)
         new = len(codes) - len(counts)
         counts = pad(counts, (0, new)).index_add(0, code, torch.ones(len(code), dtype=torch.float64))
         sums = pad(sums, (0, 0, 0, new)).index_add(0, code, regions)
         squares.addmm_(regions.T, regions)
+
     return list(codes), (squares, counts, sums)
 
 
@@ -92,6 +97,7 @@ def _regression(squares: Tensor, counts: Tensor, sums: Tensor, tags: Tensor) -> 
     residual = (weight * (covariance @ weight - 2 * across)).sum()
     variance = counts @ (tags - tag).square().sum(1)
     explained = float(-residual / variance.clamp_min(torch.finfo(torch.float32).tiny))
+
     return weight.T, tag - mean @ weight, explained
 
 
@@ -101,6 +107,7 @@ def _tagged_regions(stream: Stream) -> Iterator[tuple[list[str], Tensor]]:
     room = make_room(CHUNK, stream.corpus.feature_dim)
     listed = np.array(list(tags), np.int64)
     shards = np.unique(stream.corpus.images.shard[listed]).tolist()
+
     with fetching(stream.reader.tars, shards):
         for begin in range(0, len(listed), CHUNK):
             images = listed[begin : begin + CHUNK]
@@ -128,4 +135,5 @@ def _region_tags(corpus: Corpus, images: Ints) -> dict[int, list[str]]:
                     tags = rows.column("tags")[image - positions.start].as_py() or []
                     if len(tags) == corpus.images.num_boxes[image] and all(tags):
                         tags_of[image] = tags
+
     return tags_of

@@ -77,10 +77,12 @@ class Reports:
             self._check(step, result)
             if result.fault:
                 _skip(run, step, result, report)
+
             self._meter.add(work, report.waited, report.ended)
             self._forecast.add(step, report.ended)
             if run.log is not None and (step % run.settings.log_every == 0 or step == run.settings.steps):
                 run.log.add(_row(run, step, result, self._meter.measured()))
+
         return stopped
 
     def _check(self, step: int, result: Result) -> None:
@@ -106,6 +108,7 @@ class Forecast:
         if self._first is None:
             self._first = step, ended
             return
+
         steps, seconds = step - self._first[0], ended - self._first[1]
         if is_pace(steps, seconds):
             self._is_over = True
@@ -115,6 +118,7 @@ class Forecast:
         settings, room = self._run.settings, checkpoint.room(self._run.shop.model)
         if left < LONG_RUN:
             return
+
         self._run.say(
             f"at this pace the {settings.steps - step:,} steps left take about {duration(left)}; a checkpoint takes "
             f"{room / 1e9:.1f} GB, and --keep {settings.keep} keeps as many"

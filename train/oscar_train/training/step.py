@@ -105,17 +105,20 @@ def open_workshop(model: Any, settings: Train, ranks: Ranks, task: Task | None =
     if settings.compile:
         for layer in model.bert.encoder.layer:  # one is compiled, and all are alike
             layer.compile(dynamic=True)  # no two batches have as many tokens
+
     network: nn.Module = model
     if ranks.size > 1:
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         network = DistributedDataParallel(
             model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+
     guard = Guard(settings.spike, settings.max_skipped, ranks.device)
     optimizer, task = make_optimizer(model, settings), task or pretraining.make_task(settings)
     shop = Workshop(model, network, optimizer, guard, settings, ranks, task)
     if settings.cuda_graphs:
         shop = replace(shop, recorder=Recorder(lambda part, stopping: _enqueue(shop, [part], stopping)))
+
     return shop
 
 
@@ -147,6 +150,7 @@ def make_optimizer(model: nn.Module, settings: Train) -> AdamW:
         for group in optimizer.param_groups:  # a recorded step reads its rate from a tensor
             group["capturable"] = True
             group["lr"] = torch.tensor(settings.lr, device=parameters[0].device)
+
     return optimizer
 
 
@@ -164,6 +168,7 @@ def shares(shop: Workshop, batches: Iterator[Batch]) -> Iterator[Share]:
     if shop.ranks.device.type != "cuda":
         yield from (share(shop, batch, waited) for batch, waited in timed)
         return
+
     copies, coming = torch.cuda.Stream(), None
     for batch, waited in timed:
         with torch.cuda.stream(copies):
@@ -172,6 +177,7 @@ def shares(shop: Workshop, batches: Iterator[Batch]) -> Iterator[Share]:
             yield _handed_over(*coming)
         coming = made
         made[1].synchronize()  # the batch's memory is used again
+
     if coming is not None:
         yield _handed_over(*coming)
 
@@ -184,14 +190,14 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         began = time.perf_counter()
 
 
-def _handed_over(made: Share, copied: torch.cuda.Event) -> Share:
+def _handed_over(work: Share, copied: torch.cuda.Event) -> Share:
     """Return what was copied on another stream than the one that will work on it."""
     stream = torch.cuda.current_stream()
     stream.wait_event(copied)
-    for part in made.parts:
+    for part in work.parts:
         for tensor in part.tensors().values():
             tensor.record_stream(stream)
-    return made
+    return work
 
 
 def take(shop: Workshop, work: Share, rate: float, stopping: bool = False) -> Report:
@@ -233,12 +239,14 @@ def _gradient(shop: Workshop, parts: list[Packed], stopping: Tensor) -> tuple[Te
     counts = torch.stack([part.counts for part in parts]).sum(0)
     numbers = shop.ranks.total(torch.cat([counts, stopping]))
     totals, finite = numbers.new_zeros(4), []
+
     for part in parts:
         last = part is parts[-1]
         with nullcontext() if last or shop.ranks.size == 1 else shop.network.no_sync():  # type: ignore[operator]
             losses, finite_of_part = _backward(shop, part, numbers)
         totals += losses
         finite.append(finite_of_part)
+
     means = outcome(shop.ranks.total(totals), numbers)
     norm = nn.utils.clip_grad_norm_(shop.model.parameters(), shop.settings.max_grad_norm or math.inf)
     return torch.stack([*vars(means).values(), norm]), numbers, torch.cat(finite)
@@ -249,6 +257,7 @@ def _backward(shop: Workshop, part: Packed, numbers: Tensor) -> tuple[Tensor, Te
     device, bf16 = shop.ranks.device.type, shop.settings.precision == "bf16"
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         scores = shop.network(part)
+
     losses, finite = shop.task.criterion(scores, part)
     loss = (losses[:2] / numbers[:2].clamp(min=1)).sum()
     (loss * shop.ranks.size).backward()  # of which the ranks' mean is taken
@@ -280,8 +289,10 @@ def rehearse(shop: Workshop, room: Batch) -> None:
     part = room.part(0, len(room.triples) // shop.settings.accumulate)
     for each in (part.attention_mask, part.region_mask):
         each.fill_(True)
+
     for each in (part.input_ids, part.token_type_ids, part.mlm_labels, part.match_labels, part.features, part.z):
         each.zero_()
+
     part.mlm_labels[:, shop.task.most_masked(len(part.triples)) :] = IGNORED
     shop.model.train()
     kept_tensors = [torch.empty(size, device=shop.ranks.device) for size in _kept(shop, room)]

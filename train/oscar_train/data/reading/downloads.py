@@ -56,6 +56,7 @@ class Fetches:
         """Count a reader while the block lasts."""
         with self._changed:
             self._readers, self._stopped = self._readers + 1, False
+
         try:
             yield
         finally:
@@ -92,6 +93,7 @@ class Fetches:
                 fetch = self._under_way[number] = Fetch()
                 threading.Thread(target=self._run, args=(number, fetch, work), name="fetch", daemon=True).start()
             fetch.waiting += 1
+
         try:
             self._wait(fetch, name)
             yield
@@ -110,6 +112,7 @@ class Fetches:
             if number in self._under_way:
                 return True
             fetch = self._under_way[number] = Fetch()
+
         done = True
 
         def noted() -> None:
@@ -119,6 +122,7 @@ class Fetches:
         self._run(number, fetch, noted)
         if fetch.error is not None:
             raise fetch.error
+
         return done
 
     def _run(self, number: int, fetch: Fetch, work: Callable[[], Held | None]) -> None:
@@ -126,6 +130,7 @@ class Fetches:
             fetch.held = work()
         except BaseException as error:  # for those who wait
             fetch.error = error
+
         with self._changed:
             fetch.over = True
             del self._under_way[number]

@@ -58,21 +58,22 @@ class Ahead:
             self._next += 1
             return None if self._over else (self._wanted, self._next - 1)
 
-    def _put_back(self, wanted: Sequence[int], n: int) -> None:
+    def _put_back(self, shards: Sequence[int], n: int) -> None:
         """Let a tar that there was no room for be looked at again a little later."""
         with self._changed:
-            if wanted is self._wanted:
+            if shards is self._wanted:
                 self._next = min(self._next, n)
                 self._changed.wait(PAUSE)
 
-    def _fetch(self, wanted: Sequence[int], n: int) -> bool:
+    def _fetch(self, shards: Sequence[int], n: int) -> bool:
         """Fetch a tar; False if there is no room for it beside those that are needed before."""
-        if time.monotonic() - self._failed.get(wanted[n], -REST) < REST:
+        if time.monotonic() - self._failed.get(shards[n], -REST) < REST:
             return True
+
         try:
-            return self._tars.ahead(wanted[n], wanted[: n + 1])
+            return self._tars.ahead(shards[n], shards[: n + 1])
         except (OperationError, OSError):
-            self._failed[wanted[n]] = time.monotonic()
+            self._failed[shards[n]] = time.monotonic()
             return True
 
 

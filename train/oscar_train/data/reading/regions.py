@@ -130,6 +130,7 @@ class RegionReader:
                 read_images = [(place, self._read_image(handle, place, slots)) for place in unusual]
         except Lost as error:
             return [(place, str(error)) for place in places]
+
         return [(place, fault) for place, fault in read_images if fault]
 
     def _read_usual(self, handle: int, places: list[Place], slots: Slots) -> list[Place]:
@@ -141,6 +142,7 @@ class RegionReader:
         gap_room, digest, preadv = self._room(GAP), xxh3_64_intdigest, os.preadv
         region, most = slots.features.strides[1], slots.features.shape[1]
         unusual = []
+
         for place in places:
             _, count, boxes_at, boxes_xxh3, scales_at, _, features_at, features_xxh3, _, row = place
             gap = features_at - boxes_at - 16 * count
@@ -150,12 +152,15 @@ class RegionReader:
                     done = preadv(handle, (boxes, gap_room[:gap], features), boxes_at)
                 except OSError:
                     done = -1
+
                 whole = done == gap + (16 + region) * count
                 if whole and digest(boxes) == boxes_xxh3 and digest(features) == features_xxh3:
                     if count < most:
                         _clear(slots, row, count)
                     continue
+
             unusual.append(place)
+
         return unusual
 
     def _read_image(self, handle: int, place: Place, slots: Slots) -> str | None:
@@ -163,6 +168,7 @@ class RegionReader:
         with the image, if anything."""
         if place.features_offset == UNREADABLE:
             return "its index contradicts itself"
+
         try:
             arrays = self._arrays(handle, place, slots.features.shape[2])
         except EOFError:
@@ -171,9 +177,11 @@ class RegionReader:
             if error.errno != errno.EIO:
                 raise OperationError(f"{self.corpus.shard_name(place.shard)}: {error.strerror}") from None
             return f"it cannot be read ({error.strerror})"
+
         for name, content in arrays.items():
             if len(content) and xxh3_64_intdigest(content) != getattr(place, f"{name}_xxh3"):
                 return f"its {name} are not those that were written (checksum)"
+
         total, count = place.num_boxes, min(place.num_boxes, slots.features.shape[1])
         int8 = place.scales_offset != FLOAT16
         slots.boxes[place.row, :count] = np.frombuffer(arrays["boxes"], "<f4").reshape(total, 4)[:count]
@@ -184,6 +192,7 @@ class RegionReader:
             _multiply(features, np.frombuffer(arrays["scales"], "<f4")[:count, None], slots.features[place.row, :count])
         else:
             slots.features[place.row, :count] = features
+
         _clear(slots, place.row, count)
         return None
 
@@ -194,8 +203,10 @@ class RegionReader:
         ends = np.cumsum([0, *sizes.values()]).tolist()
         room = self._room(ends[-1])
         arrays = {name: room[begin:end] for name, begin, end in zip(sizes, ends, ends[1:], strict=False)}
+
         for name, buffer in arrays.items():
             _fill(handle, buffer, getattr(place, f"{name}_offset"))
+
         return arrays
 
     def _room(self, size: int) -> memoryview:
@@ -213,9 +224,11 @@ class RegionReader:
                 f"{line}; extract its shard again (delete the tar and run the same oscar-extract command), or go on "
                 "without what is damaged: --skip-corrupt"
             )
+
         slots.readable[place.row] = False
         slots.counts[place.row] = 0
         _clear(slots, place.row, 0)
+
         with self._counting:
             if place.image not in self.skipped:
                 self.skipped.add(place.image)

@@ -86,6 +86,7 @@ class Tars:
                 raise Lost(f"its tar cannot be read: {error.strerror}") from None
             yield handle.number
             return
+
         with self._hold(shard) as held:
             yield held.fd
 
@@ -93,15 +94,18 @@ class Tars:
         """Throw away the copy of a tar that proves damaged; False if reading it again is of no use."""
         if self.corpus.place(shard)[0].folder is not None or shard in self._lost:
             return False
+
         assert self.cache is not None
         with self._doubting:  # one after the other, not to throw away what another has just renewed
             held = self.cache.open(self._name(shard), int(self.corpus.tar_bytes[shard]))
             if held is None:
                 return True
+
             with held:
                 copy = os.fstat(held.fd).st_ino
                 if self._sound.get(shard) == copy:  # then the index is at fault
                     return False
+
                 if fault := self._fault(Path(held.file.name), shard):
                     warn(
                         f"{self.corpus.shard_name(shard)}: its copy in --cache is damaged ({fault}); fetching it again"
@@ -109,6 +113,7 @@ class Tars:
                     self.cache.drop(self._name(shard), held)
                 else:
                     self._sound[shard] = copy
+
         return True
 
     def ahead(self, shard: int, keep: Iterable[int]) -> bool:
@@ -121,27 +126,32 @@ class Tars:
         unused = self.corpus.shard_triples[shard] == self.corpus.shard_triples[shard + 1]
         if self.corpus.place(shard)[0].folder is not None or shard in self._lost or unused or size < 0:
             return True
+
         assert self.cache is not None
         name, cache = self._name(shard), self.cache
         if (held := cache.open(name, size)) is not None:
             held.close()
             return True
+
         kept_names = {self._name(other) for other in keep}
         return self._fetches.ahead(shard, lambda: cache.ahead(name, size, self._fetcher(shard), kept_names))
 
     def _hold(self, shard: int) -> Held:
         if (size := int(self.corpus.tar_bytes[shard])) < 0:
             raise Lost("its index does not say how long it is; run: oscar-shards index")
+
         assert self.cache is not None
         name, cache, held = self._name(shard), self.cache, None
         while held is None:
             if shard in self._lost:
                 raise Lost(self._lost[shard])
+
             held = cache.open(name, size)
             if held is None:
                 shard_name = self.corpus.shard_name(shard)
                 with self._fetches.fetched(shard, lambda: cache.hold(name, size, self._fetcher(shard)), shard_name):
                     held = cache.open(name, size)
+
         return held
 
     def _make_name(self, shard: int) -> str:
@@ -167,6 +177,7 @@ class Tars:
             except RemoteError:
                 self._fetches.check(shard)  # no further try if nobody waits
                 raise
+
             if fault := self._fault(path, shard):
                 raise Corrupt(source.named(number), fault)
 
@@ -198,6 +209,7 @@ class Tars:
                         return f"{entry.key} in it is not what the index says (checksum)"
         except TarFault as error:
             return str(error)
+
         return f"{len(expected)} images of the index are not in it" if expected else None
 
     def _expected(self, shard: int) -> dict[int, tuple[int, ...]]:
@@ -237,10 +249,12 @@ def check_window(corpus: Corpus, cache: ShardCache, window: int) -> bool:
     for source, begin, end in zip(corpus.sources, corpus.source_shards, corpus.source_shards[1:], strict=False):
         if source.remote is not None:
             needed += sum(sorted(map(cost, corpus.tar_bytes[begin:end].tolist()))[-window:])
+
     if needed > cache.limit:
         warn(
             f"--shuffle-window {window}: the shards of a window take up to {gigabytes(needed)} GB, more than "
             f"{cache.flag}, so they will be fetched again and again; give a smaller --shuffle-window or a larger "
             "--cache-size"
         )
+
     return needed <= cache.limit

@@ -63,9 +63,11 @@ def make_pools(corpus: Corpus, weights: Sequence[Fraction], objective: Objective
     if objective.negatives == "typed":
         w = [_of_kind(corpus, kind, with_q, only) for kind, with_q in enumerate(pools_of)] if needs_w else []
         return Pools(w=_pools(corpus, weights, w), q=_pools(corpus, weights, pools_of))
+
     all_w = _pools(corpus, weights, [only]) * len(pools_of)
     if objective.negatives == "lines" or with_q == size:
         return Pools(w=all_w, q=all_w)
+
     return Pools(w=all_w, q=_pools(corpus, weights, [np.sort(np.concatenate(pools_of))]) * len(pools_of))
 
 
@@ -120,6 +122,7 @@ def replaced(
     w, q, lent = triples.copy(), triples.copy(), np.zeros(len(triples), bool)
     w[wrong_w], _ = _another(corpus, pools.w, triples[wrong_w], candidates[wrong_w], of_w=True)
     q[wrong_q], lent[wrong_q] = _another(corpus, pools.q, triples[wrong_q], candidates[wrong_q], lines=lines)
+
     return Sides(w=w, q=q, lent=lent)
 
 
@@ -136,9 +139,11 @@ def _another(
     beside = lengths_of(corpus, triples, not of_w)
     seen_words = _seen(len_own, beside, of_w)
     waiting = np.arange(len(triples))
+
     for attempt in drawn.T:
         if not len(waiting):
             break
+
         waiting_triples, words = triples[waiting], attempt[waiting]
         replacements = candidates(corpus, pools, waiting_triples, words)
         as_w = of_w | (words & np.uint64(lines)).astype(bool)  # a bit that the draw leaves
@@ -151,6 +156,7 @@ def _another(
         fits &= ~alike(own_texts[waiting], seen_words[waiting], tokens, remaining)
         other[waiting[fits]], are_w[waiting[fits]] = replacements[fits], as_w[fits]
         waiting = waiting[~fits]
+
     return other, are_w
 
 
@@ -183,6 +189,7 @@ def candidates(corpus: Corpus, pools: Sequence[Pool | None], triples: Ints, draw
         if pool is not None:
             of_kind = kinds == kind
             chosen[of_kind] = pool.draw(drawn[of_kind])
+
     return chosen
 
 

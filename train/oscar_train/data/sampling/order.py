@@ -73,6 +73,7 @@ class Order:
                 break
             inside = slice(max(begin - int(starts[block]), 0), end - int(starts[block]))
             parts.append(self._block(epoch, block)[inside])
+
         return np.concatenate(parts)
 
     def shards(self, begin: int, end: int) -> Iterator[list[int]]:
@@ -83,11 +84,13 @@ class Order:
             starts = self._starts(epoch)
             block = int(np.searchsorted(starts, place, "right")) - 1
             passed = self._passed(epoch, block, place - int(starts[block]))
+
             for source, first, last in self._pieces(epoch, block):
                 for number, window, _, _ in self._windows(source, first + passed[source], last):
                     if (source, number, window) not in visited:
                         visited[source, number, window] = None
                         yield self._plan(source, number)[0][window * self.window :][: self.window].tolist()
+
             begin += int(starts[block + 1]) - place
 
     def _block_starts(self, epoch: int) -> Ints:
@@ -117,11 +120,14 @@ class Order:
         pieces = [self._taken(*piece) for piece in self._pieces(epoch, block)]
         if len(pieces) == 1:
             return pieces[0]
+
         ends = np.cumsum([0, *map(len, pieces)])
         places = permutation(self.seed, MIX, epoch, int(ends[-1]), (block, 0))
         triples = np.empty(len(places), np.int64)
+
         for part, begin, end in zip(pieces, ends, ends[1:], strict=False):
             triples[np.sort(places[begin:end])] = part
+
         return triples
 
     def _taken(self, source: int, begin: int, end: int) -> Ints:

@@ -49,4 +49,5 @@ def permutation(
     keys |= np.arange(size, dtype=np.uint64)
     keys.sort()
     keys &= number
+
     return keys.view(np.int64)

@@ -63,6 +63,7 @@ def assemble(
     sides = replaced(corpus, pools, objective, triples, drawn[:, _PART], drawn[:, _CANDIDATES])
     ids, types, inside, maskable = laid_out(corpus, change(sides))
     input_ids, labels = masked(corpus.tokenizer, objective, ids, maskable, drawn)
+
     return TextBatch(
         input_ids=input_ids,
         token_type_ids=types,
@@ -104,6 +105,7 @@ def joined(
     ids[:, 0] = tokenizer.cls
     ids[(place == first_sep) | (place == last_sep)] = tokenizer.sep
     inside = place <= last_sep
+
     return ids, (inside & (place > first_sep)).astype(np.int64), inside, in_w | in_q
 
 
@@ -136,10 +138,13 @@ def chosen_tokens(tokenizer: Tokenizer, objective: Objective, ids: Tokens, maska
         begins = maskable & ~(tokenizer.continues[ids] & np.roll(maskable, 1, 1))
         first = np.maximum.accumulate(np.where(begins, np.arange(MAX_TOKENS), 0), 1)
         chance = np.where(maskable, np.take_along_axis(chance, first, 1), 2.0)
+
     if not objective.exact:
         return chance < MASK_RATE
+
     units = begins.sum(1)
     num_masked = np.floor(MASK_RATE * units + uniform(drawn[:, _ROUNDING])).astype(np.int64)
     ordered = np.sort(np.where(begins, chance, 2.0), 1)
     last = np.take_along_axis(ordered, np.maximum(num_masked, 1)[:, None] - 1, 1)
+
     return maskable & (chance <= last)

@@ -70,6 +70,7 @@ def collect(
     left_out.clear()  # what the keys lack will be met again
     phrasing = Phrasing(tokenizer, tags, width)
     total = sum(source.manifest.plan.num_images for source in sources)
+
     with (
         closing(Writer(folder, np.min_scalar_type(tokenizer.size))) as writer,
         meter("images' texts", total, refusal="shards left out") as shown,
@@ -81,19 +82,25 @@ def collect(
                 tar_bytes, batches = _opened(source, number, refuse)
                 if not skip_corrupt:
                     source.check_size(number, tar_bytes)
+
                 writer.begin_shard(tar_bytes)
                 for rows in batches:
                     texts_of = rows.column("texts")
                     for overlay in overlays:
                         texts_of = overlay.laid_over(texts_of, writer.images)
+
                     for tag_overlay in tag_overlays:
                         gt_tags = tag_overlay.laid_over(rows.column("gt_tags"), writer.images)
                         rows = rows.set_column(rows.schema.get_field_index("gt_tags"), "gt_tags", gt_tags)
+
                     phrases = phrasing(rows, texts_of)
                     writer.add(rows.column("key"), places(rows, source, number, tar_bytes, skip_corrupt), phrases)
                     shown.show(writer.images, len(left_out))
+
             _check_texts(source, writer.images - images, writer.triples - triples)
+
         writer.finish()
+
     phrasing.tagging.check()
     _forget_common(folder / "content.npy")
     return {"left_out": left_out, "ground_truth": phrasing.tagging.ground_truth}
@@ -146,6 +153,7 @@ class Writer:
         first_image, first_triple, first_row = self.images, self.triples, self._files["second_set"].size
         for name, values in columns.items():
             self._add(name, values)
+
         self._add("shard", np.full(len(keys), self._files["tar_bytes"].size - 1))
         encoded = [key.encode() for key in keys.to_pylist()]
         self._add("key_xxh3", np.array([xxhash.xxh3_64_intdigest(key) for key in encoded], np.uint64))
@@ -158,6 +166,7 @@ class Writer:
         self._add("image", phrases.image + first_image)
         self._add("kind", phrases.kind)
         usable = phrases.second.lengths[phrases.second_row] > 0
+
         for pool, kind in (("caption_pool", CAPTION), ("qa_pool", QA)):
             self._add(pool, first_triple + np.flatnonzero(usable & (phrases.kind == kind)))
 
@@ -194,13 +203,16 @@ def places(rows: pa.RecordBatch, source: Source, number: int, tar_bytes: int, sk
     columns = {name: _numbers(rows, name) for name in PLACES}
     columns["scales_offset"] = rows.column("scales_offset").fill_null(FLOAT16).to_numpy(zero_copy_only=False)
     columns["content"] = np.array([_content(sha) for sha in rows.column("sha256").to_pylist()], np.uint64)
+
     for wrong, contradiction in _contradictions(rows, source, tar_bytes):
         if wrong.any() and not skip_corrupt:
+            key = rows.column("key")[int(wrong.argmax())]
             raise UsageError(
-                f"{FLAG}: {source.named(number)}: image {rows.column('key')[int(wrong.argmax())]} {contradiction}; extract it "
+                f"{FLAG}: {source.named(number)}: image {key} {contradiction}; extract it "
                 "again, or go on without such images: --skip-corrupt"
             )
         columns["features_offset"] = np.where(wrong, UNREADABLE, columns["features_offset"])
+
     return columns
 
 
@@ -214,11 +226,13 @@ def _contradictions(
             f"{FLAG}: manifest.json of {source.place} has features of dtype {detector.dtype!r}; known: "
             f"{', '.join(DTYPES)}"
         )
+
     int8 = detector.dtype == "int8"
     wrong = rows.column("scales_offset").is_valid().to_numpy(zero_copy_only=False) != int8
     yield wrong, f"has features as {DTYPES[not int8]}, manifest.json says {detector.dtype}"
     count = _numbers(rows, "num_boxes").astype(np.int64)
     each = {"boxes": 16, "scales": 4 * int8, "features": (1 if int8 else 2) * detector.feature_dim}
+
     for name, size in each.items():
         begin, length = _numbers(rows, f"{name}_offset"), _numbers(rows, f"{name}_bytes")
         wrong = length != count * size
@@ -227,6 +241,7 @@ def _contradictions(
         yield wrong, f"{contradiction} (P = {detector.feature_dim} in manifest.json)"
         outside = (begin < 0) | (length < 0) | (length > tar_bytes - begin)
         yield outside & (tar_bytes >= 0), f"has {name} outside its tar of {tar_bytes:,} bytes"
+
     yield np.minimum(_numbers(rows, "width"), _numbers(rows, "height")) < 1, "has no size"
 
 
@@ -262,6 +277,7 @@ def _opened(source: Source, number: int, refuse: Callable[[str], None]) -> tuple
     except ValueError as error:
         refuse(f"{source.named(number)}: {error}")
         return 0, iter(())
+
     return tar_bytes, _ahead(readable(batches))
 
 

@@ -57,6 +57,7 @@ class Phrasing:
         if len(odd := np.flatnonzero(~pc.is_in(kind, value_set=pa.array(KINDS)).to_numpy(zero_copy_only=False))):
             key, odd_kind = rows.column("key")[int(image[odd[0]])], kind[int(odd[0])].as_py()
             raise UsageError(f"{FLAG}: image {key} has a text of kind {odd_kind!r}; known: {', '.join(KINDS)}")
+
         is_qa = pc.equal(kind, KINDS[QA])
         first = self._tokenizer(pc.if_else(is_qa, question, text).fill_null("").to_pylist(), self._width + 1)
         answers = self._tokenizer(pc.if_else(is_qa, answer, "").fill_null("").to_pylist(), self._width)
@@ -64,6 +65,7 @@ class Phrasing:
         keep = np.flatnonzero((first.lengths > 0) & ((answers.lengths > 0) | ~qa))
         image, qa, answers = image[keep], qa[keep], answers.take(keep[qa[keep]])
         strung, sets = self.tagging(rows)
+
         return Phrases(
             first=first.take(keep),
             second=concatenated([strung, answers]),

@@ -36,6 +36,7 @@ class Ragged:
         inside = column < lengths[:, None]
         source = np.where(inside, begin[:, None] + column, 0)
         values = self.values if len(self.values) else np.zeros(1, np.int32)
+
         return np.where(inside, values[source], 0).astype(np.int32), lengths
 
     def take(self, rows: Ints) -> "Ragged":

@@ -69,8 +69,10 @@ def _read_vocabulary(path: Path) -> tuple[str, ...]:
         lines = split_lines(read_text(path, FLAG))
     except OSError as error:
         raise UsageError(f"{FLAG} {path}: cannot be read ({error.strerror}); give a file of one tag a line") from None
+
     if not (names := tuple(name for line in lines if (name := line.strip()))):
         raise UsageError(f"{FLAG} {path}: it has no tag; give one a line, or no {FLAG}")
+
     return names
 
 
@@ -114,15 +116,19 @@ class Tagging:
             # a missing score is NaN, which is not below anything
             is_weak = _scores(rows, from_truth, tags) < self.rule.min_score
             tags = tags.take(~is_weak)
+
         if self.rule.order != "detector":
             by = _random(rows, tags) if self.rule.order == "random" else -_scores(rows, from_truth, tags)
             tags = tags.take(np.lexsort((by, tags.image)))  # stable
+
         if self.rule.dedupe:
             tags = tags.take(np.sort(np.unique(tags.image << 32 | tags.code, return_index=True)[1]))
+
         groups = np.searchsorted(tags.image, np.arange(len(rows) + 1))
         if self.rule.budget is not None:
             tags = tags.take(np.arange(len(tags.image)) - groups[tags.image] < self.rule.budget)
             groups = np.searchsorted(tags.image, np.arange(len(rows) + 1))
+
         # WordPiece splits at spaces first, so the ids of the tags are those of the whole
         strung = self._tokens.take(tags.code).joined(groups).cut(self._width)
         return strung, sums(tags.image, tags.code, self._hashes, len(rows))
@@ -172,6 +178,7 @@ class Tagging:
         new = names.filter(pc.invert(pc.is_in(names, value_set=self._names)))
         if not len(new):
             return
+
         tokens = self._tokenizer(new.to_pylist(), self._width)
         self._names = pa.concat_arrays([self._names, new])
         self._tokens = concatenated([self._tokens, tokens])
@@ -207,4 +214,5 @@ def _scores(rows: pa.RecordBatch, from_truth: Bools, tags: _Places) -> npt.NDArr
     score = np.full(len(tags.image), np.nan, np.float32)
     has_score = scored[tags.image]
     score[has_score] = values[(begin[tags.image] + tags.place)[has_score]]
+
     return score

@@ -93,12 +93,15 @@ def load_tokenizer(folder: Path | None) -> Tokenizer:
 
     if folder is None or not has_tokenizer(folder):
         folder = SHIPPED
+
     try:
         backend = BertTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # the tokenizer's libraries raise bare Exception for files they cannot read
         raise UsageError(f"--init {folder}: its tokenizer cannot be read ({reason(error)}); repair vocab.txt") from None
+
     for name in ("is_local", "local_files_only", "name_or_path"):  # where it came from is no property of a tokenizer
         backend.init_kwargs.pop(name, None)
+
     backend.backend_tokenizer.no_truncation()
     backend.backend_tokenizer.no_padding()
     names = {"pad": backend.pad_token, "cls": backend.cls_token, "sep": backend.sep_token, "mask": backend.mask_token}
@@ -106,6 +109,7 @@ def load_tokenizer(folder: Path | None) -> Tokenizer:
     vocabulary = backend.backend_tokenizer.get_vocab(with_added_tokens=False)
     if missing := [str(token) for token in names.values() if token not in vocabulary]:
         raise UsageError(f"--init {folder}: the vocabulary has no {', '.join(missing)}: it is not BERT's")
+
     return Tokenizer(
         backend=backend, size=max(vocabulary.values()) + 1, **{n: vocabulary[token] for n, token in names.items()}
     )
