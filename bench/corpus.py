@@ -394,9 +394,9 @@ def hold(folder: Path, rank: int, ranks: int, together: Barrier) -> dict[str, di
         steps = np.random.default_rng(rank).integers(EPOCHS * len(stream.corpus) // (BATCH * ranks), size=DRAWS)
         for step in steps.tolist():
             stream.text(step)
-        room = stream.room()
+        buffer = stream.buffer()
         for step in steps[:BATCHES].tolist():
-            stream.batch(step, room)
+            stream.batch(step, buffer)
         together.wait()
         found["in use"] = memory() | {"most_rss": most_rss()}
         together.wait()

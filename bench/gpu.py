@@ -234,7 +234,7 @@ def opened(device: str, way: str, size: str, batch_size: int) -> Iterator[tuple[
         with open_stream(shards, batch_size=batch_size, cache=folder, pin=device == "cuda") as stream:
             work = Work()
             for number in range(4):
-                work += count([pack(stream.batch(number, stream.room()), torch.device("cpu"))])
+                work += count([pack(stream.batch(number, stream.buffer()), torch.device("cpu"))])
             config = oscar_config(random_config(size, stream.corpus.tokenizer.size), stream.corpus.feature_dim)
 
             job = Job(

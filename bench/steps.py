@@ -30,10 +30,10 @@ from oscar_train.training.schedule import rate
 from oscar_train.training.step import (
     Report,
     Share,
-    Workshop,
+    TrainState,
     gradient,
     make_optimizer,
-    open_workshop,
+    make_train_state,
     share,
     shares,
     take,
@@ -219,15 +219,15 @@ def for_visualbert(batch: Batch) -> dict[str, Tensor]:
 def open_ours(job: Job, stream: Stream) -> Trainer:
     """What `oscar-train` does: its stream, its steps, each of which is read while the next one is under way."""
     settings, device = job.settings(), torch.device(job.device)
-    shop = open_workshop(make_model(job, stream.corpus.feature_dim), settings, Ranks(0, 1, device))
+    train_state = make_train_state(make_model(job, stream.corpus.feature_dim), settings, Ranks(0, 1, device))
     if job.twist == "unfused":
-        theirs = released.make_optimizer(shop.model, settings.lr)
-        shop = replace(shop, optimizer=theirs)  # type: ignore[arg-type]  # all that is asked of it is a step
-    work = shares(shop, twisted(stream.batches(0, ENDLESS), job.twist))
+        theirs = released.make_optimizer(train_state.model, settings.lr)
+        train_state = replace(train_state, optimizer=theirs)  # type: ignore[arg-type]  # all that is asked of it is a step
+    work = shares(train_state, twisted(stream.batches(0, ENDLESS), job.twist))
     numbers, under_way = count(1), deque[Report]()
 
     def step(one: Share) -> Report:
-        under_way.append(take(shop, one, rate(settings, next(numbers))))
+        under_way.append(take(train_state, one, rate(settings, next(numbers))))
         if len(under_way) > 1:
             under_way.popleft().read()
         return under_way[-1]
@@ -270,7 +270,7 @@ def open_peer(
 ) -> Trainer:
     """The released loop, for any model. Its batches are those of our stream, made before the clock starts."""
     scheduler = LambdaLR(optimizer, lambda step: 1 - step / ENDLESS)
-    room, numbers = stream.room(), count()
+    buffer, numbers = stream.buffer(), count()
     model.train()
 
     def step(inputs: dict[str, Tensor]) -> float:
@@ -286,7 +286,7 @@ def open_peer(
         return value
 
     def supply(steps: int) -> list[tuple[dict[str, Tensor], float]]:
-        return [(prepare(stream.batch(next(numbers), room)), 0.0) for _ in range(steps)]
+        return [(prepare(stream.batch(next(numbers), buffer)), 0.0) for _ in range(steps)]
 
     return Trainer(supply=supply, step=step, loss=float, device=torch.device(job.device))
 
@@ -314,9 +314,9 @@ class Passed:
         }
 
 
-def pass_ours(shop: Workshop, batch: Batch) -> Passed:
-    means, _, _ = gradient(shop, share(shop, batch))
-    return Passed(loss=means[0].item(), norm=means[-1].item(), gradients=gradients_of(shop.model))
+def pass_ours(train_state: TrainState, batch: Batch) -> Passed:
+    means, _, _ = gradient(train_state, share(train_state, batch))
+    return Passed(loss=means[0].item(), norm=means[-1].item(), gradients=gradients_of(train_state.model))
 
 
 def pass_released(model: nn.Module, batch: Batch, device: str) -> Passed:
@@ -336,19 +336,19 @@ def numerics(job: Job, stream: Stream, precisions: list[str], compiled: bool) ->
 
     The release has other dropout, so it is compared without any: that shows that it does the same work.
     """
-    batch = stream.batch(0, stream.room())
+    batch = stream.batch(0, stream.buffer())
     alone, ranks, found = replace(job, way="ours-fp32"), Ranks(0, 1, torch.device(job.device)), {}
-    plain = pass_ours(open_workshop(make_model(alone, stream.corpus.feature_dim, 0), alone.settings(), ranks), batch)
+    plain = pass_ours(make_train_state(make_model(alone, stream.corpus.feature_dim, 0), alone.settings(), ranks), batch)
     theirs = pass_released(make_released(alone, stream.corpus.feature_dim, 0), batch, job.device)
     found["release-fp32"] = theirs.beside(plain)
     del theirs
     model = make_model(alone, stream.corpus.feature_dim)
-    plain = pass_ours(open_workshop(model, alone.settings(), ranks), batch)
+    plain = pass_ours(make_train_state(model, alone.settings(), ranks), batch)
     twists = ["", "-compile"] if compiled else [""]
     for way in [f"ours-{precision}{twist}" for twist in twists for precision in precisions]:
         if way != "ours-fp32":
-            shop = open_workshop(model, replace(job, way=way).settings(), ranks)
-            found[way] = pass_ours(shop, batch).beside(plain)
+            train_state = make_train_state(model, replace(job, way=way).settings(), ranks)
+            found[way] = pass_ours(train_state, batch).beside(plain)
     return found
 
 

@@ -16,7 +16,7 @@ from oscar_train.data.stream import Stream, open_stream
 from oscar_train.model.oscar import OscarForPreTraining, oscar_config, random_config
 from oscar_train.model.packing import pack
 from oscar_train.ranks import Ranks
-from oscar_train.training.step import Workshop, gradient, open_workshop, share, shares, take
+from oscar_train.training.step import TrainState, gradient, make_train_state, share, shares, take
 
 pytestmark = pytest.mark.gpu
 
@@ -36,20 +36,20 @@ def stream(shards: Path) -> Iterator[Stream]:
         yield opened
 
 
-def workshop(device: str, **settings: object) -> Workshop:
+def make_state(device: str, **settings: object) -> TrainState:
     torch.manual_seed(0)
     model = OscarForPreTraining(oscar_config(random_config("tiny", 30522), P))
     place = torch.device(device)
-    return open_workshop(model.to(place), Train(batch_size=BATCH, **settings), Ranks(0, 1, place))
+    return make_train_state(model.to(place), Train(batch_size=BATCH, **settings), Ranks(0, 1, place))
 
 
 def curve(stream: Stream, device: str, **settings: object) -> list[float]:
     """Return the losses of some steps."""
-    shop, room = workshop(device, **settings), stream.room()
+    train_state, buffer = make_state(device, **settings), stream.buffer()
     losses = []
     for number in range(STEPS):
-        batch = stream.batch(number, room)
-        losses.append(take(shop, share(shop, batch), 1e-3).read().loss)
+        batch = stream.batch(number, buffer)
+        losses.append(take(train_state, share(train_state, batch), 1e-3).read().loss)
     return losses
 
 
@@ -94,9 +94,9 @@ def test_the_kernels_change_nothing_beside_attention_written_out(
 def test_recomputed_activations_give_the_same_gradients(stream: Stream):
     gradients = []
     for recompute in (False, True):
-        shop = workshop("cuda", activation_checkpointing=recompute)
-        gradient(shop, share(shop, stream.batch(0, stream.room())))
-        gradients.append([p.grad for p in shop.model.parameters()])
+        train_state = make_state("cuda", activation_checkpointing=recompute)
+        gradient(train_state, share(train_state, stream.batch(0, stream.buffer())))
+        gradients.append([p.grad for p in train_state.model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
@@ -104,10 +104,12 @@ def test_recomputed_activations_give_the_same_gradients(stream: Stream):
 def test_a_replayed_step_computes_the_bits_of_the_first_one(stream: Stream):
     losses = []
     for _ in range(2):
-        shop, room = workshop("cuda", cuda_graphs=True, precision="bf16"), stream.room()
-        assert shop.recorder is not None
-        losses.append([take(shop, share(shop, stream.batch(0, room)), 0.0).read().loss for _ in range(6)])
-        assert shop.recorder.shapes == 1
+        train_state, buffer = make_state("cuda", cuda_graphs=True, precision="bf16"), stream.buffer()
+        assert train_state.recorder is not None
+        losses.append(
+            [take(train_state, share(train_state, stream.batch(0, buffer)), 0.0).read().loss for _ in range(6)]
+        )
+        assert train_state.recorder.shapes == 1
     assert len({*losses[0], *losses[1]}) == 1
 
 
@@ -115,26 +117,26 @@ def test_a_replayed_step_computes_the_bits_of_the_first_one(stream: Stream):
     "settings", [{}, {"precision": "bf16"}, {"accumulate": 2}, {"precision": "bf16", "cuda_graphs": True}]
 )
 def test_no_step_waits_for_the_gpu(stream: Stream, settings: dict[str, object]):
-    shop = workshop("cuda", **settings)
-    work = [share(shop, stream.batch(number, stream.room())) for number in range(4)]
+    train_state = make_state("cuda", **settings)
+    work = [share(train_state, stream.batch(number, stream.buffer())) for number in range(4)]
     for one in work:  # steps are recorded, if they are
-        take(shop, one, 1e-3).read()
-    take(shop, work[0], 1e-3).read()  # the optimizer makes its moments, the kernels are compiled
+        take(train_state, one, 1e-3).read()
+    take(train_state, work[0], 1e-3).read()  # the optimizer makes its moments, the kernels are compiled
     torch.cuda.synchronize()
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        reports = [take(shop, one, 1e-3) for one in work[1:]]
+        reports = [take(train_state, one, 1e-3) for one in work[1:]]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(0 < report.read().loss < 20 for report in reports)
 
 
 def test_batches_copied_ahead_are_the_batches(stream: Stream):
-    shop = workshop("cuda")
-    ahead = shares(shop, stream.batches(0, 6))
+    train_state = make_state("cuda")
+    ahead = shares(train_state, stream.batches(0, 6))
     for number, work in enumerate(ahead):
-        expected = pack(stream.batch(number, stream.room()), torch.device("cpu"))
+        expected = pack(stream.batch(number, stream.buffer()), torch.device("cpu"))
         (part,) = work.parts
         for name, tensor in expected.tensors().items():
             assert torch.equal(getattr(part, name).cpu(), tensor), (number, name)

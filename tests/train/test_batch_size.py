@@ -16,7 +16,7 @@ from oscar_train.data.stream import Stream
 from oscar_train.ranks import Ranks
 from oscar_train.training import auto_batch_size
 from oscar_train.training.auto_batch_size import MOST, check_part, check_weights, fits, largest_batch
-from oscar_train.training.step import open_workshop
+from oscar_train.training.step import make_train_state
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 GB = 10**9
@@ -130,7 +130,7 @@ def test_what_will_be_needed_is_known_from_two_small_batches(stream: Stream, mon
         monkeypatch.setattr(auto_batch_size, "free_memory", lambda processes: int(free * GB))
         settings = replace(Train(batch_size=part), **changes)
         model, _ = build(open_init("random:tiny"), stream.corpus.feature_dim, 1)
-        check_part(open_workshop(model, settings, ONE), replace_size(stream, part))
+        check_part(make_train_state(model, settings, ONE), replace_size(stream, part))
 
     check(4, 64)
     check(1000, 100_000)

@@ -9,14 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from oscar_common.settings import Train
 from oscar_train.batch import IGNORED
 from oscar_train.checkpoints.init import build, open_init
-from oscar_train.data.room import make_room
+from oscar_train.data.batch_buffer import make_batch_buffer
 from oscar_train.data.stream import Stream
 from oscar_train.logs.log import MEASURED
 from oscar_train.logs.throughput import Meter
 from oscar_train.model.flops import Work, count, flops, matrix_ceiling
 from oscar_train.model.oscar import OscarForPreTraining
 from oscar_train.ranks import Ranks
-from oscar_train.training.step import Share, Workshop, gradient, open_workshop, share
+from oscar_train.training.step import Share, TrainState, gradient, make_train_state, share
 
 CPU = torch.device("cpu")
 FULL = Work(tokens=4 * 85, regions=4 * 50, masked=4 * 5, triples=4)
@@ -27,42 +27,42 @@ def model() -> OscarForPreTraining:
     return build(open_init("random:tiny"), feature_dim=2048, seed=1)[0]
 
 
-def workshop(model: OscarForPreTraining, **settings: object) -> Workshop:
-    return open_workshop(model, Train(**settings), Ranks(0, 1, CPU))
+def make_state(model: OscarForPreTraining, **settings: object) -> TrainState:
+    return make_train_state(model, Train(**settings), Ranks(0, 1, CPU))
 
 
-def full(shop: Workshop) -> Share:
+def full(train_state: TrainState) -> Share:
     """Four triples without any padding, of each of which five tokens are masked."""
-    batch = make_room(4, 2048).batch
+    batch = make_batch_buffer(4, 2048).batch
     for mask in (batch.attention_mask, batch.region_mask):
         mask.fill_(True)
     batch.mlm_labels.fill_(IGNORED)[:, 3:8] = 7
-    return share(shop, batch)
+    return share(train_state, batch)
 
 
-def counted(shop: Workshop, work: Share) -> int:
+def counted(train_state: TrainState, work: Share) -> int:
     with FlopCounterMode(display=False) as counter:
-        gradient(shop, work)
+        gradient(train_state, work)
     return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"precision": "bf16"}])
 def test_operations_are_those_that_torch_counts(model: OscarForPreTraining, settings: dict[str, object]):
-    shop = workshop(model, **settings)
-    work = full(shop)
+    train_state = make_state(model, **settings)
+    work = full(train_state)
     assert count(work.parts) == FULL
-    assert flops(model.config, FULL) == pytest.approx(counted(shop, work), rel=1e-6)
+    assert flops(model.config, FULL) == pytest.approx(counted(train_state, work), rel=1e-6)
 
 
 def test_what_is_computed_twice_counts_once(model: OscarForPreTraining):
-    shop = workshop(model, activation_checkpointing=True)
-    assert flops(model.config, FULL) < 0.9 * counted(shop, full(shop))
+    train_state = make_state(model, activation_checkpointing=True)
+    assert flops(model.config, FULL) < 0.9 * counted(train_state, full(train_state))
 
 
 def test_padding_is_no_work_and_the_average_length_is_good_enough(stream: Stream):
-    shop = workshop(build(open_init("random:tiny"), feature_dim=24, seed=1)[0])
-    batch = stream.batch(0, stream.room())
-    work = share(shop, batch)
+    train_state = make_state(build(open_init("random:tiny"), feature_dim=24, seed=1)[0])
+    batch = stream.batch(0, stream.buffer())
+    work = share(train_state, batch)
     found = count(work.parts)
     assert found == Work(
         tokens=int(batch.attention_mask.sum() + batch.region_mask.sum()),
@@ -70,8 +70,8 @@ def test_padding_is_no_work_and_the_average_length_is_good_enough(stream: Stream
         masked=int((batch.mlm_labels != IGNORED).sum()),
         triples=16,
     )
-    done = counted(shop, work)  # attention is among rows as long as the longest
-    assert 0.9 * done < flops(shop.model.config, found) < done
+    done = counted(train_state, work)  # attention is among rows as long as the longest
+    assert 0.9 * done < flops(train_state.model.config, found) < done
 
 
 def test_work_adds_up():

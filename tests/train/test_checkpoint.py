@@ -19,7 +19,7 @@ from oscar_train.checkpoints.checkpoint import Checkpoint
 from oscar_train.checkpoints.init import build, open_init
 from oscar_train.data.stream import Stream
 from oscar_train.ranks import Ranks
-from oscar_train.training.step import Workshop, open_workshop, share, take
+from oscar_train.training.step import TrainState, make_train_state, share, take
 
 RUN = {**checkpoint.identity(Train()), "corpus": "abc"}
 
@@ -27,15 +27,17 @@ RUN = {**checkpoint.identity(Train()), "corpus": "abc"}
 @pytest.fixture
 def made(stream: Stream, tmp_path: Path) -> Checkpoint:
     """The checkpoint of a model after one step."""
-    shop = fresh()
-    take(shop, share(shop, stream.batch(0, stream.room())), 1e-3)
+    train_state = fresh()
+    take(train_state, share(train_state, stream.batch(0, stream.buffer())), 1e-3)
     guard = {"skipped": 2, "losses": [1 / 3, 2e-9]}
-    return checkpoint.save(tmp_path, 1, RUN, shop.model, shop.optimizer, stream.corpus.tokenizer, ranks=3, guard=guard)
+    return checkpoint.save(
+        tmp_path, 1, RUN, train_state.model, train_state.optimizer, stream.corpus.tokenizer, ranks=3, guard=guard
+    )
 
 
-def fresh(seed: int = 1) -> Workshop:
+def fresh(seed: int = 1) -> TrainState:
     model, _ = build(open_init("random:tiny"), feature_dim=24, seed=seed)
-    return open_workshop(model, Train(), Ranks(0, 1, torch.device("cpu")))
+    return make_train_state(model, Train(), Ranks(0, 1, torch.device("cpu")))
 
 
 def rewrite(folder: Path, **entries: object) -> None:
@@ -46,14 +48,14 @@ def rewrite(folder: Path, **entries: object) -> None:
 
 
 def test_model_and_optimizer_come_back_to_the_bit(made: Checkpoint, stream: Stream):
-    batch = stream.batch(1, stream.room())
+    batch = stream.batch(1, stream.buffer())
     ends = []
     for seed in (8, 9):  # whatever was there before
-        shop = fresh(seed)
-        checkpoint.load(made, shop.model, shop.optimizer)
+        train_state = fresh(seed)
+        checkpoint.load(made, train_state.model, train_state.optimizer)
         torch.manual_seed(seed)  # nothing is drawn from it
-        take(shop, share(shop, batch), 1e-3)
-        ends.append(shop.model.state_dict())
+        take(train_state, share(train_state, batch), 1e-3)
+        ends.append(train_state.model.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
@@ -65,10 +67,10 @@ def test_the_guard_and_the_number_of_ranks_come_back(made: Checkpoint, tmp_path:
 
 def test_threads_come_back_only_with_as_many_ranks(made: Checkpoint):
     rewrite(made.folder, threads=2)
-    two, shop = checkpoint.read(made.folder)[0], fresh()
-    checkpoint.load(two, shop.model, shop.optimizer, ranks=1)
+    two, train_state = checkpoint.read(made.folder)[0], fresh()
+    checkpoint.load(two, train_state.model, train_state.optimizer, ranks=1)
     assert torch.get_num_threads() == 1
-    checkpoint.load(two, shop.model, shop.optimizer, ranks=3)
+    checkpoint.load(two, train_state.model, train_state.optimizer, ranks=3)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
 

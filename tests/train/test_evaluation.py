@@ -18,8 +18,8 @@ from support import error_line, run_here, train
 from oscar_common.errors import UsageError
 from oscar_common.sample import Regions, Sample, Text
 from oscar_train.batch import IGNORED, Batch
+from oscar_train.data.batch_buffer import make_batch_buffer
 from oscar_train.data.corpus import Corpus
-from oscar_train.data.room import make_room
 from oscar_train.data.stream import Stream, open_stream
 from oscar_train.data.texts.tags import TagRule
 from oscar_train.data.texts.tokens import Tokenizer
@@ -121,10 +121,10 @@ def slowly(exam: Exam, model: OscarForPreTraining) -> dict[str, float]:
     corpus, sums = exam.corpus, {}
     for place, triple in enumerate(exam.triples.tolist()):
         for name in exam.asked:
-            room = make_room(1, corpus.feature_dim)
-            exam.regions(exam.triples[place : place + 1], exam.partners[place : place + 1], room)
-            exam.text(name, place, room)
-            batch = room.batch
+            buffer = make_batch_buffer(1, corpus.feature_dim)
+            exam.regions(exam.triples[place : place + 1], exam.partners[place : place + 1], buffer)
+            exam.text(name, place, buffer)
+            batch = buffer.batch
             words, pairs = answer(model, "fp32", batch)
             if (label := int(batch.match_labels[0])) != IGNORED:
                 counted = sums.setdefault(name, [])

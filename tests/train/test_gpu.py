@@ -18,7 +18,7 @@ from oscar_train.model.oscar import OscarForPreTraining, oscar_config, random_co
 from oscar_train.model.packing import Packed, pack
 from oscar_train.ranks import Ranks
 from oscar_train.training import step
-from oscar_train.training.step import Result, Share, Workshop, enqueue, open_workshop
+from oscar_train.training.step import Result, Share, TrainState, enqueue, make_train_state
 
 CPU = torch.device("cpu")
 SETTINGS = [{}, {"activation_checkpointing": True}, {"max_grad_norm": 0.0, "spike": 0.0}, {"precision": "tf32"}]
@@ -32,14 +32,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def part(stream: Stream, device: torch.device) -> Iterator[Packed]:
     """A batch as it comes to the device, of tensors without values; and everything after it is fake."""
-    real = pack(stream.batch(0, stream.room()), CPU).tensors()
+    real = pack(stream.batch(0, stream.buffer()), CPU).tensors()
     with FakeTensorMode():
         yield Packed(**{name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in real.items()})
 
 
 @pytest.fixture
-def shop(part: Packed, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Workshop]:
-    def make(**settings: object) -> Workshop:
+def train_state(part: Packed, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrainState]:
+    def make(**settings: object) -> TrainState:
         torch.set_default_device(device)  # fake parameters cannot be moved there
         try:
             model = OscarForPreTraining(oscar_config(random_config("tiny", 30522), 24))
@@ -53,14 +53,14 @@ def shop(part: Packed, device: torch.device, monkeypatch: pytest.MonkeyPatch) ->
 
         if device.type == "cuda":
             monkeypatch.setattr(Tensor, "backward", backward)
-        return open_workshop(model, Train(**settings), Ranks(0, 1, device))
+        return make_train_state(model, Train(**settings), Ranks(0, 1, device))
 
     return make
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_step_asks_for_nothing(part: Packed, shop: Callable[..., Workshop], settings: dict[str, object]):
-    made, device = shop(**settings), part.slots.device.type
+def test_a_step_asks_for_nothing(part: Packed, train_state: Callable[..., TrainState], settings: dict[str, object]):
+    made, device = train_state(**settings), part.slots.device.type
     for _ in range(2):  # the optimizer makes its moments in the first
         numbers, finite = enqueue(made, Share(parts=[part, part]), 1e-4)
     assert (numbers.device.type, numbers.shape) == (device, (len(Result.__dataclass_fields__),))
@@ -70,8 +70,8 @@ def test_a_step_asks_for_nothing(part: Packed, shop: Callable[..., Workshop], se
     assert {tensor.device.type for tensor in [*made.model.parameters(), *state]} == {device}
 
 
-def test_an_evaluation_asks_for_nothing(part: Packed, shop: Callable[..., Workshop]):
-    words, pairs = shop().model.eval()(part)
+def test_an_evaluation_asks_for_nothing(part: Packed, train_state: Callable[..., TrainState]):
+    words, pairs = train_state().model.eval()(part)
     assert (words.device, len(words)) == (part.slots.device, len(part.masked))
     assert (pairs.device, len(pairs)) == (part.slots.device, len(part.match_labels))
 
@@ -95,9 +95,9 @@ class Waiting(nn.Module):
     ],
 )
 def test_these_tests_would_notice_a_wait(
-    part: Packed, shop: Callable[..., Workshop], waits: Callable[[Tensor], Tensor], error: type[Exception]
+    part: Packed, train_state: Callable[..., TrainState], waits: Callable[[Tensor], Tensor], error: type[Exception]
 ):
-    made = shop()
+    made = train_state()
     made.model.cls.predictions.transform = Waiting(made.model.cls.predictions.transform, waits)
     with pytest.raises(error):
         enqueue(made, Share(parts=[part]), 1e-4)
@@ -127,7 +127,7 @@ class Cuda:
 def test_batches_are_copied_one_ahead_and_their_memory_is_left_alone_until_then(
     stream: Stream, monkeypatch: pytest.MonkeyPatch
 ):
-    cuda, batch = Cuda(), stream.batch(0, stream.room())
+    cuda, batch = Cuda(), stream.batch(0, stream.buffer())
     monkeypatch.setattr(step.torch, "cuda", cuda)
     monkeypatch.setattr(step, "pack", lambda part, device, grid: pack(part, CPU))
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, on: None)
@@ -138,8 +138,8 @@ def test_batches_are_copied_one_ahead_and_their_memory_is_left_alone_until_then(
             yield batch
 
     model = OscarForPreTraining(oscar_config(random_config("tiny", 30522), 24))
-    made = open_workshop(model, Train(), Ranks(0, 1, CPU))
-    on_gpu = Workshop(**{**vars(made), "ranks": Ranks(0, 1, torch.device("cuda"))})
+    made = make_train_state(model, Train(), Ranks(0, 1, CPU))
+    on_gpu = TrainState(**{**vars(made), "ranks": Ranks(0, 1, torch.device("cuda"))})
     for number, _ in enumerate(step.shares(on_gpu, batches())):
         cuda.said.append(f"step {number}")
     assert cuda.said == [

@@ -12,7 +12,7 @@ from oscar_common.settings import Train
 from oscar_train.ranks import Ranks
 from oscar_train.tasks import pretraining
 from oscar_train.training.loss_guard import FEW, NAMES, Guard
-from oscar_train.training.step import Workshop, make_optimizer, set_rate, update
+from oscar_train.training.step import TrainState, make_optimizer, set_rate, update
 
 
 def judge(guard: Guard, loss: float, norm: float = 1.0) -> str:
@@ -73,7 +73,7 @@ def test_its_memory_is_in_checkpoints():
 def test_a_fault_leaves_weights_moments_and_counts_as_they_are():
     """For this AdamW looks at `found_inf`, an attribute that torch's GradScaler sets, and nobody else is promised."""
     model = torch.nn.Linear(3, 2)
-    shop = Workshop(
+    train_state = TrainState(
         model=model,  # type: ignore[arg-type]  # an update asks for parameters alone
         network=model,
         optimizer=make_optimizer(model, Train()),
@@ -84,16 +84,16 @@ def test_a_fault_leaves_weights_moments_and_counts_as_they_are():
     )
 
     def state() -> list[torch.Tensor]:
-        moments = [moment for of_one in shop.optimizer.state.values() for moment in of_one.values()]
+        moments = [moment for of_one in train_state.optimizer.state.values() for moment in of_one.values()]
         return [tensor.detach().clone() for tensor in (*model.parameters(), *moments)]
 
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    set_rate(shop, 1e-2)
-    update(shop)
+    set_rate(train_state, 1e-2)
+    update(train_state)
     before = state()
-    update(shop, fault=torch.tensor(True))
+    update(train_state, fault=torch.tensor(True))
     assert all(torch.equal(one, other) for one, other in zip(before, state(), strict=True))
 
-    update(shop, fault=torch.tensor(False))
+    update(train_state, fault=torch.tensor(False))
     assert not any(torch.equal(one, other) for one, other in zip(before, state(), strict=True))

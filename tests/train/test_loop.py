@@ -19,7 +19,16 @@ from oscar_train.model.oscar import OscarForPreTraining
 from oscar_train.ranks import Ranks
 from oscar_train.training.schedule import rate, schedule
 from oscar_train.training.signals import watched_signals
-from oscar_train.training.step import Workshop, gradient, make_optimizer, open_workshop, rehearse, share, shares, take
+from oscar_train.training.step import (
+    TrainState,
+    gradient,
+    make_optimizer,
+    make_train_state,
+    rehearse,
+    share,
+    shares,
+    take,
+)
 
 
 @pytest.fixture
@@ -27,21 +36,21 @@ def model() -> OscarForPreTraining:
     return build(open_init("random:tiny"), feature_dim=24, seed=1)[0]
 
 
-def workshop(model: OscarForPreTraining, **settings: object) -> Workshop:
-    return open_workshop(model, Train(**settings), Ranks(0, 1, torch.device("cpu")))
+def make_state(model: OscarForPreTraining, **settings: object) -> TrainState:
+    return make_train_state(model, Train(**settings), Ranks(0, 1, torch.device("cpu")))
 
 
-def loss(shop: Workshop, batch: Batch) -> float:
-    return gradient(shop, share(shop, batch))[0][0].item()
+def loss(train_state: TrainState, batch: Batch) -> float:
+    return gradient(train_state, share(train_state, batch))[0][0].item()
 
 
 def test_both_losses_of_one_batch_fall_to_nothing(model: OscarForPreTraining, stream: Stream):
-    shop = workshop(model)
+    train_state = make_state(model)
     small = Stream(stream.corpus, stream.reader, seed=42, batch_size=8)
-    batch = small.batch(0, small.room())
+    batch = small.batch(0, small.buffer())
     results = []
     for _ in range(50):
-        results.append(take(shop, share(shop, batch), 2e-3).read())
+        results.append(take(train_state, share(train_state, batch), 2e-3).read())
     assert results[0].mlm_loss == pytest.approx(math.log(30522), abs=0.3)
     assert results[0].match_loss == pytest.approx(math.log(2), abs=0.1)
     assert results[-1].mlm_loss < 2
@@ -72,13 +81,13 @@ def test_biases_and_layer_norms_are_not_decayed(model: OscarForPreTraining):
 def test_parts_and_recomputing_change_only_the_rounding(stream: Stream, compile: bool):
     if compile and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    batch, ends = stream.batch(0, stream.room()), []
+    batch, ends = stream.batch(0, stream.buffer()), []
     for settings in ({}, {"accumulate": 4, "activation_checkpointing": True, "compile": compile}):
-        shop = workshop(build(open_init("random:tiny"), 24, 1)[0], **settings)
-        rehearse(shop, stream.room().batch)
+        train_state = make_state(build(open_init("random:tiny"), 24, 1)[0], **settings)
+        rehearse(train_state, stream.buffer().batch)
         with torch._dynamo.config.patch(error_on_recompile=True):  # though no part is as long as another
-            means, counts, _ = gradient(shop, share(shop, batch))
-        ends.append((means, counts, [p.grad for p in shop.model.parameters()]))
+            means, counts, _ = gradient(train_state, share(train_state, batch))
+        ends.append((means, counts, [p.grad for p in train_state.model.parameters()]))
     (one, numbers, plain), (other, others, parts) = ends
     torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
     assert torch.equal(numbers, others)
@@ -87,8 +96,8 @@ def test_parts_and_recomputing_change_only_the_rounding(stream: Stream, compile:
 
 
 def test_bf16_keeps_weights_and_losses_in_float32(model: OscarForPreTraining, stream: Stream):
-    batch = stream.batch(0, stream.room())
-    exact, rounded = (loss(workshop(model, precision=precision), batch) for precision in ("fp32", "bf16"))
+    batch = stream.batch(0, stream.buffer())
+    exact, rounded = (loss(make_state(model, precision=precision), batch) for precision in ("fp32", "bf16"))
     assert rounded == pytest.approx(exact, rel=5e-3)
     assert rounded != exact
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
@@ -98,16 +107,16 @@ def test_bf16_keeps_weights_and_losses_in_float32(model: OscarForPreTraining, st
 def test_a_step_that_is_no_number_is_not_taken_and_its_triple_is_known(
     model: OscarForPreTraining, stream: Stream, first: bool
 ):
-    shop, batch = workshop(model, accumulate=2), stream.batch(0, stream.room())
+    train_state, batch = make_state(model, accumulate=2), stream.batch(0, stream.buffer())
     if not first:
-        assert not take(shop, share(shop, batch), 1e-3).read().fault
-    before = copy.deepcopy((model.state_dict(), shop.optimizer.state_dict()["state"], shop.guard.state()))
+        assert not take(train_state, share(train_state, batch), 1e-3).read().fault
+    before = copy.deepcopy((model.state_dict(), train_state.optimizer.state_dict()["state"], train_state.guard.state()))
     batch.features[3, 0, 0] = math.inf
-    report = take(shop, share(shop, batch), 1e-3)
+    report = take(train_state, share(train_state, batch), 1e-3)
     assert not math.isfinite(report.read().loss)
     assert report.read().fault
     assert report.finite.logical_not().nonzero().flatten().tolist() == [3]
-    weights, moments, guard = model.state_dict(), shop.optimizer.state_dict()["state"], shop.guard.state()
+    weights, moments, guard = model.state_dict(), train_state.optimizer.state_dict()["state"], train_state.guard.state()
     assert guard == before[2]
     assert all(torch.equal(weights[name], was) for name, was in before[0].items())
     for number, moment in moments.items():
@@ -116,9 +125,9 @@ def test_a_step_that_is_no_number_is_not_taken_and_its_triple_is_known(
 
 
 def test_a_step_says_what_its_batch_was(model: OscarForPreTraining, stream: Stream):
-    batch = stream.batch(0, stream.room())
+    batch = stream.batch(0, stream.buffer())
     result = take(
-        workshop(model, accumulate=4), share(workshop(model, accumulate=4), batch), 1e-4, stopping=True
+        make_state(model, accumulate=4), share(make_state(model, accumulate=4), batch), 1e-4, stopping=True
     ).read()
     assert result.tokens == batch.attention_mask.sum() + batch.region_mask.sum()
     assert result.masked == (batch.mlm_labels != IGNORED).sum()
@@ -132,14 +141,14 @@ def test_shares_are_the_batches_and_say_how_long_they_were_waited_for(model: Osc
             yield batch
 
     found = []
-    for work in shares(workshop(model, accumulate=2), slow()):
+    for work in shares(make_state(model, accumulate=2), slow()):
         assert len(work.parts) == 2
         found.append((work.waited, sum(part.counts[2].item() for part in work.parts)))
         time.sleep(0.2)  # is not counted
     assert all(0.1 <= waited < 0.2 for waited, _ in found)
-    room = stream.room()
+    buffer = stream.buffer()
     seen = [
-        stream.batch(step, room) and int(room.batch.attention_mask.sum() + room.batch.region_mask.sum())
+        stream.batch(step, buffer) and int(buffer.batch.attention_mask.sum() + buffer.batch.region_mask.sum())
         for step in range(3)
     ]
     assert [tokens for _, tokens in found] == seen
@@ -147,13 +156,13 @@ def test_shares_are_the_batches_and_say_how_long_they_were_waited_for(model: Osc
 
 def test_the_rehearsal_leaves_no_trace_and_runs_the_most_that_can_come(model: OscarForPreTraining, stream: Stream):
     before = {name: p.clone() for name, p in model.named_parameters()}
-    shop, most = workshop(model, accumulate=2), []
-    shop.model.cls.predictions.register_forward_pre_hook(lambda head, inputs: most.append(len(inputs[0])))
-    rehearse(shop, stream.room().batch)
+    train_state, most = make_state(model, accumulate=2), []
+    train_state.model.cls.predictions.register_forward_pre_hook(lambda head, inputs: most.append(len(inputs[0])))
+    rehearse(train_state, stream.buffer().batch)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
-    assert not shop.optimizer.state
+    assert not train_state.optimizer.state
     for batch in stream.batches(0, 10):
-        gradient(shop, share(shop, batch))
+        gradient(train_state, share(train_state, batch))
     assert len(most) == 21
     assert most[0] == 8 * 5 >= max(most[1:])
 

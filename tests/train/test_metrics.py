@@ -290,9 +290,9 @@ def test_a_long_run_says_early_how_long_it_takes(
     pace: float, told: str, warned: str, capsys: pytest.CaptureFixture[str]
 ):
     said: list[str] = []
-    shop = SimpleNamespace(model=OscarForPreTraining(oscar_config(random_config("tiny", 100), 8)))
+    train_state = SimpleNamespace(model=OscarForPreTraining(oscar_config(random_config("tiny", 100), 8)))
     settings = Train(steps=10_000, batch_size=768)
-    forecast = Forecast(SimpleNamespace(settings=settings, shop=shop, log=said, say=said.append))
+    forecast = Forecast(SimpleNamespace(settings=settings, train_state=train_state, log=said, say=said.append))
     for step in range(1, 40):
         forecast.add(step, 1000 + pace * step)
         if step == 2 and pace > 30:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, gelu, layer_norm
 from transformers import BertConfig
 
 from oscar_train.batch import IGNORED, Batch
-from oscar_train.data.room import put_text
+from oscar_train.data.batch_buffer import put_text
 from oscar_train.data.stream import Stream
 from oscar_train.model.dropout import by_head, keep, token_bits
 from oscar_train.model.losses import evaluate
@@ -120,10 +120,10 @@ def mask_of(seed: Tensor, p: float) -> Mask:
 
 def odd_rows(stream: Stream) -> Batch:
     """A batch in which one triple was left out, another has no regions, and a third no masked token."""
-    room = stream.room()
-    batch = stream.batch(0, room)
-    room.slots.readable[4] = False
-    put_text(stream.text(0), room, stream.corpus.tokenizer)
+    buffer = stream.buffer()
+    batch = stream.batch(0, buffer)
+    buffer.slots.readable[4] = False
+    put_text(stream.text(0), buffer, stream.corpus.tokenizer)
     batch.region_mask[[4, 6]] = False
     batch.mlm_labels[9] = IGNORED
     return batch
@@ -187,7 +187,7 @@ def test_losses_and_accuracies_of_an_evaluation_are_those_of_plain_functions(str
 
 
 def test_padding_and_empty_regions_are_no_tokens(stream: Stream):
-    batch = stream.batch(0, stream.room())
+    batch = stream.batch(0, stream.buffer())
     before = pack(batch, CPU)
     batch.input_ids[~batch.attention_mask] = 77
     batch.features[~batch.region_mask] = math.nan
@@ -200,7 +200,7 @@ def test_padding_and_empty_regions_are_no_tokens(stream: Stream):
 
 
 def test_what_is_no_number_stays_in_its_row(stream: Stream):
-    model, batch = random_model(), stream.batch(0, stream.room())
+    model, batch = random_model(), stream.batch(0, stream.buffer())
     batch.features[3, 0, 0] = math.nan
     pairs = model(pack(batch, CPU))[1]
     assert pairs.isfinite().all(1).logical_not().nonzero().flatten().tolist() == [3]
@@ -209,7 +209,7 @@ def test_what_is_no_number_stays_in_its_row(stream: Stream):
 @pytest.mark.parametrize("train", [True, False])
 def test_a_batch_without_a_masked_token_has_no_masked_token_loss(stream: Stream, train: bool):
     model = OscarForPreTraining(tiny()).train(train)
-    batch = stream.batch(0, stream.room())
+    batch = stream.batch(0, stream.buffer())
     batch.mlm_labels.fill_(IGNORED)
     part = pack(batch, CPU)
     outcome = evaluate(*model(part), part)
@@ -219,7 +219,7 @@ def test_a_batch_without_a_masked_token_has_no_masked_token_loss(stream: Stream,
 
 
 def test_a_batch_without_any_region_has_a_gradient(stream: Stream):
-    model, batch = OscarForPreTraining(tiny()), stream.batch(0, stream.room())
+    model, batch = OscarForPreTraining(tiny()), stream.batch(0, stream.buffer())
     batch.region_mask.fill_(False)
     part = pack(batch, CPU)
     evaluate(*model(part), part).loss.backward()

@@ -10,7 +10,7 @@ from oscar_train.model import packing
 from oscar_train.model.flops import count
 from oscar_train.model.packing import Grid, pack
 from oscar_train.ranks import Ranks
-from oscar_train.training.step import Share, gradient, open_workshop
+from oscar_train.training.step import Share, gradient, make_train_state
 
 CPU = torch.device("cpu")
 
@@ -36,8 +36,8 @@ def test_tensors_of_every_type_and_shape_fit_into_one_buffer():
 @pytest.mark.parametrize("grid", [Grid(tokens=64, masked=64), Grid(tokens=7, masked=1), Grid(tokens=500, masked=90)])
 def test_filler_changes_neither_losses_nor_gradients_nor_dropout(stream: Stream, grid: Grid):
     model, _ = build(open_init("random:tiny"), feature_dim=24, seed=1)
-    shop = open_workshop(model, Train(), Ranks(0, 1, CPU))
-    batch = stream.batch(0, stream.room())
+    train_state = make_train_state(model, Train(), Ranks(0, 1, CPU))
+    batch = stream.batch(0, stream.buffer())
     plain, filled = pack(batch, CPU), pack(batch, CPU, grid)
     assert len(filled.input_ids) % grid.tokens == len(filled.features) % grid.tokens == 0
     assert len(filled.masked) % grid.masked == 0
@@ -46,14 +46,14 @@ def test_filler_changes_neither_losses_nor_gradients_nor_dropout(stream: Stream,
 
     results = []
     for part in (plain, filled):
-        means, numbers, _ = gradient(shop, Share(parts=[part]))
+        means, numbers, _ = gradient(train_state, Share(parts=[part]))
         results.append((means, numbers, *(p.grad.clone() for p in model.parameters() if p.grad is not None)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_on_a_grid_have_few_shapes(stream: Stream):
-    grid, room = packing.grid_for(stream.size), stream.room()
-    parts = [pack(stream.batch(number, room), CPU, grid) for number in range(40)]
+    grid, buffer = packing.grid_for(stream.size), stream.buffer()
+    parts = [pack(stream.batch(number, buffer), CPU, grid) for number in range(40)]
     shapes = {tuple(tensor.shape for tensor in part.tensors().values()) for part in parts}
     assert len(shapes) <= 12

@@ -41,15 +41,15 @@ def reader(corpus: Corpus) -> RegionReader:
 
 
 def test_features_and_z_are_those_of_the_samples(reader: RegionReader, samples: list[Sample]):
-    room = slots(40)
+    buffer = slots(40)
     for images in (np.arange(40), np.array([5, 5, 4, 39, *range(36)])):  # the second time into used room
-        z = read(reader, images, room)
+        z = read(reader, images, buffer)
         for row, image in enumerate(images):
             sample = samples[image]
             k = min(len(sample.regions.tags), MAX_REGIONS)
-            assert room.counts[row] == k
-            np.testing.assert_array_equal(room.features[row, :k], sample.regions.features[:k])
-            assert not room.features[row, k:].any()
+            assert buffer.counts[row] == k
+            np.testing.assert_array_equal(buffer.features[row, :k], sample.regions.features[:k])
+            assert not buffer.features[row, k:].any()
             assert not z[row, k:].any()
             width, height = sample.image.width, sample.image.height
             for i, (x1, y1, x2, y2) in enumerate(sample.regions.boxes[:k].tolist()):
@@ -65,28 +65,28 @@ def int8_shards(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory)
 def test_features_stored_as_int8_arrive_as_the_stored_numbers_rounded_to_float16(
     int8_shards: Path, samples: list[Sample]
 ):
-    room = slots(40)
+    buffer = slots(40)
     with open_stream([str(int8_shards)], batch_size=8, threads=3) as stream:
         for images in (np.arange(40), np.array([5, 5, 4, 39, *range(36)])):
-            read(stream.reader, images, room)
+            read(stream.reader, images, buffer)
             for row, image in enumerate(images):
                 regions = samples[image].regions
                 k = min(len(regions.tags), MAX_REGIONS)
                 expected = dequantise(*quantise(regions.features))[:k].astype(np.float16)
-                np.testing.assert_array_equal(room.features[row, :k], expected)
+                np.testing.assert_array_equal(buffer.features[row, :k], expected)
                 np.testing.assert_allclose(expected, regions.features[:k], rtol=0, atol=0.015)
-                assert not room.features[row, k:].any()
-                np.testing.assert_array_equal(room.boxes[row, :k], regions.boxes[:k])
+                assert not buffer.features[row, k:].any()
+                np.testing.assert_array_equal(buffer.boxes[row, :k], regions.boxes[:k])
 
 
 def test_float16_and_int8_folders_can_be_mixed(shards: Path, int8_shards: Path, samples: list[Sample]):
     with open_stream([str(shards), str(int8_shards)], batch_size=8) as stream:
-        room = slots(80)
-        read(stream.reader, np.arange(80), room)
+        buffer = slots(80)
+        read(stream.reader, np.arange(80), buffer)
         for image in range(40):
             k = min(len(samples[image].regions.tags), MAX_REGIONS)
-            np.testing.assert_array_equal(room.features[image, :k], samples[image].regions.features[:k])
-            np.testing.assert_allclose(room.features[image + 40], room.features[image], rtol=0, atol=0.015)
+            np.testing.assert_array_equal(buffer.features[image, :k], samples[image].regions.features[:k])
+            np.testing.assert_allclose(buffer.features[image + 40], buffer.features[image], rtol=0, atol=0.015)
 
 
 def flip(folder: Path, key: str, array: str, byte: int = 3) -> None:
@@ -255,9 +255,9 @@ def test_an_index_that_contradicts_the_manifest_is_refused_or_skipped(
     ):
         pass
     with open_stream([str(copy)], batch_size=8, skip_corrupt=True) as stream:
-        room = slots(40)
-        read(stream.reader, np.arange(40), room)
-        assert np.flatnonzero(~room.readable).tolist() == [11]
+        buffer = slots(40)
+        read(stream.reader, np.arange(40), buffer)
+        assert np.flatnonzero(~buffer.readable).tolist() == [11]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_a_manifest_of_another_dtype_is_refused(int8_shards: Path, tmp_path: Pat
 
 
 def test_room_is_used_again_and_not_copied(stream: Stream):
-    room = stream.room()
-    place = room.batch.features.data_ptr()
-    assert stream.batch(0, room).features.data_ptr() == place
-    assert stream.batch(1, room).features.data_ptr() == place
+    buffer = stream.buffer()
+    place = buffer.batch.features.data_ptr()
+    assert stream.batch(0, buffer).features.data_ptr() == place
+    assert stream.batch(1, buffer).features.data_ptr() == place

@@ -510,8 +510,8 @@ def test_closing_waits_for_no_server(
         batches.close()  # type: ignore[attr-defined]
         assert time.monotonic() - began < 1
         server.faults.clear()
-        assert digest(stream.batch(0, stream.room())) == local[0]
-        assert digest(stream.batch(5, stream.room())) == local[5]
+        assert digest(stream.batch(0, stream.buffer())) == local[0]
+        assert digest(stream.batch(5, stream.buffer())) == local[5]
         assert [digest(batch) for batch in stream.batches(0, STEPS)] == local
 
 

@@ -59,8 +59,8 @@ def test_rows_are_a_matched_and_a_wrong_pair(pairs: Stream, samples: list[Sample
     by_key = {sample.key: sample for sample in samples}
     kinds: Counter[str] = Counter()
     for step in range(12):
-        room = pairs.room()
-        batch = pairs.batch(step, room)
+        buffer = pairs.buffer()
+        batch = pairs.batch(step, buffer)
         assert batch.input_ids.shape == (32, 20)
         assert batch.features.shape[:2] == (32, 8)
         for row, triple in enumerate(batch.triples.tolist()):
@@ -89,7 +89,7 @@ def test_rows_are_a_matched_and_a_wrong_pair(pairs: Stream, samples: list[Sample
 
 def test_rows_are_the_same_in_whatever_batch_they_are_asked_for(shards: Path, pairs: Stream, tokenizer: Tokenizer):
     make = partial(make_composer, shape=SHAPE)
-    whole = pairs.batch(1, pairs.room())
+    whole = pairs.batch(1, pairs.buffer())
     for rank in range(2):
         with open_stream(
             [str(shards)],
@@ -101,13 +101,13 @@ def test_rows_are_the_same_in_whatever_batch_they_are_asked_for(shards: Path, pa
             rank=rank,
             ranks=2,
         ) as stream:
-            part = stream.batch(1, stream.room())
+            part = stream.batch(1, stream.buffer())
             for name, tensor in vars(part).items():
                 assert torch.equal(tensor, getattr(whole, name)[16 * rank : 16 * rank + 16]), name
 
 
 def test_dropout_of_the_two_rows_differs(pairs: Stream):
-    seeds = pairs.batch(0, pairs.room()).dropout_seeds
+    seeds = pairs.batch(0, pairs.buffer()).dropout_seeds
     assert len(set(seeds.tolist())) == 32
 
 

@@ -165,7 +165,7 @@ def test_a_batch_is_what_the_samples_say(shards: Path, samples: list[Sample], to
 
 
 def test_shapes_and_types(stream: Stream):
-    batch = stream.batch(0, stream.room())
+    batch = stream.batch(0, stream.buffer())
     shapes = {f.name: (tuple(getattr(batch, f.name).shape), getattr(batch, f.name).dtype) for f in fields(Batch)}
     assert shapes == {
         "input_ids": ((16, 35), torch.int64),
@@ -183,7 +183,7 @@ def test_shapes_and_types(stream: Stream):
 
 
 def test_a_part_of_a_batch_is_the_same_memory(stream: Stream):
-    batch = stream.batch(0, stream.room())
+    batch = stream.batch(0, stream.buffer())
     part = batch.part(4, 10)
     for f in fields(Batch):
         assert torch.equal(getattr(part, f.name), getattr(batch, f.name)[4:10])

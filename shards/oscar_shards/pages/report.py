@@ -175,7 +175,8 @@ def _listed(counts: "Counter[str]", most: int) -> str:
 
 def _body(statistics: Report) -> Iterator[str]:
     stats = statistics.stats
-    yield f'<h1>Shards in numbers</h1><p class="lead">{text(", ".join(map(str, statistics.paths)))}</p><div class="cards">'
+    folders = ", ".join(map(str, statistics.paths))
+    yield f'<h1>Shards in numbers</h1><p class="lead">{text(folders)}</p><div class="cards">'
     for name, value in (
         ("images", number(stats.images)),
         ("triples", number(stats.triples.total())),

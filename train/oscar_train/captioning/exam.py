@@ -13,9 +13,9 @@ from oscar_train.captioning.layout import laid_out, tags_of
 from oscar_train.captioning.metrics import caption_scores
 from oscar_train.captioning.search import MOST_TOKENS
 from oscar_train.captioning.spelling import spell
+from oscar_train.data.batch_buffer import BatchBuffer, make_batch_buffer, put_regions
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
-from oscar_train.data.room import Room, make_room, put_regions
 from oscar_train.data.sampling.philox import EXAM, permutation
 from oscar_train.data.sampling.shape import Shape
 from oscar_train.data.texts.phrases import CAPTION
@@ -96,26 +96,26 @@ def _written(exam: CaptionExam, answering: Answering) -> Tensor:
     count = len(exam.triples)
     tokens = torch.zeros(count, MOST_TOKENS, dtype=torch.int64, device=answering.ranks.device)
     shape = Shape(regions=exam.regions)
-    room = make_room(min(answering.size, count), exam.corpus.feature_dim, shape=shape)
+    buffer = make_batch_buffer(min(answering.size, count), exam.corpus.feature_dim, shape=shape)
 
     for begin, end in answering.shares(count):
-        batch = images_with_tags(exam.corpus, exam.reader, exam.triples[begin:end], room.rows(0, end - begin))
+        batch = images_with_tags(exam.corpus, exam.reader, exam.triples[begin:end], buffer.rows(0, end - begin))
         tokens[begin:end] = answering.forward(batch) + 1  # 0 where another rank writes
 
     return answering.ranks.total(tokens) - 1
 
 
-def images_with_tags(corpus: Corpus, reader: RegionReader, triples: Ints, room: Room) -> Batch:
-    """Return the images of triples with their tags, in the places of training, and no caption. They lie in `room`."""
+def images_with_tags(corpus: Corpus, reader: RegionReader, triples: Ints, buffer: BatchBuffer) -> Batch:
+    """Return the images of triples with their tags, in the places of training, and no caption. They lie in `buffer`."""
     images = corpus.image[triples]
-    reader.read(images, room.slots)
-    put_regions(reader, images, room)
+    reader.read(images, buffer.slots)
+    put_regions(reader, images, buffer)
 
     nothing, lengths = np.zeros((len(triples), 0), np.int32), np.zeros(len(triples), np.int64)
     ids, types, present = laid_out(corpus.tokenizer, nothing, lengths, *tags_of(corpus, triples))
 
     return replace(
-        room.batch,
+        buffer.batch,
         input_ids=torch.from_numpy(ids.astype(np.int64)),
         token_type_ids=torch.from_numpy(types),
         attention_mask=torch.from_numpy(present & (types == 1)),

@@ -112,7 +112,7 @@ def save(
     return read(place)[0]
 
 
-def room(model: OscarForPreTraining) -> int:
+def buffer(model: OscarForPreTraining) -> int:
     """Return the bytes that a checkpoint takes: the weights, the tied ones twice, and AdamW's two moments."""
     parameters = sum(tensor.numel() for tensor in model.parameters())
     tied = model.bert.embeddings.word_embeddings.weight.numel()
@@ -125,7 +125,7 @@ def check_space(out: Path, model: OscarForPreTraining) -> None:
     Raises:
         OperationError: it does not.
     """
-    need, free = room(model), shutil.disk_usage(out).free
+    need, free = buffer(model), shutil.disk_usage(out).free
     if need > free:
         raise OperationError(
             f"--out {out}: {free / 1e6:,.0f} MB are free, a checkpoint takes {need / 1e6:,.0f} MB; free some space or "

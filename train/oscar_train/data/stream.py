@@ -20,11 +20,11 @@ from oscar_common.errors import UsageError
 from oscar_common.files import cache_folder, digest
 from oscar_shards.cache import ShardCache
 from oscar_train.batch import Batch
+from oscar_train.data.batch_buffer import BatchBuffer, make_batch_buffer, put_regions, put_text
 from oscar_train.data.corpus import Corpus, open_corpus
 from oscar_train.data.reading.prefetch import Ahead
 from oscar_train.data.reading.regions import RegionReader
 from oscar_train.data.reading.tars import Tars, check_window
-from oscar_train.data.room import Room, make_room, put_regions, put_text
 from oscar_train.data.sampling.negatives import make_pools
 from oscar_train.data.sampling.order import Order
 from oscar_train.data.sampling.shape import PAIR, Shape
@@ -118,12 +118,12 @@ class Stream:
             else digest((corpus_fingerprint, xxh3_128_hexdigest(self.only.tobytes())))
         )
 
-    def room(self) -> Room:
-        """Make room for a batch."""
-        return make_room(self.size, self.corpus.feature_dim, self.pin, self.shape)
+    def buffer(self) -> BatchBuffer:
+        """Make the buffer for a batch."""
+        return make_batch_buffer(self.size, self.corpus.feature_dim, self.pin, self.shape)
 
     @property
-    def rooms(self) -> int:
+    def buffers(self) -> int:
         """How many batches there is room for while batches are made ahead."""
         return -(-self.threads // self._parts) + 1
 
@@ -156,20 +156,20 @@ class Stream:
         """Return the text of a step's triples."""
         return self._rows(self._position(step), self.size)[0]
 
-    def batch(self, step: int, room: Room) -> Batch:
-        """Return the batch of a step, which lies in `room`."""
-        self._make(self._position(step), room)
-        return room.batch
+    def batch(self, step: int, buffer: BatchBuffer) -> Batch:
+        """Return the batch of a step, which lies in `buffer`."""
+        self._make(self._position(step), buffer)
+        return buffer.batch
 
     def batches(self, first: int, end: int) -> Iterator[Batch]:
         """Yield the batches of steps `first` to `end`, made ahead."""
-        for room in self._ahead(self._make, first, end):
-            yield room.batch
+        for buffer in self._ahead(self._make, first, end):
+            yield buffer.batch
 
     def regions(self, first: int, end: int) -> Iterator[Tensor]:
         """Yield the features of steps `first` to `end` alone, float16 [B / R, 50, P], read ahead."""
-        for room in self._ahead(self._read, first, end):
-            yield room.batch.features
+        for buffer in self._ahead(self._read, first, end):
+            yield buffer.batch.features
 
     def _position(self, step: int) -> int:
         """Return where this rank's share of a step begins in the endless sequence."""
@@ -192,31 +192,33 @@ class Stream:
         joined = {f.name: np.concatenate([getattr(text, f.name) for text in texts]) for f in fields(TextBatch)}
         return TextBatch(**joined), np.concatenate(images)
 
-    def _read(self, position: int, room: Room) -> None:
+    def _read(self, position: int, buffer: BatchBuffer) -> None:
         """Read the features of as many triples as there is room for, each of its own image."""
-        images = self.corpus.image[self._triples(position, len(room) // self.shape.rows)]
-        self.reader.read(np.repeat(images, self.shape.rows), room.slots)
+        images = self.corpus.image[self._triples(position, len(buffer) // self.shape.rows)]
+        self.reader.read(np.repeat(images, self.shape.rows), buffer.slots)
 
-    def _make(self, position: int, room: Room) -> None:
+    def _make(self, position: int, buffer: BatchBuffer) -> None:
         """Make as many triples as there is room for."""
-        count = len(room) // self.shape.rows
-        room.batch.triples.numpy()[:] = np.repeat(self._triples(position, count), self.shape.rows)
+        count = len(buffer) // self.shape.rows
+        buffer.batch.triples.numpy()[:] = np.repeat(self._triples(position, count), self.shape.rows)
         text, images = self._rows(position, count)
-        self.reader.read(images, room.slots)
-        put_regions(self.reader, images, room)
-        put_text(text, room, self.corpus.tokenizer, self.shape.rows)
+        self.reader.read(images, buffer.slots)
+        put_regions(self.reader, images, buffer)
+        put_text(text, buffer, self.corpus.tokenizer, self.shape.rows)
 
-    def _ahead(self, make: Callable[[int, Room], object], first: int, end: int) -> Iterator[Room]:
+    def _ahead(self, make: Callable[[int, BatchBuffer], object], first: int, end: int) -> Iterator[BatchBuffer]:
         """Yield the rooms of steps, filled by several threads.
 
         Each makes rows of a batch in one go, text and regions, so that few hands ask for the interpreter's lock: a
         share of a large batch, so that memory does not grow with the threads, or a small one whole.
         """
-        depth = self.rooms - 1
+        depth = self.buffers - 1
         edges = [self.size * part // self._parts for part in range(self._parts + 1)]
-        rooms = [self.room() for _ in range(self.rooms)]
+        buffers = [self.buffer() for _ in range(self.buffers)]
         rows = self.shape.rows
-        pieces = [[(begin, room.rows(begin * rows, end * rows)) for begin, end in pairwise(edges)] for room in rooms]
+        pieces = [
+            [(begin, buffer.rows(begin * rows, end * rows)) for begin, end in pairwise(edges)] for buffer in buffers
+        ]
 
         with (
             self.reader.tars.reading(),  # until the makers are gone, whom the end of fetching stops
@@ -226,7 +228,7 @@ class Stream:
 
             def begun(step: int) -> list[Future[object]]:
                 position = self._position(step)
-                return [makers.submit(make, position + row, piece) for row, piece in pieces[step % len(rooms)]]
+                return [makers.submit(make, position + row, piece) for row, piece in pieces[step % len(buffers)]]
 
             coming = deque(map(begun, range(first, min(first + depth, end))))
             for step in range(first, end):
@@ -235,7 +237,7 @@ class Stream:
                     coming.append(begun(step + depth))
                 for part in coming.popleft():
                     part.result()
-                yield rooms[step % len(rooms)]
+                yield buffers[step % len(buffers)]
 
     @contextmanager
     def _fetching(self, end: int) -> Iterator[Callable[[int], None]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from oscar_train.batch import IGNORED, Batch
-from oscar_train.data.room import make_room
+from oscar_train.data.batch_buffer import make_batch_buffer
 from oscar_train.data.texts.phrases import CAPTION
 from oscar_train.data.texts.ragged import Ints
 from oscar_train.evaluation.questions import Exam
@@ -105,17 +105,17 @@ def _questions(exam: Exam, answering: Answering, shuffled: str | None) -> dict[s
     device = answering.ranks.device
     tokens = torch.zeros(len(SIDES), 3, dtype=torch.float64, device=device)  # loss, right ones, all
     pairs = torch.zeros(len(exam.asked), 3, dtype=torch.float64, device=device)
-    rooms = make_room(min(answering.size, len(exam.triples)), exam.corpus.feature_dim)
+    buffers = make_batch_buffer(min(answering.size, len(exam.triples)), exam.corpus.feature_dim)
 
     for begin, end in answering.shares(len(exam.triples)):
-        room, rows = rooms.rows(0, end - begin), slice(begin, end)
-        exam.regions(exam.triples[rows], exam.partners[rows], room, shuffled)
+        buffer, rows = buffers.rows(0, end - begin), slice(begin, end)
+        exam.regions(exam.triples[rows], exam.partners[rows], buffer, shuffled)
         for number, name in enumerate(exam.asked):
-            exam.text(name, begin, room, shuffled)
-            scores, classes = answering.forward(room.batch)
-            pairs[number] += _counted(classes, room.batch.match_labels.to(device)).sum(0)
+            exam.text(name, begin, buffer, shuffled)
+            scores, classes = answering.forward(buffer.batch)
+            pairs[number] += _counted(classes, buffer.batch.match_labels.to(device)).sum(0)
             if name == MATCHED:
-                labels, sides = (each.to(device) for each in _masked(exam, room.batch))
+                labels, sides = (each.to(device) for each in _masked(exam, buffer.batch))
                 tokens.index_add_(0, sides, _counted(scores, labels))
 
     answering.ranks.total(tokens), answering.ranks.total(pairs)
@@ -167,12 +167,12 @@ def _retrieval(exam: Exam, answering: Answering, shuffled: str | None) -> dict[s
     """Score every text of the gallery with every image, and see where the right one stands."""
     size, ranks = len(exam.gallery), answering.ranks
     scores = torch.zeros(size, size, device=ranks.device)  # [texts, images]
-    room = make_room(min(answering.size, size), exam.corpus.feature_dim)
+    buffer = make_batch_buffer(min(answering.size, size), exam.corpus.feature_dim)
     matched = exam.objective.label(MATCHED)
 
     for first in range(0, size, answering.size):
         block = slice(first, min(first + answering.size, size))
-        part = room.rows(0, block.stop - block.start)
+        part = buffer.rows(0, block.stop - block.start)
         exam.regions(exam.gallery[block], exam.gallery_partners[block], part, shuffled)
         features = part.batch.features.to(ranks.device)  # once for all texts
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from oscar_common.errors import UsageError
 from oscar_train.arguments import SHUFFLES
 from oscar_train.batch import IGNORED
+from oscar_train.data.batch_buffer import BatchBuffer, put_regions, put_text
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
-from oscar_train.data.room import Room, put_regions, put_text
 from oscar_train.data.sampling.negatives import Pools, make_pools
 from oscar_train.data.sampling.philox import EXAM, permutation
 from oscar_train.data.sampling.text_pairs import Sides
@@ -52,33 +52,33 @@ class Exam:
     gallery_partners: Ints
     seed: int
 
-    def regions(self, triples: Ints, partners: Ints, room: Room, shuffled: str | None = None) -> None:
+    def regions(self, triples: Ints, partners: Ints, buffer: BatchBuffer, shuffled: str | None = None) -> None:
         """Read the regions of some triples, or of their partners, into a room."""
         images = self.corpus.image[partners if shuffled == FEATURES else triples]
-        self.reader.read(images, room.slots)
-        put_regions(self.reader, images, room)
-        room.batch.triples.numpy()[:] = triples
+        self.reader.read(images, buffer.slots)
+        put_regions(self.reader, images, buffer)
+        buffer.batch.triples.numpy()[:] = triples
 
-    def text(self, name: str, begin: int, room: Room, shuffled: str | None = None) -> None:
+    def text(self, name: str, begin: int, buffer: BatchBuffer, shuffled: str | None = None) -> None:
         """Put the texts of the triples from `begin` on, made to be of class `name`, into a room.
 
         Rows that could not be made so (no wrong text was found, or there is no q to replace) have no label.
         """
-        rows = slice(begin, begin + len(room))
+        rows = slice(begin, begin + len(buffer))
         change = partial(_change, self.corpus, self.triples[rows], self.partners[rows], shuffled)
         text = assemble(
             self.corpus, self.pools, self.asked[name], self.triples[rows], self.seed, 0, begin, change=change
         )
         text.match_labels[text.match_labels != self.objective.label(name)] = IGNORED
-        put_text(text, room, self.corpus.tokenizer)
+        put_text(text, buffer, self.corpus.tokenizer)
 
-    def pairs(self, text: int, begin: int, room: Room, shuffled: str | None = None) -> None:
+    def pairs(self, text: int, begin: int, buffer: BatchBuffer, shuffled: str | None = None) -> None:
         """Put a text of the gallery, beside the tags of each image from `begin` on, into a room; nothing is masked.
 
         An answer belongs to its question, and tags to their image (Oscar section 3.1, modality view).
         """
-        rows = slice(begin, begin + len(room))
-        w = np.full(len(room), (self.gallery_partners if shuffled == CAPTIONS else self.gallery)[text])
+        rows = slice(begin, begin + len(buffer))
+        w = np.full(len(buffer), (self.gallery_partners if shuffled == CAPTIONS else self.gallery)[text])
         tags = (self.gallery_partners if shuffled == TAGS else self.gallery)[rows]
         q = np.where(self.corpus.kind[w] == CAPTION, tags, w)
         sides = Sides(w=w, q=q, lent=np.zeros(len(w), bool))
@@ -94,7 +94,7 @@ class Exam:
                 match_labels=unknown,
                 dropout_seeds=np.zeros(len(w), np.int64),
             ),
-            room,
+            buffer,
             self.corpus.tokenizer,
         )
 

@@ -17,8 +17,8 @@ from oscar_common.errors import OperationError, UsageError
 from oscar_common.files import cache_folder, no_folder, sha256, temporary
 from oscar_shards.read import ShardFolder, open_folder
 from oscar_train.batch import Batch
+from oscar_train.data.batch_buffer import make_batch_buffer
 from oscar_train.data.reading.photo import read_regions
-from oscar_train.data.room import make_room
 from oscar_train.data.texts.ragged import Ints, Ragged
 from oscar_train.data.texts.tags import Tagging
 from oscar_train.predict.model import TaskModel
@@ -97,7 +97,7 @@ def make_batch(model: TaskModel, photos: Photos, which: Ints, text: Ragged) -> B
     Raises:
         OperationError: a photo's regions cannot be read.
     """
-    batch = make_room(len(which), model.feature_dim, shape=model.shape).batch
+    batch = make_batch_buffer(len(which), model.feature_dim, shape=model.shape).batch
     for row, photo in enumerate(which.tolist()):
         tar, entry = photos.row(photo)
         if not entry["num_boxes"]:

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from oscar_train.data.batch_buffer import make_batch_buffer, put_regions, put_text
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
-from oscar_train.data.room import make_room, put_regions, put_text
 from oscar_train.data.sampling.philox import EXAM, permutation
 from oscar_train.data.sampling.shape import Shape
 from oscar_train.data.stream import Only
@@ -65,20 +65,20 @@ def score_pairs(gallery: Gallery, shape: Shape, answering: Answering, score: Cal
     """
     count, ranks = len(gallery.images), answering.ranks
     scores = torch.zeros(len(gallery.texts), count, device=ranks.device)
-    rooms = make_room(min(answering.size, count), gallery.corpus.feature_dim, shape=replace(shape, rows=1))
+    buffers = make_batch_buffer(min(answering.size, count), gallery.corpus.feature_dim, shape=replace(shape, rows=1))
 
     for first in range(0, count, answering.size):
         block = slice(first, min(first + answering.size, count))
         images = gallery.images[block]
-        room = rooms.rows(0, len(images))
-        gallery.reader.read(images, room.slots)
-        put_regions(gallery.reader, images, room)
-        features = room.batch.features.to(ranks.device)  # once for all texts
+        buffer = buffers.rows(0, len(images))
+        gallery.reader.read(images, buffer.slots)
+        put_regions(gallery.reader, images, buffer)
+        features = buffer.batch.features.to(ranks.device)  # once for all texts
 
         for text, _ in answering.shares(len(gallery.texts), size=1):
             texts = np.full(len(images), gallery.texts[text])
-            put_text(rows_of(gallery.corpus, texts, images, shape.tokens), room, gallery.corpus.tokenizer)
-            scores[text, block] = score(answering.forward(replace(room.batch, features=features)))
+            put_text(rows_of(gallery.corpus, texts, images, shape.tokens), buffer, gallery.corpus.tokenizer)
+            scores[text, block] = score(answering.forward(replace(buffer.batch, features=features)))
 
     ranks.total(scores)
     return scores

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from oscar_train.batch import IGNORED, Batch
+from oscar_train.data.batch_buffer import BatchBuffer, make_batch_buffer, put_regions, put_text
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
-from oscar_train.data.room import Room, make_room, put_regions, put_text
 from oscar_train.data.sampling.philox import EXAM, permutation
 from oscar_train.data.sampling.shape import Shape
 from oscar_train.data.stream import Composer, Only
@@ -33,14 +33,14 @@ class Samples:
     compose: Composer
     criterion: Callable[[Any, Packed], tuple[Tensor, Tensor]]
 
-    def put(self, begin: int, end: int, room: Room) -> Batch:
+    def put(self, begin: int, end: int, buffer: BatchBuffer) -> Batch:
         """Put the rows of some of the samples into a room, which has as many."""
         text, images = self.compose(self.triples[begin:end], SEED, 0, begin)
-        self.reader.read(images, room.slots)
-        put_regions(self.reader, images, room)
-        put_text(text, room, self.corpus.tokenizer, self.shape.rows)
-        room.batch.triples.numpy()[:] = np.repeat(self.triples[begin:end], self.shape.rows)
-        return room.batch
+        self.reader.read(images, buffer.slots)
+        put_regions(self.reader, images, buffer)
+        put_text(text, buffer, self.corpus.tokenizer, self.shape.rows)
+        buffer.batch.triples.numpy()[:] = np.repeat(self.triples[begin:end], self.shape.rows)
+        return buffer.batch
 
 
 def draw_triples(corpus: Corpus, only: Only, count: int) -> Ints:
@@ -57,10 +57,10 @@ def measure_samples(samples: Samples, answering: Answering) -> dict[str, float]:
     device = answering.ranks.device
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right ones, labels
     size = max(1, answering.size // samples.shape.rows)
-    room = make_room(min(size, len(samples.triples)), samples.corpus.feature_dim, shape=samples.shape)
+    buffer = make_batch_buffer(min(size, len(samples.triples)), samples.corpus.feature_dim, shape=samples.shape)
 
     for begin, end in answering.shares(len(samples.triples), size):
-        rows = room.rows(0, (end - begin) * samples.shape.rows)
+        rows = buffer.rows(0, (end - begin) * samples.shape.rows)
         batch = samples.put(begin, end, rows)
         scores = answering.forward(batch)
         sums, _ = samples.criterion(scores, pack(batch, device))

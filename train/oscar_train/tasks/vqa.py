@@ -20,9 +20,9 @@ from oscar_common.files import digest
 from oscar_common.progress import plural
 from oscar_common.settings import Finetune
 from oscar_train.batch import IGNORED
+from oscar_train.data.batch_buffer import make_batch_buffer
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
-from oscar_train.data.room import make_room
 from oscar_train.data.sampling.philox import SAMPLE, words
 from oscar_train.data.sampling.shape import Shape
 from oscar_train.data.sampling.triples import TextBatch
@@ -232,10 +232,12 @@ def measure_answers(samples: Samples, targets: Targets, answering: Answering) ->
     device = answering.ranks.device
     rows_of_triples = torch.from_numpy(targets.rows(samples.corpus))
     totals = torch.zeros(5, dtype=torch.float64, device=device)  # loss, its questions; soft, official; all questions
-    room = make_room(min(answering.size, len(samples.triples)), samples.corpus.feature_dim, shape=samples.shape)
+    buffer = make_batch_buffer(
+        min(answering.size, len(samples.triples)), samples.corpus.feature_dim, shape=samples.shape
+    )
 
     for begin, end in answering.shares(len(samples.triples)):
-        batch = samples.put(begin, end, room.rows(0, end - begin))
+        batch = samples.put(begin, end, buffer.rows(0, end - begin))
         scores = answering.forward(batch)
         sums, _ = samples.criterion(scores, pack(batch, device))
         best = scores.argmax(1, keepdim=True)

@@ -15,14 +15,14 @@ from oscar_common.memory import free_memory, neighbours
 from oscar_common.settings import Train
 from oscar_train.checkpoints.init import Start
 from oscar_train.checkpoints.tensor_names import TIED, shapes
-from oscar_train.data.room import make_room, triple_bytes
+from oscar_train.data.batch_buffer import make_batch_buffer, triple_bytes
 from oscar_train.data.sampling.shape import PAIR
 from oscar_train.data.stream import Stream
 from oscar_train.model.oscar import oscar_config
 from oscar_train.ranks import Ranks
 from oscar_train.tasks import pretraining
 from oscar_train.tasks.task import Task
-from oscar_train.training.step import Workshop, open_workshop, rehearse
+from oscar_train.training.step import TrainState, make_train_state, rehearse
 
 PROBES = {"cpu": (4, 16), "cuda": (8, 24)}  # triples; more would tell the same, but take minutes on a CPU
 SHARE = 0.9  # of the free memory: allocators leave holes, and others may want some
@@ -50,7 +50,7 @@ def check_weights(settings: Train, start: Start, feature_dim: int, ranks: Ranks,
         raise lacking(settings, need, free)
 
 
-def check_part(shop: Workshop, stream: Stream) -> None:
+def check_part(train_state: TrainState, stream: Stream) -> None:
     """Check on a CPU, before the largest part is rehearsed, that it fits: its memory follows from two small ones.
 
     A GPU says by itself that memory is lacking; on a CPU the system would kill the process without a word.
@@ -58,18 +58,20 @@ def check_part(shop: Workshop, stream: Stream) -> None:
     Raises:
         OperationError: it does not fit.
     """
-    if shop.ranks.device.type != "cpu":
+    if train_state.ranks.device.type != "cpu":
         return
 
-    part, feature_dim = stream.size // shop.settings.accumulate, stream.corpus.feature_dim
-    sizes, whole = _small(part), replace(shop, settings=replace(shop.settings, accumulate=1))
-    peaks, free = _peaks(whole, sizes, feature_dim), _free(shop.ranks.device)
+    part, feature_dim = stream.size // train_state.settings.accumulate, stream.corpus.feature_dim
+    sizes, whole = _small(part), replace(train_state, settings=replace(train_state.settings, accumulate=1))
+    peaks, free = _peaks(whole, sizes, feature_dim), _free(train_state.ranks.device)
     per_triple = max(0.0, (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]))
     need = (
-        peaks[1] + per_triple * (part - sizes[1]) + stream.rooms * stream.size * triple_bytes(feature_dim, stream.shape)
+        peaks[1]
+        + per_triple * (part - sizes[1])
+        + stream.buffers * stream.size * triple_bytes(feature_dim, stream.shape)
     )
     if need > free:
-        raise lacking(shop.settings, need, free)
+        raise lacking(train_state.settings, need, free)
 
 
 def lacking(settings: Train, need: float = 0, free: int = 0) -> OperationError:
@@ -105,13 +107,13 @@ def largest_batch(
     alone = replace(settings, accumulate=1, compile=False)  # compiled for each size it would take minutes
     task = task or pretraining.make_task(settings)
     model, _ = task.build(replace(start, folder=None), feature_dim, None)
-    shop = open_workshop(model.to(ranks.device), alone, replace(ranks, rank=0, size=1), task)
+    train_state = make_train_state(model.to(ranks.device), alone, replace(ranks, rank=0, size=1), task)
     sizes, free = PROBES[ranks.device.type], _free(ranks.device)
-    peaks = _peaks(shop, sizes, feature_dim)
+    peaks = _peaks(train_state, sizes, feature_dim)
     shares = settings.accumulate * ranks.size
     part = min(fits(sizes, peaks, free), _round(max(1, min(MOST, triples // EPOCH) // shares)))
     if ranks.device.type == "cuda":
-        part = _verified(shop, part, feature_dim)
+        part = _verified(train_state, part, feature_dim)
 
     part = _least(part, ranks)
     if part * shares < 2:
@@ -146,19 +148,19 @@ def _round(size: int) -> int:
     return size if size < STEP else size // STEP * STEP
 
 
-def _peaks(shop: Workshop, sizes: Sequence[int], feature_dim: int) -> list[int]:
+def _peaks(train_state: TrainState, sizes: Sequence[int], feature_dim: int) -> list[int]:
     """Return the bytes that parts of some sizes take beyond what is there now, with AdamW's moments."""
-    _reset_peak(shop.ranks.device)
-    before = _held(shop.ranks.device)
-    cuda = shop.ranks.device.type == "cuda"
-    moments = 0 if cuda else 8 * sum(p.numel() for p in shop.model.parameters())  # a GPU's rehearsal has them
+    _reset_peak(train_state.ranks.device)
+    before = _held(train_state.ranks.device)
+    cuda = train_state.ranks.device.type == "cuda"
+    moments = 0 if cuda else 8 * sum(p.numel() for p in train_state.model.parameters())  # a GPU's rehearsal has them
     peaks = []
 
     try:
         for size in (sizes[0], *sizes):  # the first time, libraries take memory that they keep
-            _reset_peak(shop.ranks.device)
-            rehearse(shop, make_room(size, feature_dim, shape=shop.task.shape).batch)
-            peaks.append(_peak(shop.ranks.device) - before + moments)
+            _reset_peak(train_state.ranks.device)
+            rehearse(train_state, make_batch_buffer(size, feature_dim, shape=train_state.task.shape).batch)
+            peaks.append(_peak(train_state.ranks.device) - before + moments)
     except torch.cuda.OutOfMemoryError:
         raise UsageError(NONE_FITS) from None
 
@@ -171,15 +173,15 @@ def _small(part: int) -> tuple[int, int]:
     return larger // 2, larger
 
 
-def _verified(shop: Workshop, part: int, feature_dim: int) -> int:
+def _verified(train_state: TrainState, part: int, feature_dim: int) -> int:
     """Rehearse a part, and with an eighth less as long as it does not fit."""
     while part > 0:
         torch.cuda.empty_cache()
         try:
-            rehearse(shop, make_room(part, feature_dim, shape=shop.task.shape).batch)
+            rehearse(train_state, make_batch_buffer(part, feature_dim, shape=train_state.task.shape).batch)
             break
         except torch.cuda.OutOfMemoryError:
-            shop.optimizer.zero_grad()
+            train_state.optimizer.zero_grad()
             part = _round(part * 7 // 8)
 
     return part

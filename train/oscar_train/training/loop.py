@@ -38,7 +38,7 @@ from oscar_train.training.region_init import anchor
 from oscar_train.training.reports import Reports, Run
 from oscar_train.training.schedule import rate
 from oscar_train.training.signals import Stop
-from oscar_train.training.step import check_graphs, open_workshop, rehearse, shares, take
+from oscar_train.training.step import check_graphs, make_train_state, rehearse, shares, take
 
 MakeTask = Callable[[Any, Sequence[Source], Tokenizer], Task]
 
@@ -103,10 +103,10 @@ def train(
                     eval_shards=eval_sources,
                 )
 
-            shop = open_workshop(model.to(ranks.device), settings, ranks, task)
+            train_state = make_train_state(model.to(ranks.device), settings, ranks, task)
             with _open_log(out, last, settings, task, evaluation, ranks) as log:
                 about = {"tags": asdict(tags), "shards": list(map(manifest_sha256, sources)), **task.about}
-                run = Run(settings, out, identity, about, stream, shop, evaluation, log)
+                run = Run(settings, out, identity, about, stream, train_state, evaluation, log)
                 run.say(describe(stream, evaluation))
                 if settings.tags == "ground-truth" and ranks.first and not stream.corpus.ground_truth:
                     warn("--tags ground-truth: no image of --shards has any; all q are tags of the detector")
@@ -192,11 +192,11 @@ def _place(ranks: Ranks) -> str:
 def _train(run: Run, last: Checkpoint | None, stop: Stop) -> None:
     """Do the steps that are left, and say where the result is."""
     done, steps = last.step if last else 0, run.settings.steps
-    check_part(run.shop, run.stream)
-    rehearse(run.shop, run.stream.room().batch)
+    check_part(run.train_state, run.stream)
+    rehearse(run.train_state, run.stream.buffer().batch)
     if last is not None:
-        checkpoint.load(last, run.shop.model, run.shop.optimizer, run.shop.ranks.size)
-        run.shop.guard.restore(last.guard)
+        checkpoint.load(last, run.train_state.model, run.train_state.optimizer, run.train_state.ranks.size)
+        run.train_state.guard.restore(last.guard)
         run.say(f"going on after step {done} of {steps}, from {last.folder}")
 
     began = time.monotonic()
@@ -211,13 +211,13 @@ def _train(run: Run, last: Checkpoint | None, stop: Stop) -> None:
 
 def _go_on(run: Run, done: int, stop: Stop) -> None:
     """Do the steps after the first `done`; what each came to is read while the next one is under way."""
-    settings, alone = run.settings, run.shop.ranks.size == 1
+    settings, alone = run.settings, run.train_state.ranks.size == 1
     if _lacks_evaluation(run, done) and _evaluate(run, done, stop):
         raise Stopped(f"before step {done + 1}; the same command again continues", stop.cause or signal.SIGTERM)
 
     reports = Reports(run)
-    for step, work in enumerate(shares(run.shop, run.stream.batches(done, settings.steps)), done + 1):
-        report = take(run.shop, work, rate(settings, step), stop.cause is not None)
+    for step, work in enumerate(shares(run.train_state, run.stream.batches(done, settings.steps)), done + 1):
+        report = take(run.train_state, work, rate(settings, step), stop.cause is not None)
         reports.add(step, report, count(work.parts))
         stopped = reports.read(left=1) or (alone and stop.cause is not None)
         asks = run.evaluation is not None and is_due(settings, step)
@@ -233,7 +233,7 @@ def _go_on(run: Run, done: int, stop: Stop) -> None:
             _save(run, step)
 
         if step < settings.steps and (stopped or (alone and saves and stop.cause)):
-            run.shop.ranks.gather()
+            run.train_state.ranks.gather()
             saved = f"after step {step}, which is saved; the same command again continues"
             raise Stopped(saved, stop.cause or signal.SIGTERM)  # it may have reached other ranks alone
 
@@ -245,15 +245,15 @@ def _lacks_evaluation(run: Run, step: int) -> bool:
     if run.evaluation is None or not is_due(run.settings, step):
         return False
     lacks = run.log is not None and run.log.evaluated < step
-    return bool(run.shop.ranks.total(torch.tensor(float(lacks), device=run.shop.ranks.device)))
+    return bool(run.train_state.ranks.total(torch.tensor(float(lacks), device=run.train_state.ranks.device)))
 
 
 def _evaluate(run: Run, step: int, stop: Stop) -> bool:
     """Ask what is known after a step, and log it; return whether a rank was told to stop meanwhile."""
     assert run.evaluation is not None
-    settings, ranks = run.settings, run.shop.ranks
+    settings, ranks = run.settings, run.train_state.ranks
     answering = Answering(
-        forward=partial(answer, run.shop.model, settings.precision),
+        forward=partial(answer, run.train_state.model, settings.precision),
         ranks=ranks,
         size=max(1, settings.batch_size // ranks.size // settings.accumulate),
         stopped=lambda: stop.cause is not None,
@@ -293,11 +293,11 @@ def _save(run: Run, step: int) -> None:
         run.out,
         step,
         run.identity,
-        run.shop.model,
-        run.shop.optimizer,
+        run.train_state.model,
+        run.train_state.optimizer,
         run.stream.corpus.tokenizer,
-        ranks=run.shop.ranks.size,
-        guard=run.shop.guard.state(),
+        ranks=run.train_state.ranks.size,
+        guard=run.train_state.guard.state(),
         about=run.about,
     )
     checkpoint.prune(run.out, run.settings.keep, step)

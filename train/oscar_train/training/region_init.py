@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from oscar_train.batch import BOX, MAX_TOKENS
+from oscar_train.data.batch_buffer import make_batch_buffer, put_regions
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.prefetch import fetching
-from oscar_train.data.room import make_room, put_regions
 from oscar_train.data.stream import Stream
 from oscar_train.data.texts.ragged import Ints
 from oscar_train.data.texts.tokens import Tokenizer
@@ -104,14 +104,14 @@ def _regression(squares: Tensor, counts: Tensor, sums: Tensor, tags: Tensor) -> 
 def _tagged_regions(stream: Stream) -> Iterator[tuple[list[str], Tensor]]:
     """Yield the tags of regions, and the regions [v'; z], float64 [R, P + 6]; those of some images at a time."""
     tags = _region_tags(stream.corpus, np.sort(stream.first_images(IMAGES)))
-    room = make_room(CHUNK, stream.corpus.feature_dim)
+    buffer = make_batch_buffer(CHUNK, stream.corpus.feature_dim)
     listed = np.array(list(tags), np.int64)
     shards = np.unique(stream.corpus.images.shard[listed]).tolist()
 
     with fetching(stream.reader.tars, shards):
         for begin in range(0, len(listed), CHUNK):
             images = listed[begin : begin + CHUNK]
-            part = room.rows(0, len(images))
+            part = buffer.rows(0, len(images))
             stream.reader.read(images, part.slots)
             put_regions(stream.reader, images, part)
             region_mask = part.batch.region_mask

@@ -16,7 +16,7 @@ from oscar_train.logs.throughput import Meter
 from oscar_train.model.flops import Work, matrix_ceiling
 from oscar_train.tasks.task import Evaluation
 from oscar_train.training.schedule import rate
-from oscar_train.training.step import Report, Result, Workshop
+from oscar_train.training.step import Report, Result, TrainState
 
 LONG_RUN, WEEK = 600.0, 7 * 86400.0  # seconds from which on a run is told, or warned of, how long it takes
 NOTHING = 20  # steps without any image after which a run ends
@@ -35,7 +35,7 @@ class Run:
     identity: dict[str, object]
     about: dict[str, object]
     stream: Stream
-    shop: Workshop
+    train_state: TrainState
     evaluation: Evaluation | None
     log: Log | None
 
@@ -52,7 +52,7 @@ class Reports:
         self._run = run
         self._coming: deque[tuple[int, Report, Work]] = deque()
         self._nothing = 0  # steps without any image, the last ones
-        self._meter = _meter(run.shop)
+        self._meter = _meter(run.train_state)
         self._forecast = Forecast(run)
 
     def add(self, step: int, report: Report, work: Work) -> None:
@@ -115,13 +115,13 @@ class Forecast:
             self._say(step, (self._run.settings.steps - step) * seconds / steps)
 
     def _say(self, step: int, left: float) -> None:
-        settings, room = self._run.settings, checkpoint.room(self._run.shop.model)
+        settings, buffer = self._run.settings, checkpoint.buffer(self._run.train_state.model)
         if left < LONG_RUN:
             return
 
         self._run.say(
             f"at this pace the {settings.steps - step:,} steps left take about {duration(left)}; a checkpoint takes "
-            f"{room / 1e9:.1f} GB, and --keep {settings.keep} keeps as many"
+            f"{buffer / 1e9:.1f} GB, and --keep {settings.keep} keeps as many"
         )
         if left > WEEK:
             warn(
@@ -132,14 +132,14 @@ class Forecast:
 
 def _skip(run: Run, step: int, result: Result, report: Report) -> None:
     """Count a step that was skipped, and name the images whose scores are no numbers, or all of them."""
-    ranks, size = run.shop.ranks, len(report.finite)
+    ranks, size = run.train_state.ranks, len(report.finite)
     odd = torch.zeros(run.settings.batch_size, dtype=torch.int32, device=ranks.device)
     odd[ranks.rank * size : (ranks.rank + 1) * size] = ~report.finite
     suspects = ranks.total(odd).bool().tolist()
     keys = run.stream.keys(step - 1)
     chosen = [key for key, suspect in zip(keys, suspects, strict=True) if suspect] if any(suspects) else keys
-    fault = run.shop.guard.reason(result.loss, result.norm, result.usual)
-    run.shop.guard.skip(step, fault, list(dict.fromkeys(chosen)), aloud=ranks.first)
+    fault = run.train_state.guard.reason(result.loss, result.norm, result.usual)
+    run.train_state.guard.skip(step, fault, list(dict.fromkeys(chosen)), aloud=ranks.first)
 
 
 def _row(run: Run, step: int, result: Result, measured: dict[str, float]) -> Row:
@@ -153,13 +153,13 @@ def _row(run: Run, step: int, result: Result, measured: dict[str, float]) -> Row
         match_accuracy=result.match_accuracy,
         lr=rate(run.settings, step),
         grad_norm=result.norm,
-        skipped=run.settings.batch_size - result.triples // run.shop.task.shape.labels,
-        skipped_steps=run.shop.guard.skipped,
+        skipped=run.settings.batch_size - result.triples // run.train_state.task.shape.labels,
+        skipped_steps=run.train_state.guard.skipped,
         **measured,
     )
 
 
-def _meter(shop: Workshop) -> Meter:
+def _meter(train_state: TrainState) -> Meter:
     """Return what measures the pace. All ranks look for the ceiling at once, as on a CPU they share it."""
-    ceiling = matrix_ceiling(shop.ranks.device, shop.settings.precision)
-    return Meter(shop.model.config, shop.ranks.device, ceiling, shop.ranks.size)
+    ceiling = matrix_ceiling(train_state.ranks.device, train_state.settings.precision)
+    return Meter(train_state.model.config, train_state.ranks.device, ceiling, train_state.ranks.size)

@@ -29,7 +29,7 @@ from oscar_train.training.loss_guard import Guard
 
 
 @dataclass(frozen=True)
-class Workshop:
+class TrainState:
     """A model (a `Network` of a task) and what trains it.
 
     network: the model, or what spreads it over the ranks. recorder: of CUDA graphs.
@@ -98,7 +98,7 @@ class Report:
         return Result(**{f.name: whole.get(f.name, float)(number) for f, number in named})
 
 
-def open_workshop(model: Any, settings: Train, ranks: Ranks, task: Task | None = None) -> Workshop:
+def make_train_state(model: Any, settings: Train, ranks: Ranks, task: Task | None = None) -> TrainState:
     """Set a model up for training, for pre-training unless another task is given; it is on its device already."""
     torch.set_float32_matmul_precision("highest" if settings.precision == "fp32" else "high")
     model.bert.recompute = settings.activation_checkpointing
@@ -115,11 +115,13 @@ def open_workshop(model: Any, settings: Train, ranks: Ranks, task: Task | None =
 
     guard = Guard(settings.spike, settings.max_skipped, ranks.device)
     optimizer, task = make_optimizer(model, settings), task or pretraining.make_task(settings)
-    shop = Workshop(model, network, optimizer, guard, settings, ranks, task)
+    train_state = TrainState(model, network, optimizer, guard, settings, ranks, task)
     if settings.cuda_graphs:
-        shop = replace(shop, recorder=Recorder(lambda part, stopping: _enqueue(shop, [part], stopping)))
+        train_state = replace(
+            train_state, recorder=Recorder(lambda part, stopping: _enqueue(train_state, [part], stopping))
+        )
 
-    return shop
+    return train_state
 
 
 def check_graphs(settings: Train, ranks: Ranks) -> None:
@@ -154,25 +156,25 @@ def make_optimizer(model: nn.Module, settings: Train) -> AdamW:
     return optimizer
 
 
-def share(shop: Workshop, batch: Batch, waited: float = 0.0) -> Share:
+def share(train_state: TrainState, batch: Batch, waited: float = 0.0) -> Share:
     """Return a rank's share of a step, on its device; copies from pinned memory may still be under way."""
-    size = len(batch.triples) // shop.settings.accumulate
-    parts = [batch.part(begin, begin + size) for begin in range(0, size * shop.settings.accumulate, size)]
-    grid = grid_for(size) if shop.recorder is not None else None
-    return Share(parts=[pack(part, shop.ranks.device, grid) for part in parts], waited=waited)
+    size = len(batch.triples) // train_state.settings.accumulate
+    parts = [batch.part(begin, begin + size) for begin in range(0, size * train_state.settings.accumulate, size)]
+    grid = grid_for(size) if train_state.recorder is not None else None
+    return Share(parts=[pack(part, train_state.ranks.device, grid) for part in parts], waited=waited)
 
 
-def shares(shop: Workshop, batches: Iterator[Batch]) -> Iterator[Share]:
+def shares(train_state: TrainState, batches: Iterator[Batch]) -> Iterator[Share]:
     """Yield the shares of steps. Those for a GPU are copied one ahead, while it works on the one before."""
     timed = _timed(batches)
-    if shop.ranks.device.type != "cuda":
-        yield from (share(shop, batch, waited) for batch, waited in timed)
+    if train_state.ranks.device.type != "cuda":
+        yield from (share(train_state, batch, waited) for batch, waited in timed)
         return
 
     copies, coming = torch.cuda.Stream(), None
     for batch, waited in timed:
         with torch.cuda.stream(copies):
-            made = share(shop, batch, waited), copies.record_event()
+            made = share(train_state, batch, waited), copies.record_event()
         if coming is not None:
             yield _handed_over(*coming)
         coming = made
@@ -200,28 +202,28 @@ def _handed_over(work: Share, copied: torch.cuda.Event) -> Share:
     return work
 
 
-def take(shop: Workshop, work: Share, rate: float, stopping: bool = False) -> Report:
+def take(train_state: TrainState, work: Share, rate: float, stopping: bool = False) -> Report:
     """Take a step, unless its loss or gradient would do harm. stopping: whether this rank was told to stop."""
-    return Report(*enqueue(shop, work, rate, stopping), work.waited)
+    return Report(*enqueue(train_state, work, rate, stopping), work.waited)
 
 
-def enqueue(shop: Workshop, work: Share, rate: float, stopping: bool = False) -> tuple[Tensor, Tensor]:
+def enqueue(train_state: TrainState, work: Share, rate: float, stopping: bool = False) -> tuple[Tensor, Tensor]:
     """Do what `take` does; return the numbers of `Result`, float32, and `Report.finite`."""
-    set_rate(shop, rate)
-    if shop.recorder is not None:
-        return shop.recorder.take(work.parts[0], stopping)
-    return _enqueue(shop, work.parts, torch.full((1,), float(stopping), device=shop.ranks.device))
+    set_rate(train_state, rate)
+    if train_state.recorder is not None:
+        return train_state.recorder.take(work.parts[0], stopping)
+    return _enqueue(train_state, work.parts, torch.full((1,), float(stopping), device=train_state.ranks.device))
 
 
-def _enqueue(shop: Workshop, parts: list[Packed], stopping: Tensor) -> tuple[Tensor, Tensor]:
+def _enqueue(train_state: TrainState, parts: list[Packed], stopping: Tensor) -> tuple[Tensor, Tensor]:
     """Take a step with the rate that is set. stopping: float32 [1], 1 if this rank was told to stop."""
-    means, numbers, finite = _gradient(shop, parts, stopping)
-    fault, usual = shop.guard.judge(means[0], means[-1])
-    update(shop, fault)
+    means, numbers, finite = _gradient(train_state, parts, stopping)
+    fault, usual = train_state.guard.judge(means[0], means[-1])
+    update(train_state, fault)
     return torch.cat([means, torch.stack([usual, fault.float()]), numbers]), finite
 
 
-def gradient(shop: Workshop, work: Share) -> tuple[Tensor, Tensor, Tensor]:
+def gradient(train_state: TrainState, work: Share) -> tuple[Tensor, Tensor, Tensor]:
     """Leave in the model the clipped gradient of the global batch, of which `work` is this rank's share.
 
     The losses are means over the masked tokens and triples of the global batch (not of means, as in the release), so
@@ -230,82 +232,82 @@ def gradient(shop: Workshop, work: Share) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         float32 [6] and [4], the numbers of `Result` before and after the guard's; and `Report.finite`.
     """
-    return _gradient(shop, work.parts, torch.zeros(1, device=shop.ranks.device))
+    return _gradient(train_state, work.parts, torch.zeros(1, device=train_state.ranks.device))
 
 
-def _gradient(shop: Workshop, parts: list[Packed], stopping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shop.network.train()
-    shop.optimizer.zero_grad()
+def _gradient(train_state: TrainState, parts: list[Packed], stopping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    train_state.network.train()
+    train_state.optimizer.zero_grad()
     counts = torch.stack([part.counts for part in parts]).sum(0)
-    numbers = shop.ranks.total(torch.cat([counts, stopping]))
+    numbers = train_state.ranks.total(torch.cat([counts, stopping]))
     totals, finite = numbers.new_zeros(4), []
 
     for part in parts:
         last = part is parts[-1]
-        with nullcontext() if last or shop.ranks.size == 1 else shop.network.no_sync():  # type: ignore[operator]
-            losses, finite_of_part = _backward(shop, part, numbers)
+        with nullcontext() if last or train_state.ranks.size == 1 else train_state.network.no_sync():  # type: ignore[operator]
+            losses, finite_of_part = _backward(train_state, part, numbers)
         totals += losses
         finite.append(finite_of_part)
 
-    means = outcome(shop.ranks.total(totals), numbers)
-    norm = nn.utils.clip_grad_norm_(shop.model.parameters(), shop.settings.max_grad_norm or math.inf)
+    means = outcome(train_state.ranks.total(totals), numbers)
+    norm = nn.utils.clip_grad_norm_(train_state.model.parameters(), train_state.settings.max_grad_norm or math.inf)
     return torch.stack([*vars(means).values(), norm]), numbers, torch.cat(finite)
 
 
-def _backward(shop: Workshop, part: Packed, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(train_state: TrainState, part: Packed, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Add the gradient of a part; return its sums, and which of its triples have scores that are numbers."""
-    device, bf16 = shop.ranks.device.type, shop.settings.precision == "bf16"
+    device, bf16 = train_state.ranks.device.type, train_state.settings.precision == "bf16"
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
-        scores = shop.network(part)
+        scores = train_state.network(part)
 
-    losses, finite = shop.task.criterion(scores, part)
+    losses, finite = train_state.task.criterion(scores, part)
     loss = (losses[:2] / numbers[:2].clamp(min=1)).sum()
-    (loss * shop.ranks.size).backward()  # of which the ranks' mean is taken
+    (loss * train_state.ranks.size).backward()  # of which the ranks' mean is taken
     return losses.detach(), finite
 
 
-def set_rate(shop: Workshop, rate: float) -> None:
+def set_rate(train_state: TrainState, rate: float) -> None:
     """Set the learning rate of the next update."""
-    for group in shop.optimizer.param_groups:
+    for group in train_state.optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
 
 
-def update(shop: Workshop, fault: Tensor | None = None) -> None:
+def update(train_state: TrainState, fault: Tensor | None = None) -> None:
     """Let AdamW take a step along the gradient that is there, unless `fault`, a bool scalar on the device."""
     # Where torch's own GradScaler says that a step is to be left out, and its moments and count with it
-    shop.optimizer.found_inf = None if fault is None else fault.float()  # type: ignore[attr-defined]
-    shop.optimizer.step()
+    train_state.optimizer.found_inf = None if fault is None else fault.float()  # type: ignore[attr-defined]
+    train_state.optimizer.step()
 
 
-def rehearse(shop: Workshop, room: Batch) -> None:
+def rehearse(train_state: TrainState, buffer: Batch) -> None:
     """Run the largest part that can come, before the first step, so that a lack of memory shows at once.
 
     Args:
         room: of a batch; what is in it is lost.
     """
-    part = room.part(0, len(room.triples) // shop.settings.accumulate)
+    part = buffer.part(0, len(buffer.triples) // train_state.settings.accumulate)
     for each in (part.attention_mask, part.region_mask):
         each.fill_(True)
 
     for each in (part.input_ids, part.token_type_ids, part.mlm_labels, part.match_labels, part.features, part.z):
         each.zero_()
 
-    part.mlm_labels[:, shop.task.most_masked(len(part.triples)) :] = IGNORED
-    shop.model.train()
-    kept_tensors = [torch.empty(size, device=shop.ranks.device) for size in _kept(shop, room)]
-    alone = replace(shop, network=shop.model)  # nothing is exchanged
-    _backward(alone, pack(part, shop.ranks.device), torch.ones(2, device=shop.ranks.device))
-    shop.optimizer.zero_grad()
+    part.mlm_labels[:, train_state.task.most_masked(len(part.triples)) :] = IGNORED
+    train_state.model.train()
+    kept_tensors = [torch.empty(size, device=train_state.ranks.device) for size in _kept(train_state, buffer)]
+    alone = replace(train_state, network=train_state.model)  # nothing is exchanged
+    _backward(alone, pack(part, train_state.ranks.device), torch.ones(2, device=train_state.ranks.device))
+    train_state.optimizer.zero_grad()
     del kept_tensors
 
 
-def _kept(shop: Workshop, room: Batch) -> Iterator[int]:
+def _kept(train_state: TrainState, buffer: Batch) -> Iterator[int]:
     """Yield how many float32 there must be room for on a GPU beside what a part takes."""
-    if shop.ranks.device.type != "cuda":
+    if train_state.ranks.device.type != "cuda":
         return
-    if not shop.optimizer.state:  # it makes them at its first step
-        yield 2 * sum(p.numel() for p in shop.model.parameters())
-    yield 3 * room.features.nbytes // 4  # the next batch, and the one after it, with and without padding
+    if not train_state.optimizer.state:  # it makes them at its first step
+        yield 2 * sum(p.numel() for p in train_state.model.parameters())
+    yield 3 * buffer.features.nbytes // 4  # the next batch, and the one after it, with and without padding

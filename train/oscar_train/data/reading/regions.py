@@ -201,8 +201,8 @@ class RegionReader:
         total, int8 = place.num_boxes, place.scales_offset != FLOAT16
         sizes = {"boxes": 16 * total, "scales": 4 * total * int8, "features": (1 if int8 else 2) * total * width}
         ends = np.cumsum([0, *sizes.values()]).tolist()
-        room = self._room(ends[-1])
-        arrays = {name: room[begin:end] for name, begin, end in zip(sizes, ends, ends[1:], strict=False)}
+        scratch = self._room(ends[-1])
+        arrays = {name: scratch[begin:end] for name, begin, end in zip(sizes, ends, ends[1:], strict=False)}
 
         for name, buffer in arrays.items():
             _fill(handle, buffer, getattr(place, f"{name}_offset"))
@@ -211,10 +211,10 @@ class RegionReader:
 
     def _room(self, size: int) -> memoryview:
         """Return so many bytes of this thread's own, which it may use until it asks again."""
-        if len(getattr(self._scratch, "room", b"")) < size:
-            self._scratch.room = memoryview(bytearray(size))
-        room: memoryview = self._scratch.room
-        return room[:size]
+        if len(getattr(self._scratch, "buffer", b"")) < size:
+            self._scratch.buffer = memoryview(bytearray(size))
+        buffer: memoryview = self._scratch.buffer
+        return buffer[:size]
 
     def _refuse(self, place: Place, what: str, slots: Slots) -> None:
         """Leave a row empty, or stop."""

@@ -45,6 +45,6 @@ def lengths_of(corpus: Corpus, triples: Ints, of_w: bool) -> Ints:
 def truncated(len_w: Ints, len_q: Ints, limit: int = MAX_TEXT) -> tuple[Ints, Ints]:
     """Return the lengths left when tokens are taken from the end of the longer of w and q, of q if they are equal,
     until both together have `limit`, or w alone one more: the released code's loop, in closed form."""
-    room = np.where(len_q == 0, limit + 1, np.maximum(limit - len_q, -(-limit // 2)))
-    kept_w = np.minimum(len_w, room)
+    buffer = np.where(len_q == 0, limit + 1, np.maximum(limit - len_q, -(-limit // 2)))
+    kept_w = np.minimum(len_w, buffer)
     return kept_w, np.minimum(len_q, np.maximum(limit - kept_w, 0))

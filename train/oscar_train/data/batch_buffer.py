@@ -16,7 +16,7 @@ from oscar_train.data.texts.tokens import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class BatchBuffer:
     """The memory of a batch, used again and again: fresh pages are dear, pinned ones dearer."""
 
     batch: Batch
@@ -25,17 +25,17 @@ class Room:
     def __len__(self) -> int:
         return len(self.slots.counts)
 
-    def rows(self, begin: int, end: int) -> "Room":
-        """Return some rows of this room; they are the same memory."""
+    def rows(self, begin: int, end: int) -> "BatchBuffer":
+        """Return some rows of this buffer; they are the same memory."""
         part = slice(begin, end)
-        return Room(
+        return BatchBuffer(
             batch=self.batch.part(begin, end),
             slots=Slots(**{f.name: getattr(self.slots, f.name)[part] for f in fields(Slots)}),
         )
 
 
-def make_room(size: int, feature_dim: int, pin: bool = False, shape: Shape = PAIR) -> Room:
-    """Make room for a batch of `size` triples; pinned for copies to a GPU, or not."""
+def make_batch_buffer(size: int, feature_dim: int, pin: bool = False, shape: Shape = PAIR) -> BatchBuffer:
+    """Make the buffer for a batch of `size` triples; pinned for copies to a GPU, or not."""
 
     def empty(dtype: torch.dtype, *lengths: int) -> Tensor:
         return torch.zeros((size * shape.rows, *lengths), dtype=dtype, pin_memory=pin)
@@ -48,27 +48,27 @@ def make_room(size: int, feature_dim: int, pin: bool = False, shape: Shape = PAI
         z=empty(torch.float32, shape.regions, BOX),
         region_mask=empty(torch.bool, shape.regions),
     )
-    return Room(batch=batch, slots=make_slots(batch.features.numpy()))
+    return BatchBuffer(batch=batch, slots=make_slots(batch.features.numpy()))
 
 
-def put_regions(reader: RegionReader, images: Ints, room: Room) -> None:
+def put_regions(reader: RegionReader, images: Ints, buffer: BatchBuffer) -> None:
     """Complete the regions of images whose features and boxes were read into a room."""
-    reader.z(images, room.slots, room.batch.z.numpy())
-    mask = room.batch.region_mask.numpy()
-    np.less(np.arange(mask.shape[1]), room.slots.counts[:, None], out=mask)
+    reader.z(images, buffer.slots, buffer.batch.z.numpy())
+    mask = buffer.batch.region_mask.numpy()
+    np.less(np.arange(mask.shape[1]), buffer.slots.counts[:, None], out=mask)
 
 
-def put_text(text: TextBatch, room: Room, tokenizer: Tokenizer, rows: int = 1) -> None:
+def put_text(text: TextBatch, buffer: BatchBuffer, tokenizer: Tokenizer, rows: int = 1) -> None:
     """Put the text of as many rows as a room has into it; triples of which an image was skipped are left out.
 
     Args:
         rows: of a triple.
     """
     for f in fields(TextBatch):
-        getattr(room.batch, f.name).numpy()[:] = getattr(text, f.name)
-    if not room.slots.readable.all():
-        whole = room.slots.readable.reshape(-1, rows).all(1)
-        _leave_out(room.batch, ~np.repeat(whole, rows), tokenizer)
+        getattr(buffer.batch, f.name).numpy()[:] = getattr(text, f.name)
+    if not buffer.slots.readable.all():
+        whole = buffer.slots.readable.reshape(-1, rows).all(1)
+        _leave_out(buffer.batch, ~np.repeat(whole, rows), tokenizer)
 
 
 def _leave_out(batch: Batch, rows: npt.NDArray[np.bool_], tokenizer: Tokenizer) -> None:
