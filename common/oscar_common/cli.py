@@ -191,7 +191,7 @@ def run(
         environment: what torch is to find there when it is imported, unless the user has set it.
         continues: whether the same command goes on where it was stopped.
     """
-    again = f"the same command again {'continues' if continues else 'starts anew'}"
+    again = f"the same command again {'continues' if continues else 'starts over'}"
     for name, value in {**SPIN, **environment}.items():
         os.environ.setdefault(name, value)
 

@@ -269,7 +269,7 @@ class Extract:
         0.5, "Exit 1 if more of the images than this are missing or were refused.", low=0, high=1, group="Output"
     )
     retry_rejects: bool = setting(False, "Do the shards that have rejects again.", group="Output")
-    overwrite: bool = setting(False, "Delete the shards in --out and start anew.", group="Output")
+    overwrite: bool = setting(False, "Delete the shards in --out and start over.", group="Output")
     device: str = setting(
         "auto", "Where the detector runs; auto is cuda where there is one.", choices=DEVICES, group="Machine"
     )
@@ -522,7 +522,7 @@ class Train:
         group="Run",
     )
     overwrite: bool = setting(
-        False, "Delete the checkpoints and logs in --out and start anew.", decides=False, group="Run"
+        False, "Delete the checkpoints and logs in --out and start over.", decides=False, group="Run"
     )
     eval_shards: list[str] = setting(
         [],

@@ -310,7 +310,7 @@ def _read_plan(out: Path, cache: Cache) -> Plan:
 
 def _no_plan(out: Path, error: Exception) -> UsageError:
     return UsageError(
-        f"{out / PLAN_FILE}: cannot be read ({reason(error)}); give the command that began the job, which makes it anew"
+        f"{out / PLAN_FILE}: cannot be read ({reason(error)}); the command that began the job makes it again"
     )
 
 

@@ -1,4 +1,4 @@
-"""A run: what is left of a plan is handed to workers, and people are told how it goes."""
+"""A run: what is left of a plan is handed to workers, and progress is shown."""
 
 import sys
 from collections.abc import Iterator

@@ -322,7 +322,7 @@ def local_cluster(count: int, devices: list[str], shared_cores: int) -> Iterator
 
 
 def _processes_of(cluster: Any) -> list[int]:
-    """Return the ids of a local cluster's processes, which are not started anew from now on."""
+    """Return the ids of a local cluster's processes, which are not restarted from now on."""
     for nanny in cluster.workers.values():
         nanny.auto_restart = False
     processes = [nanny.process for nanny in cluster.workers.values()]

@@ -75,7 +75,7 @@ def verify(paths: tuple[Path, ...], quick: bool, workers: int | None) -> int:
 @click.option("--classes", type=PATH, help="Class names, one a line, for a manifest.json where there is none.")
 @workers
 def index(paths: tuple[Path, ...], classes: Path | None, workers: int | None) -> None:
-    """Make the Parquet index of each tar anew, from the tar, which is the truth.
+    """Rebuild the Parquet index of each tar from the tar, which is the truth.
 
     For shards of this project the index comes out as it was written, to the bit. A folder of another writer gets a
     manifest.json, too, so that oscar-train reads it.

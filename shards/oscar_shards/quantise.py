@@ -29,7 +29,7 @@ def dequantise(values: npt.NDArray[np.int8], scales: npt.NDArray[np.float32]) ->
 
 
 def are_finite(array: npt.NDArray[Any]) -> bool:
-    """Whether no number is NaN or infinite; float16, which processors do not compute with, is told by its bits."""
+    """Whether no number is NaN or infinite; float16, which processors do not compute with, is tested by its bits."""
     if array.dtype == np.float16:
         return not array.size or bool((array.view(np.uint16) & 0x7FFF).max() < 0x7C00)
     return array.dtype == np.int8 or bool(np.isfinite(array).all())

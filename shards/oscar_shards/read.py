@@ -125,7 +125,7 @@ def manifest_of(path: Path) -> Manifest | None:
 
 
 def read_index(tar: Path) -> pa.Table:
-    """Return the index of a tar, made anew if there is none of this version beside it.
+    """Return the index of a tar, rebuilt if there is none of this version beside it.
 
     Raises:
         UsageError: the tar is damaged, or not one of shards.

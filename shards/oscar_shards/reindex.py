@@ -1,4 +1,4 @@
-"""Indexes made anew from tars, and a manifest for tars that come from elsewhere."""
+"""Indexes rebuilt from tars, and a manifest for tars that come from elsewhere."""
 
 import re
 import time

@@ -43,7 +43,7 @@ GLANCE = 64 << 10  # bytes of the window when arrays are not read
 MEGA = 1_000_000
 MOST_REJECTS = 10_000_000  # of a shard
 REJECTS_LIMIT = 1 << 30  # bytes of them
-Told = Iterator[tuple[str, str]]  # (key, what is wrong with it); the key is empty where it is the whole shard
+Findings = Iterator[tuple[str, str]]  # (key, what is wrong with it); the key is empty where it is the whole shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ def read_stored(tar: Path, faults: list[tuple[str, str]]) -> pa.Table | None:
 def _read(
     tar: Path, manifest: Manifest | None, stored: pa.Table | None, quick: bool, faults: list[tuple[str, str]]
 ) -> pa.Table:
-    """Read a tar and return its index anew, without the images whose faults are noted; if `quick`, key and places."""
+    """Read a tar and return its rebuilt index without the images whose faults are noted; if `quick`, key and places."""
     with Window(tar, GLANCE) if quick else Window(tar) as window:
         fitting = check_fit(_sound(_entries(window, stored, faults), faults), manifest, faults)
         if quick:
@@ -261,8 +261,8 @@ def _rows(window: Window, found: Iterator[Entry], boxes: Boxes, faults: list[tup
         yield row
 
 
-def _differences(stored: pa.Table, rebuilt: pa.Table, listed: set[str]) -> Told:
-    """Say where the index made anew is not the one that is stored; nothing more of the keys in `listed`."""
+def _differences(stored: pa.Table, rebuilt: pa.Table, listed: set[str]) -> Findings:
+    """Report where the rebuilt index differs from the stored one; nothing more of the keys in `listed`."""
     if not stored["key"].equals(rebuilt["key"]):
         lost = pc.invert(pc.is_in(stored["key"], value_set=rebuilt["key"].combine_chunks()))
         gone = [key for key in stored["key"].filter(lost).to_pylist() if key not in listed]

@@ -21,7 +21,9 @@ def cancel(request: Request) -> None:
         print(f"out of the queue: {', '.join(waiting)}")
 
     if running:
-        print(f"told to save and end: {', '.join(running)}; `oscar-submit status {request.name}` shows what they save")
+        print(
+            f"asked to save and stop: {', '.join(running)}; `oscar-submit status {request.name}` shows what they save"
+        )
 
     if not jobs:
         print("no job of this pipeline waits or runs")

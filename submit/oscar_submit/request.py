@@ -170,7 +170,7 @@ def _check(request: Request) -> None:
             raise UsageError(f"pipelines.{request.name}.{stage}: no key 'out', the folder for its output")
         if settings.overwrite:
             raise UsageError(
-                f"{stage}.overwrite: a job that queues again would begin anew; remove {settings.out} yourself"
+                f"{stage}.overwrite: a job that queues again would start over; remove {settings.out} yourself"
             )
 
     _check_times(request)
@@ -184,7 +184,7 @@ def _check_times(request: Request) -> None:
     for key, time in (("", cluster.time), ("extract.", cluster.extract.time), ("train.", cluster.train.time)):
         if time is not None and seconds_of(time) < cluster.warning_seconds + START_SECONDS:
             raise UsageError(
-                f"clusters.{request.cluster_name}.{key}time {time}: a job would be told to end before it has begun; "
+                f"clusters.{request.cluster_name}.{key}time {time}: a job would be asked to stop before it starts; "
                 f"give at least {START_SECONDS // 60} minutes more than warning_seconds {cluster.warning_seconds}"
             )
 

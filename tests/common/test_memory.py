@@ -85,7 +85,7 @@ def test_a_command_says_so_in_one_line():
     assert error_line(done).endswith("); give a smaller --batch-size")
 
 
-@pytest.mark.parametrize(("continues", "what"), [(False, "starts anew"), (True, "continues")])
+@pytest.mark.parametrize(("continues", "what"), [(False, "starts over"), (True, "continues")])
 def test_only_commands_that_continue_say_so_after_ctrl_c(
     capsys: pytest.CaptureFixture[str], continues: bool, what: str
 ):

@@ -124,7 +124,7 @@ def test_a_running_job_is_told_to_save_its_work_and_takes_the_time_that_it_needs
     wait_until(lambda: log.exists() and "at work" in log.read_text(), "the worker's beginning")
 
     cancelled = run_here(SUBMIT, "cancel", "one")
-    assert "told to save and end: " in cancelled.stdout
+    assert "asked to save and stop: " in cancelled.stdout
     wait_until(lambda: not queue(), "an empty queue")
     assert "saved\noscar-submit: ended 143" in log.read_text()
     assert log.read_text().count("oscar-submit: began") == 1

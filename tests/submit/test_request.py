@@ -127,10 +127,10 @@ def test_set_and_flags_win_over_the_file(folder: Path):
         (("p", "--set", "train.steps=many"), "'many' is no whole number"),
         (("p", "--set", "train.out=s3://b/run"), "a URL; give a path on this machine"),
         (("p", "--nodes", "5"), "train.batch_size 12: not a multiple of 10 ranks"),
-        (("p", "--set", "train.overwrite=true"), "would begin anew"),
+        (("p", "--set", "train.overwrite=true"), "would start over"),
         (("p", "--set", "train.warmup_steps=1000"), "must be less than train.steps 1000"),
-        (("p", "--time", "0:05:30"), "clusters.mine.time 0:05:30: a job would be told to end before it has begun"),
-        (("p", "--set", "cluster.train.time=6"), "clusters.mine.train.time 6: a job would be told to end"),
+        (("p", "--time", "0:05:30"), "clusters.mine.time 0:05:30: a job would be asked to stop before it starts"),
+        (("p", "--set", "cluster.train.time=6"), "clusters.mine.train.time 6: a job would be asked to stop"),
         (("p", "--set", "cluster.time=soon"), "'soon' is not a time like"),
     ],
 )

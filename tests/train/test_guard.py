@@ -50,20 +50,20 @@ def test_no_number_is_a_fault_at_once(loss: float, norm: float, spike: float):
 
 def test_skipped_steps_are_said_and_counted_until_it_is_enough(capsys: pytest.CaptureFixture[str]):
     guard = Guard(spike=3, max_skipped=2)
-    guard.skip(4, "loss nan", ["a", "b"], aloud=True)
-    guard.skip(5, "loss nan", ["c"], aloud=False)
+    guard.skip(4, "loss nan", ["a", "b"], warns=True)
+    guard.skip(5, "loss nan", ["c"], warns=False)
     assert capsys.readouterr().err == (
         "warning: step 4: loss nan; images: a, b; the step is skipped (1 so far, --max-skipped 2)\n"
     )
     with pytest.raises(OperationError, match=r"step 6: loss nan; images: k0, .*k63 and 36 more; 3 steps were skipped"):
-        guard.skip(6, "loss nan", [f"k{n}" for n in range(NAMES + 36)], aloud=True)
+        guard.skip(6, "loss nan", [f"k{n}" for n in range(NAMES + 36)], warns=True)
 
 
 def test_its_memory_is_in_checkpoints():
     guard, again = Guard(3, 9), Guard(3, 9)
     for loss in range(1, 150):
         judge(guard, 1 + loss / 1000)
-    guard.skip(1, "", [], aloud=False)
+    guard.skip(1, "", [], warns=False)
     again.restore(guard.state())
     assert again.state() == guard.state()
     assert again.skipped == 1

@@ -65,7 +65,7 @@ def read_job(folder: Path) -> tuple[Extract, Detector]:
         entry = parse(Detector, content["entry"], f"{path}: entry")
         return replace(settings, out=str(folder)), entry
 
-    raise UsageError(f"--resume {folder}: {path} is damaged; give the command that began the job, which writes it anew")
+    raise UsageError(f"--resume {folder}: {path} is damaged; the command that began the job writes it again")
 
 
 def check_same_job(out: Path, settings: Extract, entry: Detector) -> None:

@@ -48,7 +48,7 @@ class Remaining:
         self._order = self._starting_somewhere(todo) if claims else todo
 
     def shares(self) -> Iterator[Share]:
-        """Yield the shards that may be taken now, each once, and look at the folder anew before each."""
+        """Yield the shards that may be taken now, each once, and look at the folder again before each."""
         offered: set[int] = set()
         while (share := self._next(offered)) is not None:
             offered.add(share.shard)

@@ -17,7 +17,7 @@ BESIDE = ("txt", ".txt", "*.txt")
 def read_captions(captions: str, place: Place, paths: pa.Array, ids: pa.Array) -> tuple[pa.Table, pa.Table]:
     """Read `--captions` and join it to the images, given their paths and ids.
 
-    Return tables of the schemas TEXTS and LEFT_OUT: texts that name no image, or an image that cannot be told.
+    Return tables of the schemas TEXTS and LEFT_OUT: texts that name no image, or whose image is ambiguous.
 
     Raises:
         UsageError: no such file, a form that is not known, or no text that names any image.

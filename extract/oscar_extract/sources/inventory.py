@@ -31,7 +31,7 @@ from oscar_shards.tar import Member, TarFault, Window, members
 ANNOTATIONS = frozenset({".json", ".jsonl", ".tsv", ".csv", ".txt", ".token", ".parquet"})
 WINDOW = 4096  # bytes of a tar that are read at once: a header, and often the small files after it
 SIDECAR_BYTES = 1 << 20  # a caption or the metadata of one image is smaller
-FAMILIES = {  # folder names by which the image sets of a shared root are told apart
+FAMILIES = {  # folder names that tell the image sets of a shared root apart
     "coco": r"(?i)(^|/)((ms)?coco([-_]?20(14|15|17)|[-_]?images)?|(train|val|test|unlabeled)20(14|15|17))(/|$)",
     "vg": r"(?i)(^|/)(vg_100k(_2)?|(vg|gqa|visual[-_]?genome)([-_]?images)?)(/|$)",
     "flickr30k": r"(?i)(^|/)flick[er]r[-_]?(8|30)k([-_]?images|_dataset)?(/|$)",

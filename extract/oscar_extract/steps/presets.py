@@ -65,7 +65,7 @@ class Preset:
     """The steps of one extractor, and the detectron2 config keys (`fixed`) that they go with."""
 
     name: str
-    selection: Selection  # what the extractor keeps unless told otherwise
+    selection: Selection  # what the extractor keeps by default
     fixed: dict[str, Any] = field(default_factory=dict)
     batch_norm_eps: float = 1e-5
     resize: str = "detectron2"

@@ -16,7 +16,7 @@ from torch import Tensor
 from oscar_extract.steps.nms import intersection_over_union, nms_by_class, pad, strict
 from oscar_extract.steps.resize import Target
 
-RISING = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # IoU thresholds of the LXMERT port, until enough boxes survive
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # IoU thresholds of the LXMERT port, until enough boxes survive
 HALVINGS = 10
 
 
@@ -112,11 +112,13 @@ def select_lxmert(predictor: Any, candidates: Candidates, selection: Selection) 
     """
     scores, classes = candidates.logits.softmax(dim=-1)[..., :-1].max(dim=-1)
     boxes = _clip(_of_class(_regress(predictor, candidates), classes), candidates.targets)
-    overlaps = intersection_over_union(boxes, plus=0)[:, None] > boxes.new_tensor([*map(strict, RISING)])[:, None, None]
-    tried = scores[:, None].expand(-1, len(RISING), -1)
+    overlaps = (
+        intersection_over_union(boxes, plus=0)[:, None] > boxes.new_tensor([*map(strict, THRESHOLDS)])[:, None, None]
+    )
+    tried = scores[:, None].expand(-1, len(THRESHOLDS), -1)
     valid = candidates.valid[:, None].expand_as(tried)
     alone = [t.flatten(0, 1) for t in (overlaps, tried, valid)]
-    survives = nms_by_class(alone[0], alone[1][:, None], alone[2])[:, 0].unflatten(0, (-1, len(RISING)))
+    survives = nms_by_class(alone[0], alone[1][:, None], alone[2])[:, 0].unflatten(0, (-1, len(THRESHOLDS)))
     enough = survives.sum(dim=2).clamp(max=selection.max_boxes) >= selection.min_boxes
     enough[:, -1] = True  # the last result is taken, however few
     first = enough.int().argmax(dim=1)

@@ -116,8 +116,8 @@ def _offsets(path: Path, size: int) -> list[int] | None:
     except (OSError, ValueError):
         return None
 
-    rising = all(a < b for a, b in itertools.pairwise(offsets))
-    return offsets if offsets and offsets[0] == 0 and rising and offsets[-1] < size else None
+    is_sorted = all(a < b for a, b in itertools.pairwise(offsets))
+    return offsets if offsets and offsets[0] == 0 and is_sorted and offsets[-1] < size else None
 
 
 def _heads_at(handle: int, begins: list[int]) -> list[bytes] | None:

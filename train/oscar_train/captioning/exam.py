@@ -50,7 +50,7 @@ def make_caption_exam(
     """Draw images that have captions, the same ones whatever the run. images: how many at most, 0: all.
 
     Args:
-        only: the triples that there are, rising; None: all of the corpus.
+        only: the triples that there are, sorted; None: all of the corpus.
     """
     triples = np.arange(len(corpus)) if only is None else only.astype(np.int64)
     captions = triples[corpus.kind[triples] == CAPTION]
@@ -67,7 +67,7 @@ def make_caption_exam(
 
 
 def references(corpus: Corpus, captions: Ints, triples: Ints) -> list[list[str]]:
-    """Return all captions of the images of some triples, as text. captions: the triples that are captions, rising."""
+    """Return all captions of the images of some triples, as text. captions: the triples that are captions, sorted."""
     image = corpus.image[captions]  # rises
     begins, ends = (np.searchsorted(image, corpus.image[triples], side) for side in ("left", "right"))
     return [
@@ -83,7 +83,7 @@ def measure_captions(exam: CaptionExam, answering: Answering) -> dict[str, float
         answering: whose `forward` is that of an `OscarForCaptioning` in eval mode.
 
     Raises:
-        Interrupted: a rank was told to stop.
+        Interrupted: a rank was asked to stop.
     """
     captions = _written(exam, answering).tolist()
     written = [spell(exam.corpus.tokenizer, [token for token in row if token >= 0]) for row in captions]

@@ -166,7 +166,7 @@ def newest(out: Path) -> tuple[Checkpoint | None, list[str]]:
             damages.append(f"{place} is damaged ({error})")
 
     if damages:
-        raise UsageError(f"--out: {damages[0]} and no other checkpoint is whole; start anew with --overwrite")
+        raise UsageError(f"--out: {damages[0]} and no other checkpoint is whole; start over with --overwrite")
 
     return None, damages
 
@@ -185,7 +185,7 @@ def agree(checkpoint: Checkpoint | None, run: dict[str, Any]) -> None:
         if before == value:
             continue
 
-        instead = f"give another --out, or --overwrite to start anew; {checkpoint.folder} is at step {checkpoint.step}"
+        instead = f"give another --out, or --overwrite to start over; {checkpoint.folder} is at step {checkpoint.step}"
         if name == "corpus":
             raise UsageError(
                 f"--shards and --texts: their content is not what the run in --out began with ({before}, now {value}), "

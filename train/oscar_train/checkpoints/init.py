@@ -235,7 +235,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], place: str) -> set[str]:
 
 
 def differences(model: nn.Module, weights: dict[str, Tensor], filled: set[str]) -> list[str]:
-    """Say what was not in the file, what has another shape there, and what else it has; every tensor is told."""
+    """Name every tensor that is missing from the file, has another shape there, or is unexpected."""
     model_tensors = _tensors(model)
     lost = model_tensors.keys() - filled
     unfit = sorted(lost & weights.keys())

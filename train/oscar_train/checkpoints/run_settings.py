@@ -56,7 +56,7 @@ def resumed(folder: Path, schema: type[S] = Train) -> S:  # type: ignore[assignm
     if isinstance(content, dict) and not content.get("shards"):
         raise UsageError(
             f"--resume {folder}: {path} is {'cut' if content else 'empty'}: it names no shards; give the command that "
-            "began the run instead, which writes it anew"
+            "began the run instead, which writes it again"
         )
 
     settings = parse(schema, content, str(path))

@@ -95,7 +95,7 @@ def fitting(weights: dict[str, Tensor], expected: dict[str, torch.Size], place: 
 
 
 def modules(names: Iterable[str]) -> list[str]:
-    """Return the modules that some tensors belong to, with their number, neighbouring layers together: all are told.
+    """Return the modules that some tensors belong to, with their number, neighbouring layers together.
 
     `bert.pooler.dense (2 tensors)`, `bert.encoder.layer.6-11 (96 tensors)`.
     """

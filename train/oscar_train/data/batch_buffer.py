@@ -17,7 +17,7 @@ from oscar_train.data.texts.tokens import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class BatchBuffer:
-    """The memory of a batch, used again and again: fresh pages are dear, pinned ones dearer."""
+    """The memory of a batch, used again and again: fresh pages are expensive, pinned ones more so."""
 
     batch: Batch
     slots: Slots

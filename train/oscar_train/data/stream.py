@@ -40,7 +40,7 @@ LEAST = 128  # rows of a batch that are worth a thread of their own: numpy is sl
 WINDOW = 64  # shards that are shuffled together
 SLICE = 4096  # triples after which it is looked whether other shards are needed
 
-Only = npt.NDArray[np.integer[Any]] | None  # the triples that there are, rising; None: all of a corpus
+Only = npt.NDArray[np.integer[Any]] | None  # the triples that there are, sorted; None: all of a corpus
 
 
 class Composer(Protocol):
@@ -71,7 +71,7 @@ class Stream:
         objective: what is replaced and masked, and how that is called.
         weights: of the corpus' sources; all 1 if none are given.
         window: shards that are shuffled together.
-        only: the triples that there are, and that texts are drawn from, rising; None: all of the corpus.
+        only: the triples that there are, and that texts are drawn from, sorted; None: all of the corpus.
         shape: of a triple's rows.
         composer: makes them, for a task other than the objective's: a function of (corpus, weights, only).
         rank, ranks: r and R; B is a multiple of R.
@@ -241,7 +241,7 @@ class Stream:
 
     @contextmanager
     def _fetching(self, end: int) -> Iterator[Callable[[int], None]]:
-        """Yield what is to be told of each step, so that tars behind URLs are fetched before they are needed."""
+        """Yield what each step needs, so that tars behind URLs are fetched before they are needed."""
         cache = self.reader.tars.cache
         if cache is None:
             yield lambda step: None

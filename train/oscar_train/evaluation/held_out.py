@@ -18,7 +18,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The triples of a corpus on either side, rising, int32: those that are trained on, and those to be asked about."""
+    """The triples of a corpus on either side, sorted, int32: those that are trained on, and those to be asked about."""
 
     trained: Array
     held: Array
@@ -53,7 +53,7 @@ def split(corpus: Corpus, fraction: float) -> Split:
 
 
 def asked(corpus: Corpus, partly: list[bool], fraction: float) -> Array | None:
-    """Return the triples to evaluate on, rising, int32: of some sources, only those that were held out; None: all.
+    """Return the triples to evaluate on, sorted, int32: of some sources, only those that were held out; None: all.
 
     Args:
         partly: for each source, whether it was trained on but for a `fraction`.
@@ -73,7 +73,7 @@ def asked(corpus: Corpus, partly: list[bool], fraction: float) -> Array | None:
 
 
 def apart(corpus: Corpus, others: Images) -> Array | None:
-    """Return the triples whose images are not among some others, rising, int32; None if that is all.
+    """Return the triples whose images are not among some others, sorted, int32; None if that is all.
 
     Raises:
         UsageError: nothing is left to train on.
@@ -91,7 +91,7 @@ def apart(corpus: Corpus, others: Images) -> Array | None:
 
 
 def of_kind(corpus: Corpus, kind: int | None, only: Array | None, flag: str) -> Array | None:
-    """Return those of some triples (None: all) that are captions, or questions, rising; None if that is all.
+    """Return those of some triples (None: all) that are captions, or questions, sorted; None if that is all.
 
     Raises:
         UsageError: there are none.

@@ -27,7 +27,7 @@ class HeldOut:
     beside: Stream | None
 
     def trained(self, corpus: Corpus) -> npt.NDArray[np.integer[Any]] | None:
-        """Return the triples of --shards that are trained on, rising; None: all."""
+        """Return the triples of --shards that are trained on, sorted; None: all."""
         if self.beside is not None:
             trained = apart(corpus, self.beside.corpus.images)
         else:

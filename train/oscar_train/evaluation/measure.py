@@ -50,7 +50,7 @@ class Answering:
             size: rows of a batch, if not `self.size`.
 
         Raises:
-            Interrupted: a rank was told to stop.
+            Interrupted: a rank was asked to stop.
         """
         size = size or self.size
         for number in range(0, -(-count // size), self.ranks.size):

@@ -36,7 +36,7 @@ class Exam:
     """Questions about the images of a corpus.
 
     asked: for each class of the objective that there is, what makes every triple one of that class.
-    triples: int64 [n], those asked about, rising. partners: int64 [n], for each of them one of its kind that is of
+    triples: int64 [n], those asked about, sorted. partners: int64 [n], for each of them one of its kind that is of
     another image, whose regions, tags or caption stand in for its own where these are shuffled.
     gallery, gallery_partners: int64 [N], the same of the triples whose images and texts are to find each other.
     """
@@ -123,7 +123,7 @@ def make_exam(
 
     Args:
         objective: of which the classes count, and what is replaced.
-        only: the triples that there are, rising; None: all of the corpus.
+        only: the triples that there are, sorted; None: all of the corpus.
         triples: how many are asked about at most; 0: all.
         images: how many are in the gallery at most.
 
@@ -160,7 +160,7 @@ def _asked(objective: Objective) -> dict[str, Objective]:
 
 
 def _drawn(seed: int, triples: Ints, count: int, lane: int) -> Ints:
-    """Draw some of the triples, rising."""
+    """Draw some of the triples, sorted."""
     return np.sort(triples[permutation(seed, EXAM, 0, len(triples), (lane, 0))[:count]])
 
 

@@ -44,7 +44,7 @@ class Meter:
         self._lap = ended
 
     def measured(self) -> dict[str, float]:
-        """Return the columns `metrics.MEASURED` of the steps since the last call, and begin anew."""
+        """Return the columns `metrics.MEASURED` of the steps since the last call, and start counting again."""
         seconds = max(self._seconds, 1e-9)
         values = {
             "samples_per_second": self._ranks * self._work.triples / seconds,

@@ -46,7 +46,7 @@ class TripleDropout(nn.Module):
         super().__init__()
         self.p, self.site = p, site
         self._tokens, self._at_site = tokens, TokensAtSite()
-        # A tensor, as compiled code would be made anew for each number
+        # A tensor, as compiled code would be compiled again for each number
         self.register_buffer("offset", torch.tensor(_signed(site * _SITE), dtype=torch.int32), persistent=False)
         # Made once: what a compiler would have to compute for each number, it cannot fuse with what is around
         self.register_buffer("columns", _columns(width, torch.device("cpu")), persistent=False)

@@ -51,7 +51,7 @@ def flops(config: Any, work: Work) -> float:
 
     The backward pass has two products for each of the forward pass, but only one for the regions' embedding, as
     features need no gradient. What is computed for padding, or a second time to save memory, is not counted. All
-    triples are taken to be as long as the average: attention, which is a few hundredths of the whole, is really dearer
+    triples are taken to be as long as the average: attention, which is a few hundredths of the whole, really costs more
     by the square of how much the lengths vary.
 
     Args:

@@ -306,7 +306,7 @@ class OscarForPreTraining(nn.Module):
     def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Return scores of the M masked tokens, [M, vocabulary], in row-major order, and of the pairs, [B, classes].
 
-        The head over 30,522 words is the dear part, so only the masked tokens go through it.
+        The head over 30,522 words is the expensive part, so only the masked tokens go through it.
         """
         hidden = self.bert(batch)
         words = self.cls.predictions(hidden.index_select(0, batch.masked))

@@ -24,7 +24,7 @@ SEED = 0  # of what is drawn: the same for every run, so that the numbers of two
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Held-out samples of a task. triples: int64 [n], rising. The others are those of the task."""
+    """Held-out samples of a task. triples: int64 [n], sorted. The others are those of the task."""
 
     corpus: Corpus
     reader: RegionReader
@@ -44,7 +44,7 @@ class Samples:
 
 
 def draw_triples(corpus: Corpus, only: Only, count: int) -> Ints:
-    """Draw held-out triples, int64, rising; all of them if `count` is 0."""
+    """Draw held-out triples, int64, sorted; all of them if `count` is 0."""
     triples = np.arange(len(corpus)) if only is None else only.astype(np.int64)
     if not count:
         return triples

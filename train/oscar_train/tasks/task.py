@@ -29,7 +29,7 @@ from oscar_train.evaluation.measure import Answering
 from oscar_train.model.oscar import OscarModel
 from oscar_train.model.packing import Packed
 
-Only = npt.NDArray[np.integer[Any]] | None  # the triples that there are, rising; None: all of a corpus
+Only = npt.NDArray[np.integer[Any]] | None  # the triples that there are, sorted; None: all of a corpus
 
 
 class Network(Protocol):

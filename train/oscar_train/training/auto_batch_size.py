@@ -104,7 +104,8 @@ def largest_batch(
     Raises:
         UsageError: no batch fits, or what a triple takes cannot be seen.
     """
-    alone = replace(settings, accumulate=1, compile=False)  # compiled for each size it would take minutes
+    # To compile or record for each size would take minutes.
+    alone = replace(settings, accumulate=1, compile=False, cuda_graphs=False)
     task = task or pretraining.make_task(settings)
     model, _ = task.build(replace(start, folder=None), feature_dim, None)
     train_state = make_train_state(model.to(ranks.device), alone, replace(ranks, rank=0, size=1), task)

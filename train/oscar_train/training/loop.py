@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -220,24 +220,33 @@ def _go_on(run: Run, done: int, stop: Stop) -> None:
         report = take(run.train_state, work, rate(settings, step), stop.cause is not None)
         reports.add(step, report, count(work.parts))
         stopped = reports.read(left=1) or (alone and stop.cause is not None)
-        asks = run.evaluation is not None and is_due(settings, step)
+
+        evaluates = run.evaluation is not None and is_due(settings, step)
         saves = step % settings.checkpoint_every == 0 or step == settings.steps
-        if not (stopped or asks or saves):
+        if not (stopped or evaluates or saves):
             continue
 
         stopped = reports.read() or stopped
-        if asks and not stopped:
+        if evaluates and not stopped:
             stopped = _evaluate(run, step, stop)
 
         if stopped or saves:
             _save(run, step)
 
         if step < settings.steps and (stopped or (alone and saves and stop.cause)):
-            run.train_state.ranks.gather()
-            saved = f"after step {step}, which is saved; the same command again continues"
-            raise Stopped(saved, stop.cause or signal.SIGTERM)  # it may have reached other ranks alone
+            _stop_after(run, step, stop)
 
         reports.rested()
+
+
+def _stop_after(run: Run, step: int, stop: Stop) -> NoReturn:
+    """End the run after a step that is saved, on all ranks together.
+
+    Raises:
+        Stopped: always; with SIGTERM as its cause if the signal reached other ranks alone.
+    """
+    run.train_state.ranks.gather()
+    raise Stopped(f"after step {step}, which is saved; the same command again continues", stop.cause or signal.SIGTERM)
 
 
 def _lacks_evaluation(run: Run, step: int) -> bool:
@@ -249,7 +258,7 @@ def _lacks_evaluation(run: Run, step: int) -> bool:
 
 
 def _evaluate(run: Run, step: int, stop: Stop) -> bool:
-    """Ask what is known after a step, and log it; return whether a rank was told to stop meanwhile."""
+    """Evaluate after a step and log the result; return whether a rank was asked to stop meanwhile."""
     assert run.evaluation is not None
     settings, ranks = run.settings, run.train_state.ranks
     answering = Answering(

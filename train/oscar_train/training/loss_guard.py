@@ -17,7 +17,7 @@ NAMES = 64  # images that a message names
 class Guard:
     """Judges each step by the losses before it, on the device, so that the host need not wait for the verdict.
 
-    spike: how many times their median is a leap; 0: none is. skipped: the steps that `skip` was told of.
+    spike: how many times their median is a leap; 0: none is. skipped: the steps reported to `skip`.
     """
 
     def __init__(self, spike: float, max_skipped: int, device: torch.device | str = "cpu") -> None:
@@ -51,14 +51,14 @@ class Guard:
             return f"loss {loss:.4g} and gradient norm {norm:.4g} are not both finite"
         return f"loss {loss:.4g} is more than {self.spike:g} times the usual {usual:.4g}"
 
-    def skip(self, step: int, fault: str, keys: Sequence[str], aloud: bool) -> None:
+    def skip(self, step: int, fault: str, keys: Sequence[str], warns: bool) -> None:
         """Count a step that is skipped.
 
         Args:
             step: counted from 1.
             fault: what `reason` said.
             keys: of the images to look at.
-            aloud: whether to say so.
+            warns: whether to print a warning.
 
         Raises:
             OperationError: it is one too many.
@@ -72,7 +72,7 @@ class Guard:
                 "--lr or more --warmup-steps, or look for damaged features in --shards"
             )
 
-        if aloud:
+        if warns:
             warn(f"{message}; the step is skipped ({self.skipped} so far, --max-skipped {self.max_skipped})")
 
     def state(self) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _skip(run: Run, step: int, result: Result, report: Report) -> None:
     keys = run.stream.keys(step - 1)
     chosen = [key for key, suspect in zip(keys, suspects, strict=True) if suspect] if any(suspects) else keys
     fault = run.train_state.guard.reason(result.loss, result.norm, result.usual)
-    run.train_state.guard.skip(step, fault, list(dict.fromkeys(chosen)), aloud=ranks.first)
+    run.train_state.guard.skip(step, fault, list(dict.fromkeys(chosen)), warns=ranks.first)
 
 
 def _row(run: Run, step: int, result: Result, measured: dict[str, float]) -> Row:

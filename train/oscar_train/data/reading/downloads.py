@@ -78,7 +78,7 @@ class Fetches:
 
     @contextmanager
     def fetched(self, number: int, work: Callable[[], Held], name: str) -> Iterator[None]:
-        """Wait until `work` is done, by a thread of its own or by whom it was begun; `name` is what people are told.
+        """Wait until `work` is done, by a thread of its own or by whom it was begun; `name` is what messages call it.
 
         What it brought is not evicted in the block. It may not be there all the same: then `fetched` is to be used
         again.

@@ -24,7 +24,7 @@ Words = npt.NDArray[np.uint64]
 class Pool:
     """Triples that a text may be taken from, grouped by source.
 
-    triples: [n], rising; None: all of the corpus. edges, starts: [sources + 1]; of the numbers from 0 to the last edge,
+    triples: [n], sorted; None: all of the corpus. edges, starts: [sources + 1]; of the numbers from 0 to the last edge,
     those between two edges mean the triples between two starts. So a source is drawn from as often as its triples are
     met.
     """
@@ -54,7 +54,7 @@ def make_pools(corpus: Corpus, weights: Sequence[Fraction], objective: Objective
     They are the mapped arrays of the corpus, or none, where these will do; else int32.
 
     Args:
-        only: the triples that may be drawn, rising; None: all.
+        only: the triples that may be drawn, sorted; None: all.
     """
     size = len(corpus) if only is None else len(only)
     pools_of = [_among(corpus, pool, only) for pool in corpus.pools]
