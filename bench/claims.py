@@ -37,7 +37,7 @@ from oscar_extract.folder import finish, naming
 from oscar_extract.folder.claim import Process
 from oscar_extract.folder.remaining import Remaining
 from oscar_extract.folder.take import BEAT, Held, take
-from oscar_extract.messages import Job, Share
+from oscar_extract.messages import Job, OpenShard
 from oscar_extract.run import POLL
 from oscar_shards.index import index_path
 from oscar_shards.manifest import Layout, PlanRecord
@@ -84,7 +84,7 @@ class Worker:
     skew: float
     remaining: Remaining | None = None
     held: Held | None = None
-    share: Share | None = None
+    open_shard: OpenShard | None = None
     since: float = 0.0
 
 
@@ -143,20 +143,22 @@ class Simulation:
         if self.is_dead(worker) or worker.remaining is None:
             return
         with self.operations.counted():
-            share = next(worker.remaining.shares(), None)
+            open_shard = next(worker.remaining.open_shards(), None)
             if not worker.remaining.left:
                 worker.remaining.finish()
                 return
-            if share is None:
+            if open_shard is None:
                 self.waited += POLL
                 self.later(POLL, lambda: self.pick(worker))
                 return
-            worker.held = take(self.job.out, shard_path(self.job.out, "shard", share.shard), share, worker.process)
+            worker.held = take(
+                self.job.out, shard_path(self.job.out, "shard", open_shard.shard), open_shard, worker.process
+            )
         if worker.held is None:  # another one was faster
             self.later(0, lambda: self.pick(worker))
             return
         self.claimed_at.append(self.now)
-        worker.share, worker.since = share, self.now
+        worker.open_shard, worker.since = open_shard, self.now
         held = worker.held
         self.later(BEAT, lambda: self.beat(worker, held))
         self.later(self.shard_seconds * self.rng.uniform(0.8, 1.2), lambda: self.finish(worker))
@@ -169,12 +171,12 @@ class Simulation:
         self.later(BEAT, lambda: self.beat(worker, held))
 
     def finish(self, worker: Worker) -> None:
-        if self.is_dead(worker) or worker.held is None or worker.share is None or worker.remaining is None:
+        if self.is_dead(worker) or worker.held is None or worker.open_shard is None or worker.remaining is None:
             return
         with self.operations.counted():
-            done = finish.finish_shard(worker.held, worker.share, [], Layout(feature_dim=1))
+            done = finish.finish_shard(worker.held, worker.open_shard, [], Layout(feature_dim=1))
         if done:
-            worker.remaining.left.pop(worker.share.shard)
+            worker.remaining.left.pop(worker.open_shard.shard)
             self.worked += self.now - worker.since
         worker.held = None
         self.pick(worker)

@@ -56,7 +56,7 @@ Stamp = tuple[int, int]  # of a file: its inode, and when it was changed, in nan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class OpenShard:
     """A shard that a worker may take.
 
     number: of the claim that it is to make on it; see oscar_extract.folder.claim.

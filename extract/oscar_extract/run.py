@@ -183,7 +183,7 @@ def follow(workers: Workers, job: Job, record: PlanRecord, remaining: Remaining,
     waits = False
     while remaining.left:
         got_on = False
-        for done in workers.extract(job, remaining.shares(), tell):
+        for done in workers.extract(job, remaining.open_shards(), tell):
             if done.taken:
                 tell(done.shard, done.images, done.rejects)
                 whole.add(done.shard)

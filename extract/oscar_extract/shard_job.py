@@ -30,7 +30,7 @@ from oscar_extract.detector import Detector, compile_network, load_detector
 from oscar_extract.folder.finish import TakenOver, finish_shard
 from oscar_extract.folder.take import holding
 from oscar_extract.images import RefusedImage, decode, decode_apart, read_bytes
-from oscar_extract.messages import DeviceFailure, Done, Job, Share, Survey, Trial
+from oscar_extract.messages import DeviceFailure, Done, Job, OpenShard, Survey, Trial
 from oscar_extract.out_of_memory import Limit, detect_within
 from oscar_extract.plan import PlannedImage, read_shard_plan
 from oscar_extract.sizing import image_bytes
@@ -179,7 +179,7 @@ def make_manifest(plan: PlanRecord, tools: Equipment, settings: Extract) -> Mani
 
 
 @device_failures()
-def extract_shard(job: Job, share: Share, tell: Callable[[int, int], None]) -> Done:
+def extract_shard(job: Job, open_shard: OpenShard, tell: Callable[[int, int], None]) -> Done:
     """Take a shard and write it, and tell how many images, and rejects among them, are done so far.
 
     Raises:
@@ -195,11 +195,11 @@ def extract_shard(job: Job, share: Share, tell: Callable[[int, int], None]) -> D
             "software and weights"
         )
 
-    tar = shard_path(job.out, job.settings.name, share.shard)
+    tar = shard_path(job.out, job.settings.name, open_shard.shard)
     images = rejects = 0
-    with holding(job.out, tar, share) as held:
+    with holding(job.out, tar, open_shard) as held:
         if held is None:
-            return Done(shard=share.shard, images=0, rejects=0, memory=peak_memory(), taken=False)
+            return Done(shard=open_shard.shard, images=0, rejects=0, memory=peak_memory(), taken=False)
 
         def counted(items: Iterable[Sample | Reject]) -> Iterator[Sample | Reject]:
             nonlocal images, rejects
@@ -211,12 +211,12 @@ def extract_shard(job: Job, share: Share, tell: Callable[[int, int], None]) -> D
                 tell(images, rejects)
                 yield item
 
-        roots, planned = read_shard_plan(job.out, share.shard, cache_of(job.settings))
+        roots, planned = read_shard_plan(job.out, open_shard.shard, cache_of(job.settings))
         with journal(tar) as record:
             items = with_twins(counted(extract(job, tools, roots, planned, record)), planned)
-            is_taken = finish_shard(held, share, items, manifest.layout)
+            is_taken = finish_shard(held, open_shard, items, manifest.layout)
 
-    return Done(shard=share.shard, images=images, rejects=rejects, memory=peak_memory(), taken=is_taken)
+    return Done(shard=open_shard.shard, images=images, rejects=rejects, memory=peak_memory(), taken=is_taken)
 
 
 def extract(

@@ -24,7 +24,7 @@ from distributed import KilledWorker, WorkerPlugin, get_worker
 
 from oscar_common.errors import OperationError, UsageError, reason
 from oscar_common.memory import free_memory
-from oscar_extract.messages import DeviceFailure, Done, Job, Share, Survey, Trial
+from oscar_extract.messages import DeviceFailure, Done, Job, OpenShard, Survey, Trial
 
 Tell = Callable[[int, int, int], None]  # a shard, its images done so far, and the rejects among them
 TOPIC = "oscar-extract"
@@ -48,7 +48,7 @@ class Workers(Protocol):
     def survey(self, job: Job, trial: Trial) -> Survey:
         """Have one of them load the detector and try it."""
 
-    def extract(self, job: Job, shares: Iterator[Share], tell: Tell) -> Iterator[Done]:
+    def extract(self, job: Job, open_shards: Iterator[OpenShard], tell: Tell) -> Iterator[Done]:
         """Do shards and yield what became of each, in any order. The next share is asked for when somebody is free."""
 
     def kill(self) -> None:
@@ -70,12 +70,12 @@ class Here:
 
         return survey(replace(job, threads=cores()), trial)
 
-    def extract(self, job: Job, shares: Iterator[Share], tell: Tell) -> Iterator[Done]:
+    def extract(self, job: Job, open_shards: Iterator[OpenShard], tell: Tell) -> Iterator[Done]:
         """See `Workers`."""
         from oscar_extract.shard_job import extract_shard
 
-        for share in shares:
-            yield extract_shard(replace(job, threads=cores()), share, partial(tell, share.shard))
+        for open_shard in open_shards:
+            yield extract_shard(replace(job, threads=cores()), open_shard, partial(tell, open_shard.shard))
 
     def kill(self) -> None:
         """See `Workers`. This process has been stopped by then."""
@@ -145,7 +145,7 @@ class Dask:
 
         return result
 
-    def extract(self, job: Job, shares: Iterator[Share], tell: Tell) -> Iterator[Done]:
+    def extract(self, job: Job, open_shards: Iterator[OpenShard], tell: Tell) -> Iterator[Done]:
         """See `Workers`. A shard that kills its workers again and again is given up; the others go on.
 
         Raises:
@@ -153,11 +153,13 @@ class Dask:
         """
         job, killers = replace(anywhere(job), threads=self.threads), []
         with self._listening(tell):
-            for (_, _, share), future in self._done((_extract_task, job, share) for share in shares):
+            for (_, _, open_shard), future in self._done(
+                (_extract_task, job, open_shard) for open_shard in open_shards
+            ):
                 try:
                     yield future.result()
                 except KilledWorker:
-                    killers.append(share.shard)
+                    killers.append(open_shard.shard)
 
         if killers:
             raise given_up(killers)
@@ -266,7 +268,7 @@ def _survey_task(job: Job, trial: Trial) -> Survey:
         return survey(replace(job, threads=job.threads or get_worker().state.nthreads), trial)
 
 
-def _extract_task(job: Job, share: Share) -> Done:
+def _extract_task(job: Job, open_shard: OpenShard) -> Done:
     from oscar_extract.shard_job import extract_shard
 
     worker, last_report = get_worker(), 0.0
@@ -275,10 +277,10 @@ def _extract_task(job: Job, share: Share) -> Done:
         nonlocal last_report
         if monotonic() - last_report > TELL_SECONDS:
             last_report = monotonic()
-            worker.log_event(TOPIC, (share.shard, images, rejects))
+            worker.log_event(TOPIC, (open_shard.shard, images, rejects))
 
     with _giving_way():
-        return extract_shard(replace(job, threads=job.threads or worker.state.nthreads), share, tell)
+        return extract_shard(replace(job, threads=job.threads or worker.state.nthreads), open_shard, tell)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from oscar_extract.folder.remaining import DEATHS, Remaining
 from oscar_extract.folder.stopping import STOP
 from oscar_extract.folder.take import Held, change_claim, give_back_for_the_dead, holding, make_claim, take
 from oscar_extract.folder.watch import PATIENCE, Watch
-from oscar_extract.messages import Job, Share
+from oscar_extract.messages import Job, OpenShard
 from oscar_shards.manifest import Layout, PlanRecord
 from oscar_shards.read import is_whole
 from oscar_shards.write import Reject, shard_path, write_shard
@@ -68,18 +68,18 @@ def remaining(out: Path, name: str, clock: Clock, **settings: object) -> Remaini
     return Remaining(job, RECORD, process(name), clock)
 
 
-def taken(out: Path, share: Share, name: str) -> Held:
-    held = take(out, shard_path(out, "shard", share.shard), share, process(name))
+def taken(out: Path, open_shard: OpenShard, name: str) -> Held:
+    held = take(out, shard_path(out, "shard", open_shard.shard), open_shard, process(name))
     assert held is not None
     return held
 
 
-def wait_until_dead(left: Remaining, clock: Clock) -> Share:
+def wait_until_dead(left: Remaining, clock: Clock) -> OpenShard:
     """What a process is offered that looks now and then, once the time has passed after which an owner is dead."""
     offered = None
     for _ in range(1 + int(PATIENCE / POLL)):
         assert offered is None
-        offered = next(left.shares(), None)
+        offered = next(left.open_shards(), None)
         clock.seconds += POLL
     assert offered is not None
     return offered
@@ -161,42 +161,42 @@ def test_a_claim_whose_answer_was_lost_is_known_as_ones_own(out: Path, monkeypat
 
 
 def test_an_owner_that_gives_signs_of_life_keeps_its_shard_whatever_the_clocks_say(out: Path):
-    held = taken(out, Share(shard=0), "a")
+    held = taken(out, OpenShard(shard=0), "a")
     clock = Clock(1e9)
     left = remaining(out, "b", clock)
     for _ in range(100):
-        assert next(left.shares(), None) is None
+        assert next(left.open_shards(), None) is None
         clock.seconds += POLL
         held.beat()
 
 
 def test_a_file_server_that_hangs_makes_nobody_dead(out: Path):
     """Who could not look for an hour has seen nothing, either."""
-    taken(out, Share(shard=0), "a")
+    taken(out, OpenShard(shard=0), "a")
     clock = Clock(0.0)
     left = remaining(out, "b", clock)
     clock.seconds += 3600
-    assert next(left.shares(), None) is None
+    assert next(left.open_shards(), None) is None
 
 
 @pytest.mark.parametrize("comes_back", ["while the other works", "after the other has finished"])
 def test_an_owner_that_comes_back_after_it_was_taken_over_changes_nothing(
     out: Path, written: dict[str, bytes], comes_back: str
 ):
-    first = taken(out, Share(shard=0), "a")
+    first = taken(out, OpenShard(shard=0), "a")
     write_shard(first.place / first.tar.name, ITEMS[:1], LAYOUT)  # it stopped here
     clock = Clock(50.0)
     left = remaining(out, "b", clock)
-    share = wait_until_dead(left, clock)
-    second = taken(out, share, "b")
+    open_shard = wait_until_dead(left, clock)
+    second = taken(out, open_shard, "b")
 
     if comes_back == "while the other works":
-        assert not finish_shard(first, Share(shard=0), iter(ITEMS[:1]), LAYOUT)
+        assert not finish_shard(first, OpenShard(shard=0), iter(ITEMS[:1]), LAYOUT)
         assert first.is_lost
         assert not is_whole(first.tar)
-    assert finish_shard(second, share, iter(ITEMS), LAYOUT)
+    assert finish_shard(second, open_shard, iter(ITEMS), LAYOUT)
     before = files(out)
-    assert not finish_shard(first, Share(shard=0), iter(ITEMS[:1]), LAYOUT)
+    assert not finish_shard(first, OpenShard(shard=0), iter(ITEMS[:1]), LAYOUT)
     first.beat()
     first.give_back()
     assert files(out) == before
@@ -209,10 +209,10 @@ def test_an_owner_that_comes_back_after_it_was_taken_over_changes_nothing(
 
 
 def test_an_owner_that_is_taken_over_learns_it_with_its_next_sign_of_life(out: Path):
-    first = taken(out, Share(shard=0), "a")
+    first = taken(out, OpenShard(shard=0), "a")
     first.beat()
     assert not first.is_lost
-    taken(out, Share(shard=0, number=2), "b")
+    taken(out, OpenShard(shard=0, number=2), "b")
     first.beat()
     assert first.is_lost
 
@@ -226,18 +226,18 @@ def test_after_kill_9_at_any_moment_another_process_finishes_to_the_same_bytes(o
             path.unlink()
 
         def do() -> None:
-            share = Share(shard=0)
-            finish_shard(taken(out, share, "a"), share, iter(ITEMS), LAYOUT)
+            open_shard = OpenShard(shard=0)
+            finish_shard(taken(out, open_shard, "a"), open_shard, iter(ITEMS), LAYOUT)
 
         killed = is_killed(do, after)
         (out / ".tmp-job-0123456789abcdef").mkdir()  # of a process that was killed as it began
         clock = Clock(0.0)
         left = remaining(out, "b", clock)
         while left.left:
-            share = next(left.shares(), None)
-            if share is not None:
+            open_shard = next(left.open_shards(), None)
+            if open_shard is not None:
                 ends.add("done anew")
-                assert finish_shard(taken(out, share, "b"), share, iter(ITEMS), LAYOUT)
+                assert finish_shard(taken(out, open_shard, "b"), open_shard, iter(ITEMS), LAYOUT)
                 left.left.pop(0)
             clock.seconds += POLL
         ends.update("named" for _ in left.done_by_others)
@@ -253,14 +253,14 @@ def test_after_kill_9_at_any_moment_another_process_finishes_to_the_same_bytes(o
 
 def test_two_that_give_a_sealed_shard_its_names_lose_no_file(out: Path, written: dict[str, bytes]):
     """The owner is stopped between two of its files; another one names the rest, and then the owner goes on."""
-    held = taken(out, Share(shard=0), "a")
+    held = taken(out, OpenShard(shard=0), "a")
     write_shard(held.place / held.tar.name, ITEMS, LAYOUT)
     assert held.seal()
     (held.place / "shard-000000.tar").rename(out / "shard-000000.tar")
     (held.place / "shard-000000.rejects.parquet").rename(out / "shard-000000.rejects.parquet")
 
     left = remaining(out, "b", Clock(0.0))
-    assert next(left.shares(), None) is None
+    assert next(left.open_shards(), None) is None
     assert (left.left, left.done_by_others) == ({}, [0])
     assert_is_written(out, written)
     give_names(held.tar, held.claim)
@@ -271,13 +271,13 @@ def test_a_shard_that_is_given_back_can_be_taken_at_once(out: Path):
     left = remaining(out, "b", Clock(0.0))
 
     def fail() -> None:
-        with holding(out, shard_path(out, "shard", 0), Share(shard=0), process("a")):
-            assert next(left.shares(), None) is None
+        with holding(out, shard_path(out, "shard", 0), OpenShard(shard=0), process("a")):
+            assert next(left.open_shards(), None) is None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert [*left.shares()] == [Share(shard=0, number=2)]
+    assert [*left.open_shards()] == [OpenShard(shard=0, number=2)]
     assert [path.name for path in out.glob(".tmp-*")] == []
 
 
@@ -288,10 +288,10 @@ def test_a_signal_at_the_very_moment_of_the_claim_gives_the_shard_back(out: Path
         return held
 
     monkeypatch.setattr("oscar_extract.folder.take.take", take_and_be_told)
-    with STOP.watched(), pytest.raises(Stopped), holding(out, shard_path(out, "shard", 0), Share(shard=0)):
+    with STOP.watched(), pytest.raises(Stopped), holding(out, shard_path(out, "shard", 0), OpenShard(shard=0)):
         raise AssertionError("the signal came before any work")
 
-    assert [*remaining(out, "b", Clock(0.0)).shares()] == [Share(shard=0, number=2)]
+    assert [*remaining(out, "b", Clock(0.0)).open_shards()] == [OpenShard(shard=0, number=2)]
     assert [path.name for path in out.glob(".tmp-*")] == []
 
 
@@ -299,20 +299,20 @@ def test_a_process_of_this_machine_that_was_killed_is_dead_at_once(out: Path):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(write, b"x" * (take(out, shard_path(out, "shard", 0), Share(shard=0), this_process()) is not None))
+        os.write(write, b"x" * (take(out, shard_path(out, "shard", 0), OpenShard(shard=0), this_process()) is not None))
         signal.pause()
     assert os.read(read, 1) == b"x"
     here, job = this_process(), Job(out=out, settings=Extract(out=str(out)), entry=Detector())
     left = Remaining(job, RECORD, here, Clock(0.0))
-    assert [*left.shares()] == []
+    assert [*left.open_shards()] == []
 
     os.kill(child, signal.SIGKILL)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it is still listed
-    assert [*left.shares()] == [Share(shard=0, number=2, deaths=1)]
+    assert [*left.open_shards()] == [OpenShard(shard=0, number=2, deaths=1)]
     os.waitpid(child, 0)
-    assert [*left.shares()] == [Share(shard=0, number=2, deaths=1)]
+    assert [*left.open_shards()] == [OpenShard(shard=0, number=2, deaths=1)]
     give_back_for_the_dead(out)  # for machines that cannot see it
-    assert [*remaining(out, "b", Clock(0.0)).shares()] == [Share(shard=0, number=2, deaths=1)]
+    assert [*remaining(out, "b", Clock(0.0)).open_shards()] == [OpenShard(shard=0, number=2, deaths=1)]
 
 
 def test_another_process_with_the_same_id_is_not_the_owner():
@@ -325,14 +325,14 @@ def test_another_process_with_the_same_id_is_not_the_owner():
 def test_a_shard_that_kills_one_owner_after_the_other_is_given_up_by_those_who_saw_it(out: Path):
     clock = Clock(0.0)
     left = remaining(out, "b", clock)
-    share = next(left.shares())
+    open_shard = next(left.open_shards())
     for _ in range(DEATHS):
-        assert share is not None
-        taken(out, share, "a")
+        assert open_shard is not None
+        taken(out, open_shard, "a")
         for _ in range(1 + int(PATIENCE / POLL)):
-            share = next(left.shares(), None)  # type: ignore[assignment]
+            open_shard = next(left.open_shards(), None)  # type: ignore[assignment]
             clock.seconds += POLL
-    assert share is None
+    assert open_shard is None
     assert (left.left, left.given_up) == ({}, [0])
 
     again = remaining(out, "c", clock)  # the same command again tries it again
@@ -354,7 +354,7 @@ def test_a_shard_that_is_done_while_a_process_begins_is_not_done_again(out: Path
     monkeypatch.setattr(remaining_module, "is_done", look)
     left = remaining(out, "b", Clock(0.0))
     assert [*left.left] == [0]
-    assert [*left.shares()] == []
+    assert [*left.open_shards()] == []
     assert (left.left, left.done_by_others) == ({}, [0])
 
 
@@ -363,10 +363,10 @@ def test_with_retry_rejects_each_shard_that_has_some_is_done_once_by_one_process
     write_shard(tar, ITEMS, LAYOUT)
     lefts = [remaining(out, name, Clock(0.0), retry_rejects=True) for name in "ab"]
     write_shard(shard_path(out, "shard", 0), SAMPLES, LAYOUT)
-    share = next(lefts[0].shares())
-    assert share.shard == 1
-    assert finish_shard(taken(out, share, "a"), share, iter(ITEMS), LAYOUT)  # it is refused again
-    assert [*lefts[1].shares()] == []
+    open_shard = next(lefts[0].open_shards())
+    assert open_shard.shard == 1
+    assert finish_shard(taken(out, open_shard, "a"), open_shard, iter(ITEMS), LAYOUT)  # it is refused again
+    assert [*lefts[1].open_shards()] == []
     assert lefts[1].left == {}
 
 
@@ -383,12 +383,12 @@ def test_a_damaged_claim_counts_as_one_until_it_has_not_changed_for_long(out: Pa
     (out / FOLDER).mkdir()
     claim_path(out, 0, 1).write_bytes(content)  # type: ignore[arg-type]
     clock = Clock(0.0)
-    share = wait_until_dead(remaining(out, "b", clock), clock)
-    assert (share.shard, share.number) == (0, 2)
+    open_shard = wait_until_dead(remaining(out, "b", clock), clock)
+    assert (open_shard.shard, open_shard.number) == (0, 2)
 
 
 def test_a_sign_of_life_changes_the_file_in_place(out: Path):
-    held = taken(out, Share(shard=0), "a")
+    held = taken(out, OpenShard(shard=0), "a")
     path = claim_path(out, 0, 1)
     inode, size = path.stat().st_ino, path.stat().st_size
     watch, seen = Watch(out, process("b"), Clock(0.0)), set()

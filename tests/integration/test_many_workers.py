@@ -29,7 +29,7 @@ from oscar_extract.folder.claim import (
 )
 from oscar_extract.folder.progress import InWork, progress_of
 from oscar_extract.folder.take import holding, make_claim
-from oscar_extract.messages import Share
+from oscar_extract.messages import OpenShard
 
 IMAGES, PER_SHARD = 48, 2
 WORKERS, KILLS, PAUSES = 10, 12, 3
@@ -239,7 +239,7 @@ def test_overwriting_what_somebody_works_on_is_refused(
 ):
     out = plan(arguments, tmp_path / "out")
     monkeypatch.setattr(prepare, "POLL", 0.05)
-    with holding(out, out / "shard-000000.tar", Share(shard=0)) as held:
+    with holding(out, out / "shard-000000.tar", OpenShard(shard=0)) as held:
         assert held is not None
         beats = threading.Timer(0.5, held.beat)
         beats.start()

@@ -26,7 +26,7 @@ from oscar_train.data.texts.tokens import Tokenizer
 from oscar_train.evaluation.command import command
 from oscar_train.evaluation.held_out import apart, held_images, split
 from oscar_train.evaluation.measure import Answering, Interrupted, answer, measure, names
-from oscar_train.evaluation.questions import SHUFFLES, Exam, make_exam
+from oscar_train.evaluation.questions import SHUFFLES, QuestionSet, make_question_set
 from oscar_train.model.oscar import OscarForPreTraining, oscar_config, random_config
 from oscar_train.objectives import TABLE
 from oscar_train.ranks import Ranks
@@ -35,8 +35,8 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 OSCAR, PLUS = TABLE["oscar", "paper"], TABLE["oscar-plus", "paper"]
 
 
-def exam_of(stream: Stream, objective=OSCAR, only=None, triples=0, images=20, seed=0) -> Exam:
-    return make_exam(stream.corpus, stream.reader, objective, only, triples=triples, images=images, seed=seed)
+def question_set_of(stream: Stream, objective=OSCAR, only=None, triples=0, images=20, seed=0) -> QuestionSet:
+    return make_question_set(stream.corpus, stream.reader, objective, only, triples=triples, images=images, seed=seed)
 
 
 def network(stream: Stream, classes: int = 2) -> OscarForPreTraining:
@@ -47,8 +47,8 @@ def network(stream: Stream, classes: int = 2) -> OscarForPreTraining:
     return OscarForPreTraining(oscar_config(config, stream.corpus.feature_dim)).eval()
 
 
-def ask(exam: Exam, forward, size: int = 7, shuffled: str | None = None) -> dict[str, float]:
-    return measure(exam, Answering(forward=forward, ranks=ALONE, size=size), shuffled)
+def ask(question_set: QuestionSet, forward, size: int = 7, shuffled: str | None = None) -> dict[str, float]:
+    return measure(question_set, Answering(forward=forward, ranks=ALONE, size=size), shuffled)
 
 
 def test_an_image_itself_decides_whether_it_is_held_out(samples: list[Sample], tmp_path: Path, tokenizer: Tokenizer):
@@ -116,14 +116,16 @@ def test_images_of_eval_shards_are_not_trained_on(samples: list[Sample], shards:
     assert keys == {s.key for s in samples if s.texts} - {s.key for s in samples[10:20]}
 
 
-def slowly(exam: Exam, model: OscarForPreTraining) -> dict[str, float]:
+def slowly(question_set: QuestionSet, model: OscarForPreTraining) -> dict[str, float]:
     """The same numbers, one triple at a time and with plain words."""
-    corpus, sums = exam.corpus, {}
-    for place, triple in enumerate(exam.triples.tolist()):
-        for name in exam.asked:
+    corpus, sums = question_set.corpus, {}
+    for place, triple in enumerate(question_set.triples.tolist()):
+        for name in question_set.asked:
             buffer = make_batch_buffer(1, corpus.feature_dim)
-            exam.regions(exam.triples[place : place + 1], exam.partners[place : place + 1], buffer)
-            exam.text(name, place, buffer)
+            question_set.regions(
+                question_set.triples[place : place + 1], question_set.partners[place : place + 1], buffer
+            )
+            question_set.text(name, place, buffer)
             batch = buffer.batch
             words, pairs = answer(model, "fp32", batch)
             if (label := int(batch.match_labels[0])) != IGNORED:
@@ -133,7 +135,7 @@ def slowly(exam: Exam, model: OscarForPreTraining) -> dict[str, float]:
                 continue
             masked = [(c, int(x)) for c, x in enumerate(batch.mlm_labels[0]) if x != IGNORED]
             for row, (column, label) in enumerate(masked):
-                first_sep = batch.input_ids[0].tolist().index(exam.corpus.tokenizer.sep)
+                first_sep = batch.input_ids[0].tolist().index(question_set.corpus.tokenizer.sep)
                 side = "words" if column < first_sep else ("tags", "answers")[int(corpus.kind[triple])]
                 loss = -float(words[row].log_softmax(-1)[label])
                 sums.setdefault(side, []).append((loss, int(words[row].argmax()) == label))
@@ -143,36 +145,39 @@ def slowly(exam: Exam, model: OscarForPreTraining) -> dict[str, float]:
 @pytest.mark.parametrize("objective", [OSCAR, PLUS, TABLE["visualbert", "release"]])
 @torch.no_grad()
 def test_the_numbers_are_those_of_a_slow_count(stream: Stream, objective):
-    exam = exam_of(stream, objective, images=0, seed=1)
+    question_set = question_set_of(stream, objective, images=0, seed=1)
     model = network(stream, len(objective.classes))
-    values, slow = ask(exam, lambda batch: answer(model, "fp32", batch)), slowly(exam, model)
-    assert list(values) == names(exam)
+    values, slow = ask(question_set, lambda batch: answer(model, "fp32", batch)), slowly(question_set, model)
+    assert list(values) == names(question_set)
     for side in ("words", "tags", "answers"):
         loss, accuracy = slow[side]
         assert values[f"{side}_loss"] == pytest.approx(loss, rel=1e-5)
         assert values[f"{side}_accuracy"] == pytest.approx(accuracy)
-    called = {name: exam.objective.classes[exam.objective.label(name)].replace(" ", "_") for name in exam.asked}
+    called = {
+        name: question_set.objective.classes[question_set.objective.label(name)].replace(" ", "_")
+        for name in question_set.asked
+    }
     for name, plain in called.items():
         assert values[f"{plain}_accuracy"] == pytest.approx(slow[name][1])
     parts = [1 - objective.wrong_w - objective.wrong_q, objective.wrong_w, objective.wrong_q]
     weights = dict(zip(("matched", "wrong w", "wrong q"), parts, strict=True))
     for column, what in enumerate(("match_loss", "match_accuracy")):
-        assert values[what] == pytest.approx(sum(weights[n] * slow[n][column] for n in exam.asked), rel=1e-5)
+        assert values[what] == pytest.approx(sum(weights[n] * slow[n][column] for n in question_set.asked), rel=1e-5)
 
 
 @torch.no_grad()
 def test_neither_the_size_of_batches_nor_ranks_change_a_number(stream: Stream):
-    exam, model = exam_of(stream, PLUS, triples=50, images=12), network(stream, 3)
+    question_set, model = question_set_of(stream, PLUS, triples=50, images=12), network(stream, 3)
 
     def forward(batch: Batch):
         return answer(model, "fp32", batch)
 
-    one = ask(exam, forward, 50)
+    one = ask(question_set, forward, 50)
     for size in (1, 8, 13):
-        assert ask(exam, forward, size) == pytest.approx(one, rel=1e-5)
+        assert ask(question_set, forward, size) == pytest.approx(one, rel=1e-5)
     assert (
-        exam_of(stream, replace(PLUS, negatives="lines", exact=False), triples=50, images=12).objective
-        == exam.objective
+        question_set_of(stream, replace(PLUS, negatives="lines", exact=False), triples=50, images=12).objective
+        == question_set.objective
     )
 
 
@@ -236,8 +241,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer):
     samples = [plain_sample(n, classes) for n, classes in enumerate(combinations(range(9), 3))]
     folder = write_folder(tmp_path_factory.mktemp("seen") / "shards", samples)
     with open_stream([str(folder)], batch_size=4, tokenizer=tokenizer) as stream:
-        exam = exam_of(stream, OSCAR, images=30)
-        return {name: ask(exam, Seer(stream), 16, name) for name in (None, *SHUFFLES)}
+        question_set = question_set_of(stream, OSCAR, images=30)
+        return {name: ask(question_set, Seer(stream), 16, name) for name in (None, *SHUFFLES)}
 
 
 def test_what_is_shuffled_destroys_what_rests_on_it_and_nothing_else(seen):
@@ -265,7 +270,7 @@ def test_scores_that_are_equal_or_no_numbers_find_nothing(stream: Stream, score:
         masked = int((batch.mlm_labels != IGNORED).sum())
         return torch.zeros(masked, stream.corpus.tokenizer.size), torch.full((len(batch.triples), 2), score)
 
-    found = ask(exam_of(stream, images=12), forward)
+    found = ask(question_set_of(stream, images=12), forward)
     assert found["text_to_image_r10"] == found["image_to_text_r1"] == 0
 
 
@@ -276,7 +281,7 @@ def test_an_evaluation_can_be_interrupted(stream: Stream):
         forward=lambda batch: answer(model, "fp32", batch), ranks=ALONE, size=8, stopped=lambda: next(asked)
     )
     with pytest.raises(Interrupted):
-        measure(exam_of(stream), answering)
+        measure(question_set_of(stream), answering)
 
 
 COMMON = ("--init", "random:tiny", "--steps", 6, "--batch-size", 8, "--device", "cpu", "--eval-images", 8)

@@ -8,7 +8,7 @@ from oscar_extract.folder.naming import clear, give_names
 from oscar_extract.folder.remaining import is_newly_done
 from oscar_extract.folder.stopping import STOP
 from oscar_extract.folder.take import Held
-from oscar_extract.messages import Share
+from oscar_extract.messages import OpenShard
 from oscar_shards.manifest import Layout
 from oscar_shards.write import Reject, write_shard
 
@@ -17,13 +17,13 @@ class TakenOver(Exception):
     """Another process has taken a shard over, as this one gave no sign of life for long."""
 
 
-def finish_shard(held: Held, share: Share, items: Iterable[Sample | Reject], layout: Layout) -> bool:
+def finish_shard(held: Held, open_shard: OpenShard, items: Iterable[Sample | Reject], layout: Layout) -> bool:
     """Write a shard and give it its names; False if another process has done so, or is about to.
 
     Raises:
         OSError: the disk is full, or refuses.
     """
-    if is_newly_done(held.tar, share):  # in the moment before it was taken
+    if is_newly_done(held.tar, open_shard):  # in the moment before it was taken
         clear(held.tar, held.shard, held.number)
         return False
 
@@ -38,7 +38,7 @@ def finish_shard(held: Held, share: Share, items: Iterable[Sample | Reject], lay
 
     with STOP.deferred():
         is_owner = held.seal()
-        if is_owner and not is_newly_done(held.tar, share):
+        if is_owner and not is_newly_done(held.tar, open_shard):
             give_names(held.tar, held.claim)
         if is_owner:
             clear(held.tar, held.shard, held.number)

@@ -11,7 +11,7 @@ from oscar_common.files import TEMPORARY, remove
 from oscar_extract.folder.claim import FOLDER, GIVEN_BACK, PREPARED, SEALED, Process, claim_numbers, this_process
 from oscar_extract.folder.naming import clear, give_names
 from oscar_extract.folder.watch import Standing, Watch
-from oscar_extract.messages import Job, Share, Stamp, index_stamp, is_done
+from oscar_extract.messages import Job, OpenShard, Stamp, index_stamp, is_done
 from oscar_shards.index import index_path
 from oscar_shards.manifest import PlanRecord
 from oscar_shards.write import shard_path
@@ -47,12 +47,12 @@ class Remaining:
         self._deaths_before = {n: self._deaths(self._watch.look(n, claims[n])) for n in todo if n in claims}
         self._order = self._starting_somewhere(todo) if claims else todo
 
-    def shares(self) -> Iterator[Share]:
+    def open_shards(self) -> Iterator[OpenShard]:
         """Yield the shards that may be taken now, each once, and look at the folder again before each."""
         offered: set[int] = set()
-        while (share := self._next(offered)) is not None:
-            offered.add(share.shard)
-            yield share
+        while (open_shard := self._next(offered)) is not None:
+            offered.add(open_shard.shard)
+            yield open_shard
 
     def finish(self) -> bool:
         """Tidy up after all processes, if no other is at work; return whether this was the one to do so."""
@@ -101,40 +101,40 @@ class Remaining:
         except FileNotFoundError:
             return set()
 
-    def _next(self, offered: set[int]) -> Share | None:
+    def _next(self, offered: set[int]) -> OpenShard | None:
         claims = claim_numbers(self._out)
         self._drop_done()
 
         waiting = [number for number in self._order if number in self.left and number not in offered]
         unclaimed = next((number for number in waiting if number not in claims), None)
         if unclaimed is not None:
-            return Share(shard=unclaimed, number=1, before=self.left[unclaimed])
+            return OpenShard(shard=unclaimed, number=1, before=self.left[unclaimed])
 
         # Only now: to look at each claim before each shard would be most of what the file server has to do.
-        shares = (self._abandoned(number, claims[number]) for number in waiting)
-        return next((share for share in shares if share is not None), None)
+        open_shards = (self._abandoned(number, claims[number]) for number in waiting)
+        return next((open_shard for open_shard in open_shards if open_shard is not None), None)
 
-    def _abandoned(self, shard: int, number: int) -> Share | None:
+    def _abandoned(self, shard: int, number: int) -> OpenShard | None:
         """Return a shard for the taking if its owner has given it back, or is dead; finish one that is sealed."""
         standing = self._watch.look(shard, number)
         claim, tar = standing.claim, self._tars[shard]
-        share = Share(shard=shard, number=number + 1, deaths=self._deaths(standing), before=self.left[shard])
+        open_shard = OpenShard(shard=shard, number=number + 1, deaths=self._deaths(standing), before=self.left[shard])
 
-        if claim is not None and claim.state == SEALED and not is_newly_done(tar, share):
+        if claim is not None and claim.state == SEALED and not is_newly_done(tar, open_shard):
             give_names(tar, claim)
 
-        if is_newly_done(tar, share):
+        if is_newly_done(tar, open_shard):
             clear(tar, shard, number)
             self._drop(shard)
             return None
 
         is_free = standing.is_dead or (claim is not None and claim.state == GIVEN_BACK)
-        if is_free and share.deaths - self._deaths_before.get(shard, 0) >= DEATHS:
+        if is_free and open_shard.deaths - self._deaths_before.get(shard, 0) >= DEATHS:
             self.left.pop(shard)
             self.given_up.append(shard)
             return None
 
-        return share if is_free else None
+        return open_shard if is_free else None
 
     def _drop_done(self) -> None:
         names = self._names()
@@ -167,6 +167,6 @@ class Remaining:
         return todo[start:] + todo[:start]
 
 
-def is_newly_done(tar: Path, share: Share) -> bool:
+def is_newly_done(tar: Path, open_shard: OpenShard) -> bool:
     """Whether a shard was done since the process began that offered it."""
-    return index_stamp(tar) != share.before and is_done(tar, retry_rejects=False)
+    return index_stamp(tar) != open_shard.before and is_done(tar, retry_rejects=False)

@@ -39,7 +39,7 @@ from oscar_extract.folder.claim import (
     this_process,
 )
 from oscar_extract.folder.stopping import STOP
-from oscar_extract.messages import Share
+from oscar_extract.messages import OpenShard
 from oscar_shards.write import rejects_path
 
 BEAT = 10.0  # seconds between two signs of life
@@ -105,7 +105,7 @@ class Held:
 
 
 @contextmanager
-def holding(out: Path, tar: Path, share: Share, process: Process | None = None) -> Iterator[Held | None]:
+def holding(out: Path, tar: Path, open_shard: OpenShard, process: Process | None = None) -> Iterator[Held | None]:
     """Take a shard and give signs of life while the block runs; None if another process was faster.
 
     An exception that ends the block gives the shard back.
@@ -113,7 +113,7 @@ def holding(out: Path, tar: Path, share: Share, process: Process | None = None) 
     held: Held | None = None
     try:
         with STOP.deferred():  # a signal between the two would leave the shard to a process that has ended
-            held = take(out, tar, share, process or this_process())
+            held = take(out, tar, open_shard, process or this_process())
             if held is not None:
                 STOP.first.append(held.give_back)
 
@@ -133,13 +133,13 @@ def holding(out: Path, tar: Path, share: Share, process: Process | None = None) 
                 shutil.rmtree(held.place, ignore_errors=True)
 
 
-def take(out: Path, tar: Path, share: Share, process: Process) -> Held | None:
+def take(out: Path, tar: Path, open_shard: OpenShard, process: Process) -> Held | None:
     """Claim a shard and make a folder for its files; None if another process was faster."""
-    claim = Claim(owner=process, place=private_name(tar), since=now(), deaths=share.deaths)
-    if not make_claim(out, share.shard, share.number, claim):
+    claim = Claim(owner=process, place=private_name(tar), since=now(), deaths=open_shard.deaths)
+    if not make_claim(out, open_shard.shard, open_shard.number, claim):
         return None
 
-    held = Held(out, tar, share.shard, share.number, claim)
+    held = Held(out, tar, open_shard.shard, open_shard.number, claim)
     try:
         held.place.mkdir()
     except OSError:  # a full disk, say

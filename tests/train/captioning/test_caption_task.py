@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oscar_common.settings import Finetune
-from oscar_train.captioning.exam import make_caption_exam, measure_captions
+from oscar_train.captioning.caption_set import make_caption_set, measure_captions
 from oscar_train.captioning.network import OscarForCaptioning
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.sources import open_source
@@ -77,20 +77,20 @@ def test_self_critical_training_begins_with_a_captioning_model(shards: Path, tmp
     assert "mlm_loss" not in table[0]
 
 
-def exam_answers(stream: Stream, size: int, ranks: Ranks = ALONE) -> dict[str, float]:
+def caption_set_answers(stream: Stream, size: int, ranks: Ranks = ALONE) -> dict[str, float]:
     torch.manual_seed(2)
     config = random_config("tiny", stream.corpus.tokenizer.size)
     network = OscarForCaptioning(oscar_config(config, stream.corpus.feature_dim), stream.corpus.tokenizer)
-    exam = make_caption_exam(stream.corpus, stream.reader, None, images=9)
-    return measure_captions(exam, Answering(forward=partial(answer, network, "fp32"), ranks=ranks, size=size))
+    caption_set = make_caption_set(stream.corpus, stream.reader, None, images=9)
+    return measure_captions(caption_set, Answering(forward=partial(answer, network, "fp32"), ranks=ranks, size=size))
 
 
 def test_what_an_exam_finds_does_not_depend_on_the_batch(stream: Stream):
-    assert exam_answers(stream, 9) == pytest.approx(exam_answers(stream, 4))
+    assert caption_set_answers(stream, 9) == pytest.approx(caption_set_answers(stream, 4))
 
 
 def test_an_exam_has_all_captions_of_its_images_as_references(stream: Stream, corpus: Corpus):
-    exam = make_caption_exam(corpus, stream.reader, None, images=0)
-    assert len(exam.triples) == len(corpus.images.shard) - corpus.textless
-    assert all(len(texts) == 3 for texts in exam.references)
-    assert exam.references[0][0].startswith("photo 0 of a ")
+    caption_set = make_caption_set(corpus, stream.reader, None, images=0)
+    assert len(caption_set.triples) == len(corpus.images.shard) - corpus.textless
+    assert all(len(texts) == 3 for texts in caption_set.references)
+    assert caption_set.references[0][0].startswith("photo 0 of a ")

@@ -26,8 +26,8 @@ from oscar_train.data.texts.tags import TagRule
 from oscar_train.evaluation.held_out import asked
 from oscar_train.evaluation.in_training import open_asked
 from oscar_train.evaluation.measure import Answering, answer, measure
-from oscar_train.evaluation.questions import Exam, make_exam
-from oscar_train.evaluation.report import Numbers, describe_exam, table
+from oscar_train.evaluation.questions import QuestionSet, make_question_set
+from oscar_train.evaluation.report import Numbers, describe_question_set, table
 from oscar_train.model.oscar import OscarForPreTraining
 from oscar_train.objectives import TABLE, Objective
 from oscar_train.ranks import Ranks
@@ -71,15 +71,16 @@ def evaluate(request: Asked) -> None:
     sources = [open_source(place, request.skip_corrupt) for place in request.shards]
     check_together(sources)
 
-    with opened(model, sources, objective, request) as exam:
-        forward = partial(answer, loaded(model, exam.corpus.feature_dim).to(ranks.device), request.precision)
+    with opened(model, sources, objective, request) as question_set:
+        forward = partial(answer, loaded(model, question_set.corpus.feature_dim).to(ranks.device), request.precision)
         answering = Answering(forward=forward, ranks=ranks, size=request.batch_size)
-        columns = {"as it is": measure(exam, answering)}
-        columns |= {f"{name} shuffled": measure(exam, answering, name) for name in request.shuffles}
+        columns = {"as it is": measure(question_set, answering)}
+        columns |= {f"{name} shuffled": measure(question_set, answering, name) for name in request.shuffles}
 
-    Console(soft_wrap=True).print(table(exam, columns, f"{model.folder}: {describe_exam(exam)}"))
+    title = f"{model.folder}: {describe_question_set(question_set)}"
+    Console(soft_wrap=True).print(table(question_set, columns, title))
     if request.json_file is not None:
-        _write(request, model, sources, exam, columns)
+        _write(request, model, sources, question_set, columns)
 
 
 def choose_objective(model: Model, name: str | None) -> Objective:
@@ -102,7 +103,7 @@ def choose_objective(model: Model, name: str | None) -> Objective:
 
 
 @contextmanager
-def opened(model: Model, sources: list[Source], objective: Objective, request: Asked) -> Iterator[Exam]:
+def opened(model: Model, sources: list[Source], objective: Objective, request: Asked) -> Iterator[QuestionSet]:
     """Open shards and draw what is asked about."""
     about = {} if model.made is None else model.made.about
     fraction = 0.0 if model.made is None else float(model.made.run.get("eval_fraction") or 0)
@@ -121,7 +122,7 @@ def opened(model: Model, sources: list[Source], objective: Objective, request: A
     ) as stream:
         corpus, reader = stream.corpus, stream.reader
         only = asked(corpus, partly, fraction)
-        yield make_exam(
+        yield make_question_set(
             corpus, reader, objective, only, triples=request.triples, images=request.images, seed=request.seed
         )
 
@@ -149,16 +150,18 @@ def loaded(model: Model, feature_dim: int) -> OscarForPreTraining:
     return network.eval()
 
 
-def _write(request: Asked, model: Model, sources: list[Source], exam: Exam, columns: dict[str, Numbers]) -> None:
+def _write(
+    request: Asked, model: Model, sources: list[Source], question_set: QuestionSet, columns: dict[str, Numbers]
+) -> None:
     """Write the numbers as JSON; one that is none is null."""
     content = {
         "model": str(model.folder),
         "step": None if model.made is None else model.made.step,
         "shards": {source.place: manifest_sha256(source) for source in sources},
-        "classes": list(exam.objective.classes),
-        "triples": len(exam.triples),
-        "images": len(np.unique(exam.corpus.image[exam.triples])),
-        "gallery": len(exam.gallery),
+        "classes": list(question_set.objective.classes),
+        "triples": len(question_set.triples),
+        "images": len(np.unique(question_set.corpus.image[question_set.triples])),
+        "gallery": len(question_set.gallery),
         "seed": request.seed,
         "precision": request.precision,
         "numbers": {

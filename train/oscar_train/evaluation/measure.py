@@ -1,4 +1,4 @@
-"""The answers: how often a model is right about what an exam asks."""
+"""The answers: how often a model is right about what a set of questions asks."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from oscar_train.batch import IGNORED, Batch
 from oscar_train.data.batch_buffer import make_batch_buffer
 from oscar_train.data.texts.phrases import CAPTION
 from oscar_train.data.texts.ragged import Ints
-from oscar_train.evaluation.questions import Exam
+from oscar_train.evaluation.questions import QuestionSet
 from oscar_train.model.packing import pack
 from oscar_train.objectives import MATCHED, WRONG_Q, WRONG_W
 from oscar_train.ranks import Ranks
@@ -70,15 +70,21 @@ def answer(model: nn.Module, precision: str, batch: Batch) -> Any:
         return model(pack(batch, device))
 
 
-def names(exam: Exam) -> list[str]:
-    """Return the names of an exam's numbers, in their order."""
+def names(question_set: QuestionSet) -> list[str]:
+    """Return the names of the numbers of a set of questions, in their order."""
     columns = [f"{side}_{what}" for side in SIDES for what in ("loss", "accuracy")]
-    columns += ["match_loss", "match_accuracy", *(f"{_plain(exam, name)}_accuracy" for name in exam.asked)]
-    return columns + [f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in RANKS if len(exam.gallery)]
+    columns += [
+        "match_loss",
+        "match_accuracy",
+        *(f"{_plain(question_set, name)}_accuracy" for name in question_set.asked),
+    ]
+    return columns + [
+        f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in RANKS if len(question_set.gallery)
+    ]
 
 
 @torch.no_grad()
-def measure(exam: Exam, answering: Answering, shuffled: str | None = None) -> dict[str, float]:
+def measure(question_set: QuestionSet, answering: Answering, shuffled: str | None = None) -> dict[str, float]:
     """Ask everything, in this order of numbers:
 
     - loss and accuracy of masked tokens of matched triples, by what they belong to: words (of captions and questions),
@@ -94,32 +100,32 @@ def measure(exam: Exam, answering: Answering, shuffled: str | None = None) -> di
     Returns:
         The same on all ranks, but for rounding the same for any number of them and any size of batches.
     """
-    values = _questions(exam, answering, shuffled)
-    if len(exam.gallery):
-        values |= _retrieval(exam, answering, shuffled)
+    values = _questions(question_set, answering, shuffled)
+    if len(question_set.gallery):
+        values |= _retrieval(question_set, answering, shuffled)
     return values
 
 
-def _questions(exam: Exam, answering: Answering, shuffled: str | None) -> dict[str, float]:
+def _questions(question_set: QuestionSet, answering: Answering, shuffled: str | None) -> dict[str, float]:
     """Ask for masked tokens and classes."""
     device = answering.ranks.device
     tokens = torch.zeros(len(SIDES), 3, dtype=torch.float64, device=device)  # loss, right ones, all
-    pairs = torch.zeros(len(exam.asked), 3, dtype=torch.float64, device=device)
-    buffers = make_batch_buffer(min(answering.size, len(exam.triples)), exam.corpus.feature_dim)
+    pairs = torch.zeros(len(question_set.asked), 3, dtype=torch.float64, device=device)
+    buffers = make_batch_buffer(min(answering.size, len(question_set.triples)), question_set.corpus.feature_dim)
 
-    for begin, end in answering.shares(len(exam.triples)):
+    for begin, end in answering.shares(len(question_set.triples)):
         buffer, rows = buffers.rows(0, end - begin), slice(begin, end)
-        exam.regions(exam.triples[rows], exam.partners[rows], buffer, shuffled)
-        for number, name in enumerate(exam.asked):
-            exam.text(name, begin, buffer, shuffled)
+        question_set.regions(question_set.triples[rows], question_set.partners[rows], buffer, shuffled)
+        for number, name in enumerate(question_set.asked):
+            question_set.text(name, begin, buffer, shuffled)
             scores, classes = answering.forward(buffer.batch)
             pairs[number] += _counted(classes, buffer.batch.match_labels.to(device)).sum(0)
             if name == MATCHED:
-                labels, sides = (each.to(device) for each in _masked(exam, buffer.batch))
+                labels, sides = (each.to(device) for each in _masked(question_set, buffer.batch))
                 tokens.index_add_(0, sides, _counted(scores, labels))
 
     answering.ranks.total(tokens), answering.ranks.total(pairs)
-    return _named(exam, tokens.cpu(), pairs.cpu())
+    return _named(question_set, tokens.cpu(), pairs.cpu())
 
 
 def _counted(scores: Tensor, labels: Tensor) -> Tensor:
@@ -132,15 +138,15 @@ def _counted(scores: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def _masked(exam: Exam, batch: Batch) -> tuple[Tensor, Tensor]:
+def _masked(question_set: QuestionSet, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the tokens that were masked, and the number of the side each belongs to, int64 [M] on the CPU."""
     masked = batch.mlm_labels != IGNORED
-    captions = torch.from_numpy(exam.corpus.kind[batch.triples.numpy()] == CAPTION)[:, None]
+    captions = torch.from_numpy(question_set.corpus.kind[batch.triples.numpy()] == CAPTION)[:, None]
     sides = torch.where(batch.token_type_ids == 0, 0, torch.where(captions, 1, 2))
     return batch.mlm_labels[masked], sides[masked]
 
 
-def _named(exam: Exam, tokens: Tensor, pairs: Tensor) -> dict[str, float]:
+def _named(question_set: QuestionSet, tokens: Tensor, pairs: Tensor) -> dict[str, float]:
     """Turn sums into means with names."""
     means = tokens[:, :2] / tokens[:, 2:]  # 0 / 0 is no number
     values = {
@@ -148,36 +154,38 @@ def _named(exam: Exam, tokens: Tensor, pairs: Tensor) -> dict[str, float]:
         for row, side in enumerate(SIDES)
         for column, what in enumerate(("loss", "accuracy"))
     }
-    parts = {MATCHED: 1 - exam.objective.wrong_w - exam.objective.wrong_q}
-    parts |= {WRONG_W: exam.objective.wrong_w, WRONG_Q: exam.objective.wrong_q}
-    weights = torch.tensor([parts[name] for name in exam.asked], dtype=torch.float64) * (pairs[:, 2] > 0)
+    parts = {MATCHED: 1 - question_set.objective.wrong_w - question_set.objective.wrong_q}
+    parts |= {WRONG_W: question_set.objective.wrong_w, WRONG_Q: question_set.objective.wrong_q}
+    weights = torch.tensor([parts[name] for name in question_set.asked], dtype=torch.float64) * (pairs[:, 2] > 0)
     rates = (pairs[:, :2] / pairs[:, 2:].clamp(min=1)).T @ weights / weights.sum()
     values |= {"match_loss": float(rates[0]), "match_accuracy": float(rates[1])}
     shares = pairs[:, 1] / pairs[:, 2]
 
-    return values | {f"{_plain(exam, name)}_accuracy": float(s) for name, s in zip(exam.asked, shares, strict=True)}
+    return values | {
+        f"{_plain(question_set, name)}_accuracy": float(s) for name, s in zip(question_set.asked, shares, strict=True)
+    }
 
 
-def _plain(exam: Exam, name: str) -> str:
+def _plain(question_set: QuestionSet, name: str) -> str:
     """Return what a class is called in the names of numbers."""
-    return exam.objective.classes[exam.objective.label(name)].replace(" ", "_")
+    return question_set.objective.classes[question_set.objective.label(name)].replace(" ", "_")
 
 
-def _retrieval(exam: Exam, answering: Answering, shuffled: str | None) -> dict[str, float]:
+def _retrieval(question_set: QuestionSet, answering: Answering, shuffled: str | None) -> dict[str, float]:
     """Score every text of the gallery with every image, and see where the right one stands."""
-    size, ranks = len(exam.gallery), answering.ranks
+    size, ranks = len(question_set.gallery), answering.ranks
     scores = torch.zeros(size, size, device=ranks.device)  # [texts, images]
-    buffer = make_batch_buffer(min(answering.size, size), exam.corpus.feature_dim)
-    matched = exam.objective.label(MATCHED)
+    buffer = make_batch_buffer(min(answering.size, size), question_set.corpus.feature_dim)
+    matched = question_set.objective.label(MATCHED)
 
     for first in range(0, size, answering.size):
         block = slice(first, min(first + answering.size, size))
         part = buffer.rows(0, block.stop - block.start)
-        exam.regions(exam.gallery[block], exam.gallery_partners[block], part, shuffled)
+        question_set.regions(question_set.gallery[block], question_set.gallery_partners[block], part, shuffled)
         features = part.batch.features.to(ranks.device)  # once for all texts
 
         for text in _each(answering, size):
-            exam.pairs(text, first, part, shuffled)
+            question_set.pairs(text, first, part, shuffled)
             _, classes = answering.forward(replace(part.batch, features=features))
             other_classes = torch.cat([classes[:, :matched], classes[:, matched + 1 :]], 1).float()
             scores[text, block] = classes[:, matched].float() - other_classes.logsumexp(1)

@@ -20,7 +20,7 @@ from oscar_train.data.batch_buffer import BatchBuffer, put_regions, put_text
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
 from oscar_train.data.sampling.negatives import Pools, make_pools
-from oscar_train.data.sampling.philox import EXAM, permutation
+from oscar_train.data.sampling.philox import EVALUATION, permutation
 from oscar_train.data.sampling.text_pairs import Sides
 from oscar_train.data.sampling.triples import TextBatch, assemble, laid_out
 from oscar_train.data.texts.phrases import CAPTION
@@ -32,7 +32,7 @@ SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exam:
+class QuestionSet:
     """Questions about the images of a corpus.
 
     asked: for each class of the objective that there is, what makes every triple one of that class.
@@ -109,7 +109,7 @@ def _change(corpus: Corpus, triples: Ints, partners: Ints, shuffled: str | None,
     return sides
 
 
-def make_exam(
+def make_question_set(
     corpus: Corpus,
     reader: RegionReader,
     objective: Objective,
@@ -118,7 +118,7 @@ def make_exam(
     triples: int,
     images: int,
     seed: int = SEED,
-) -> Exam:
+) -> QuestionSet:
     """Draw what is asked about.
 
     Args:
@@ -137,7 +137,7 @@ def make_exam(
     objective = replace(objective, negatives="typed", exact=True, any_token=False, whole_words=False)
     chosen = _drawn(seed, some, triples or len(some), lane=0)
     gallery = _drawn(seed, _one_each(corpus, some), images, lane=1)
-    return Exam(
+    return QuestionSet(
         corpus=corpus,
         reader=reader,
         objective=objective,
@@ -161,7 +161,7 @@ def _asked(objective: Objective) -> dict[str, Objective]:
 
 def _drawn(seed: int, triples: Ints, count: int, lane: int) -> Ints:
     """Draw some of the triples, sorted."""
-    return np.sort(triples[permutation(seed, EXAM, 0, len(triples), (lane, 0))[:count]])
+    return np.sort(triples[permutation(seed, EVALUATION, 0, len(triples), (lane, 0))[:count]])
 
 
 def _one_each(corpus: Corpus, triples: Ints) -> Ints:

@@ -7,16 +7,16 @@ from rich.table import Table
 
 from oscar_common.progress import plural
 from oscar_train.evaluation.measure import RANKS, SIDES
-from oscar_train.evaluation.questions import Exam
+from oscar_train.evaluation.questions import QuestionSet
 
 Numbers = dict[str, float]
 
 
-def describe_exam(exam: Exam) -> str:
+def describe_question_set(question_set: QuestionSet) -> str:
     """Say what is asked about."""
-    images = len(np.unique(exam.corpus.image[exam.triples]))
-    gallery = f", {len(exam.gallery):,} of them for retrieval" if len(exam.gallery) else ""
-    return f"{plural(len(exam.triples), 'triple')} of {plural(images, 'image')}{gallery}"
+    images = len(np.unique(question_set.corpus.image[question_set.triples]))
+    gallery = f", {len(question_set.gallery):,} of them for retrieval" if len(question_set.gallery) else ""
+    return f"{plural(len(question_set.triples), 'triple')} of {plural(images, 'image')}{gallery}"
 
 
 def line(values: Numbers) -> str:
@@ -35,7 +35,7 @@ def line(values: Numbers) -> str:
     return "held out: " + "  ".join(parts)
 
 
-def table(exam: Exam, columns: dict[str, Numbers], title: str) -> Table:
+def table(question_set: QuestionSet, columns: dict[str, Numbers], title: str) -> Table:
     """Put evaluations side by side; what cannot be measured on these shards is a dash."""
     grid = Table(title=title, title_justify="left")
     grid.add_column("", no_wrap=True)
@@ -44,7 +44,9 @@ def table(exam: Exam, columns: dict[str, Numbers], title: str) -> Table:
 
     for name in next(iter(columns.values())):
         grid.add_row(
-            name.replace("_", " "), *(_shown(name, values[name]) for values in columns.values()), _chance(exam, name)
+            name.replace("_", " "),
+            *(_shown(name, values[name]) for values in columns.values()),
+            _chance(question_set, name),
         )
 
     return grid
@@ -56,10 +58,10 @@ def _shown(name: str, value: float) -> str:
     return f"{value:.4f}" if name.endswith("_loss") else f"{value:.1%}"
 
 
-def _chance(exam: Exam, name: str) -> str:
+def _chance(question_set: QuestionSet, name: str) -> str:
     """Return what a model gets that does not look."""
     if name == "match_accuracy":
         return "50.0%"  # always "matched"
     if "_r" in name and name.rpartition("_r")[2].isdigit():
-        return f"{min(1.0, int(name.rpartition('_r')[2]) / len(exam.gallery)):.1%}"
+        return f"{min(1.0, int(name.rpartition('_r')[2]) / len(question_set.gallery)):.1%}"
     return ""

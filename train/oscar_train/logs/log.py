@@ -199,8 +199,8 @@ def open_log(
     Raises:
         UsageError: metrics.csv or evaluation.csv is there but is not this command's, or Weights & Biases refuses.
     """
-    exams = open_table(out / EVALUATION, ("step", *evaluation), step) if evaluation else nullcontext()
-    with open_table(out / FILE, tuple(_columns(shown).values()), step) as rows, exams as evaluations:
+    question_sets = open_table(out / EVALUATION, ("step", *evaluation), step) if evaluation else nullcontext()
+    with open_table(out / FILE, tuple(_columns(shown).values()), step) as rows, question_sets as evaluations:
         if step - max(rows.last, 0) >= every:
             warn(f"{out / FILE} ends at step {max(rows.last, 0)}; the rows from there to step {step} are lost")
         with open_boards(out, step, wandb, config) as boards:

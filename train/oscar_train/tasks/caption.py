@@ -11,7 +11,7 @@ from oscar_common.errors import UsageError
 from oscar_common.progress import plural
 from oscar_common.settings import Finetune
 from oscar_train.batch import IGNORED
-from oscar_train.captioning.exam import NAMES, make_caption_exam, measure_captions, references
+from oscar_train.captioning.caption_set import NAMES, make_caption_set, measure_captions, references
 from oscar_train.captioning.layout import MOST_MASKED, TEXT, caption_batch
 from oscar_train.captioning.network import OscarForCaptioning, criterion
 from oscar_train.captioning.self_critical import reference_frequencies
@@ -71,11 +71,11 @@ def make_task(
         return build_for(settings, start, feature_dim, begin, network=network_of)
 
     def evaluation(corpus: Corpus, reader: RegionReader, only: Only) -> Evaluation:
-        exam = make_caption_exam(corpus, reader, only, settings.eval_images, settings.regions)
+        caption_set = make_caption_set(corpus, reader, only, settings.eval_images, settings.regions)
         return Evaluation(
             names=NAMES,
-            description=f"captions of {plural(len(exam.triples), 'image')}",
-            measure=partial(measure_captions, exam),
+            description=f"captions of {plural(len(caption_set.triples), 'image')}",
+            measure=partial(measure_captions, caption_set),
             line=line,
         )
 

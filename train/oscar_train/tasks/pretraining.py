@@ -18,8 +18,8 @@ from oscar_train.data.sources import Source
 from oscar_train.data.stream import Composer, Only, pairs
 from oscar_train.data.texts.tokens import Tokenizer
 from oscar_train.evaluation.measure import measure, names
-from oscar_train.evaluation.questions import make_exam
-from oscar_train.evaluation.report import describe_exam, line
+from oscar_train.evaluation.questions import make_question_set
+from oscar_train.evaluation.report import describe_question_set, line
 from oscar_train.logs.log import LOSSES
 from oscar_train.model.losses import sums
 from oscar_train.model.oscar import OscarForPreTraining
@@ -39,11 +39,13 @@ def make_task(settings: Train, sources: Sequence[Source] = (), tokenizer: Tokeni
         return build_for(settings, start, feature_dim, begin, classes=objective.classes)
 
     def evaluation(corpus: Corpus, reader: RegionReader, only: Only) -> Evaluation:
-        exam = make_exam(corpus, reader, objective, only, triples=settings.eval_triples, images=settings.eval_images)
+        question_set = make_question_set(
+            corpus, reader, objective, only, triples=settings.eval_triples, images=settings.eval_images
+        )
         return Evaluation(
-            names=tuple(names(exam)),
-            description=describe_exam(exam),
-            measure=lambda answering: measure(exam, answering),
+            names=tuple(names(question_set)),
+            description=describe_question_set(question_set),
+            measure=lambda answering: measure(question_set, answering),
             line=lambda values: line(dict(values)),
         )
 

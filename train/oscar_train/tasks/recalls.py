@@ -18,7 +18,7 @@ from torch import Tensor
 from oscar_train.data.batch_buffer import make_batch_buffer, put_regions, put_text
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
-from oscar_train.data.sampling.philox import EXAM, permutation
+from oscar_train.data.sampling.philox import EVALUATION, permutation
 from oscar_train.data.sampling.shape import Shape
 from oscar_train.data.stream import Only
 from oscar_train.data.texts.ragged import Ints
@@ -47,7 +47,7 @@ def make_gallery(corpus: Corpus, reader: RegionReader, only: Only, count: int) -
     """Draw at most `count` images of some triples (None: all), with all the texts that these have."""
     triples = np.arange(len(corpus)) if only is None else only.astype(np.int64)
     images = np.unique(corpus.image[triples]).astype(np.int64)
-    images = np.sort(images[permutation(SEED, EXAM, 0, len(images), (1, 0))[:count]])
+    images = np.sort(images[permutation(SEED, EVALUATION, 0, len(images), (1, 0))[:count]])
     texts = triples[np.isin(corpus.image[triples], images)]
     owner = np.searchsorted(images, corpus.image[texts])
     return Gallery(corpus=corpus, reader=reader, images=images, texts=texts, owner=owner)

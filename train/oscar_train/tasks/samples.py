@@ -12,7 +12,7 @@ from oscar_train.batch import IGNORED, Batch
 from oscar_train.data.batch_buffer import BatchBuffer, make_batch_buffer, put_regions, put_text
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
-from oscar_train.data.sampling.philox import EXAM, permutation
+from oscar_train.data.sampling.philox import EVALUATION, permutation
 from oscar_train.data.sampling.shape import Shape
 from oscar_train.data.stream import Composer, Only
 from oscar_train.data.texts.ragged import Ints
@@ -48,7 +48,7 @@ def draw_triples(corpus: Corpus, only: Only, count: int) -> Ints:
     triples = np.arange(len(corpus)) if only is None else only.astype(np.int64)
     if not count:
         return triples
-    return np.sort(triples[permutation(SEED, EXAM, 0, len(triples), (0, 0))[:count]])
+    return np.sort(triples[permutation(SEED, EVALUATION, 0, len(triples), (0, 0))[:count]])
 
 
 @torch.no_grad()

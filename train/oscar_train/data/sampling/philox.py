@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 4  # 64-bit words that Philox4x64 makes from one value of its counter
-SHARDS, WINDOW, MIX, SAMPLE, EXAM = range(5)  # what a stream is for; each has its own key
+SHARDS, WINDOW, MIX, SAMPLE, EVALUATION = range(5)  # what a stream is for; each has its own key
 
 
 def words(

@@ -16,7 +16,7 @@ from oscar_train.captioning.spelling import spell
 from oscar_train.data.batch_buffer import BatchBuffer, make_batch_buffer, put_regions
 from oscar_train.data.corpus import Corpus
 from oscar_train.data.reading.regions import RegionReader
-from oscar_train.data.sampling.philox import EXAM, permutation
+from oscar_train.data.sampling.philox import EVALUATION, permutation
 from oscar_train.data.sampling.shape import Shape
 from oscar_train.data.texts.phrases import CAPTION
 from oscar_train.data.texts.ragged import Ints
@@ -27,7 +27,7 @@ SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionExam:
+class CaptionSet:
     """N images that captions are asked for.
 
     triples: int64 [N], the first caption of each. references: all captions of each, as text. regions: the most of each.
@@ -40,13 +40,13 @@ class CaptionExam:
     regions: int
 
 
-def make_caption_exam(
+def make_caption_set(
     corpus: Corpus,
     reader: RegionReader,
     only: npt.NDArray[np.integer[Any]] | None,
     images: int,
     regions: int = MAX_REGIONS,
-) -> CaptionExam:
+) -> CaptionSet:
     """Draw images that have captions, the same ones whatever the run. images: how many at most, 0: all.
 
     Args:
@@ -55,9 +55,9 @@ def make_caption_exam(
     triples = np.arange(len(corpus)) if only is None else only.astype(np.int64)
     captions = triples[corpus.kind[triples] == CAPTION]
     first = captions[np.unique(corpus.image[captions], return_index=True)[1]]
-    drawn = np.sort(first[permutation(SEED, EXAM, 0, len(first))[: images or len(first)]])
+    drawn = np.sort(first[permutation(SEED, EVALUATION, 0, len(first))[: images or len(first)]])
 
-    return CaptionExam(
+    return CaptionSet(
         corpus=corpus,
         reader=reader,
         triples=drawn,
@@ -76,7 +76,7 @@ def references(corpus: Corpus, captions: Ints, triples: Ints) -> list[list[str]]
     ]
 
 
-def measure_captions(exam: CaptionExam, answering: Answering) -> dict[str, float]:
+def measure_captions(caption_set: CaptionSet, answering: Answering) -> dict[str, float]:
     """Have captions written for all images, and score them.
 
     Args:
@@ -85,21 +85,23 @@ def measure_captions(exam: CaptionExam, answering: Answering) -> dict[str, float
     Raises:
         Interrupted: a rank was asked to stop.
     """
-    captions = _written(exam, answering).tolist()
-    written = [spell(exam.corpus.tokenizer, [token for token in row if token >= 0]) for row in captions]
-    return caption_scores(written, exam.references)
+    captions = _written(caption_set, answering).tolist()
+    written = [spell(caption_set.corpus.tokenizer, [token for token in row if token >= 0]) for row in captions]
+    return caption_scores(written, caption_set.references)
 
 
 @torch.no_grad()
-def _written(exam: CaptionExam, answering: Answering) -> Tensor:
+def _written(caption_set: CaptionSet, answering: Answering) -> Tensor:
     """Return the tokens of all captions, int64 [N, 19], -1 after the end; each rank asks for its share."""
-    count = len(exam.triples)
+    count = len(caption_set.triples)
     tokens = torch.zeros(count, MOST_TOKENS, dtype=torch.int64, device=answering.ranks.device)
-    shape = Shape(regions=exam.regions)
-    buffer = make_batch_buffer(min(answering.size, count), exam.corpus.feature_dim, shape=shape)
+    shape = Shape(regions=caption_set.regions)
+    buffer = make_batch_buffer(min(answering.size, count), caption_set.corpus.feature_dim, shape=shape)
 
     for begin, end in answering.shares(count):
-        batch = images_with_tags(exam.corpus, exam.reader, exam.triples[begin:end], buffer.rows(0, end - begin))
+        batch = images_with_tags(
+            caption_set.corpus, caption_set.reader, caption_set.triples[begin:end], buffer.rows(0, end - begin)
+        )
         tokens[begin:end] = answering.forward(batch) + 1  # 0 where another rank writes
 
     return answering.ranks.total(tokens) - 1
