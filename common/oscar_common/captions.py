@@ -279,8 +279,8 @@ def _records(records: Iterable[dict[str, Any]], path: Path, start: int = 0) -> I
     for number, record in enumerate(records, start):
         image, text = _first(record, IMAGE_COLUMNS), _first(record, TEXT_COLUMNS)
         if image is not None and record.get("question") is not None and record.get("answer") is not None:
-            question = str(record["question"]), str(record["answer"])
-            yield os.path.normpath(str(image)), "qa", str(record.get("question_id", number)), None, *question
+            pair = str(record["question"]), str(record["answer"])
+            yield os.path.normpath(str(image)), "qa", str(record.get("question_id", number)), None, *pair
             continue
         if image is None or text is None:
             raise UsageError(

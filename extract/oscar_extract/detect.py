@@ -99,10 +99,10 @@ def detect(detector: Detector, inputs: list[Input], selection: Selection) -> lis
     images = load_batch(detector, inputs)
     maps = feature_maps(detector, images)
     proposals = preset.propose(model, images, maps, targets)
-    detections = classify(detector, maps, proposals, targets)
-    selected = preset.select(model.roi_heads.box_predictor, detections, selection)
+    candidates = classify(detector, maps, proposals, targets)
+    selected = preset.select(model.roi_heads.box_predictor, candidates, selection)
 
-    return collect(detector, inputs, maps, detections, selected)
+    return collect(detector, inputs, maps, candidates, selected)
 
 
 def load_batch(detector: Detector, inputs: list[Input]) -> ImageList:

@@ -181,11 +181,11 @@ def change_claim(path: Path, claim: Claim) -> bool:
 
 def give_back_for_the_dead(out: Path) -> None:
     """Give back what processes of this machine have left that were killed, so that other machines need not wait."""
-    this = this_process()
+    process = this_process()
     for shard, number in claim_numbers(out).items():
         path = claim_path(out, shard, number)
         claim = parse_claim(read_bytes(path))
-        if claim is not None and claim.state == WORKING and is_gone(claim.owner, this):
+        if claim is not None and claim.state == WORKING and is_gone(claim.owner, process):
             change_claim(path, replace(claim, state=GIVEN_BACK, deaths=claim.deaths + 1))
 
 
