@@ -270,6 +270,6 @@ def _is_safe(name: str) -> bool:
 
 
 def _stamp(info: dict[str, Any]) -> Stamp:
-    details = next((info[key] for key in _VERSIONS if info.get(key)), "")
-    version = details.timestamp() if isinstance(details, datetime) else details  # listings may have it as a number
+    changed = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    version = changed.timestamp() if isinstance(changed, datetime) else changed  # listings may have it as a number
     return Stamp(info.get("size"), str(version).strip('"'))
